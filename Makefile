@@ -1,0 +1,47 @@
+# Every target stands alone: it makes the virtual environment first if there is none.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo cifar10h test test-slow check format clean
+
+help:  ## say what can be made
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(INSTALLED)  ## make .venv with everything pinned in constraints.txt
+
+demo: $(INSTALLED)  ## train both gates on scikit-learn's digits, evaluate under shift, print the table (about 2 minutes)
+	$(BIN)/moe-posterior fit --config configs/demo.yaml --overwrite
+	$(BIN)/moe-posterior evaluate --run runs/demo
+
+cifar10h: $(INSTALLED)  ## the README's CIFAR-10H run: 12 epochs, both gates (about 40 minutes on 2 cores), resumable
+	$(BIN)/moe-posterior fit --config configs/cifar10h.yaml
+	$(BIN)/moe-posterior evaluate --run runs/cifar10h --copy-to results/cifar10h
+
+test: $(INSTALLED)  ## run the whole test suite but what is marked slow
+	$(BIN)/python -m pytest -q
+
+test-slow: $(INSTALLED)  ## run what is marked slow
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(INSTALLED)  ## ruff, mypy and the order of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p moe_posterior
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+format: $(INSTALLED)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and caches; runs/ and results/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

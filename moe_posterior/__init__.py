@@ -1,0 +1,35 @@
+"""Beta-competence gates for mixtures of experts: route by proven competence."""
+
+from moe_posterior.clustering import Clusterer
+from moe_posterior.errors import (
+    InvalidArgumentError,
+    MissingDataError,
+    MissingDependencyError,
+    MoEPosteriorError,
+    NotFittedError,
+)
+from moe_posterior.experts import ExpertsFFN
+from moe_posterior.gates import Gate, PosteriorGate, Routing, SoftmaxGate
+from moe_posterior.layer import MixtureOfExperts, PosteriorMoE
+from moe_posterior.posterior import BetaPosterior, Evidence
+from moe_posterior.record import Trace, record
+
+__all__ = [
+    "BetaPosterior",
+    "Clusterer",
+    "Evidence",
+    "ExpertsFFN",
+    "Gate",
+    "InvalidArgumentError",
+    "MissingDataError",
+    "MissingDependencyError",
+    "MixtureOfExperts",
+    "MoEPosteriorError",
+    "NotFittedError",
+    "PosteriorGate",
+    "PosteriorMoE",
+    "Routing",
+    "SoftmaxGate",
+    "Trace",
+    "record",
+]

@@ -1,0 +1,269 @@
+"""Query classes: the nearest of ``num_clusters`` centroids, found by k-means.
+
+Dimensions: N tokens, D hidden size, C clusters.
+
+The fit runs in torch where the hidden states are, with an explicit generator: it must serve a model on a GPU without copying
+its activations to the host, and ``import moe_posterior`` needs torch and einops alone. scikit-learn's k-means is its oracle in
+the tests.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_posterior.errors import InvalidArgumentError, NotFittedError
+from moe_posterior.kernels import reference
+from moe_posterior.precision import FixedPrecision
+
+_CHUNK = 16_384  # rows an assignment step handles at a time: bounds memory to chunk x C floats
+_RADIUS_QUANTILE = 0.99
+_FEW_MEMBERS = 20  # below it a cluster's own 99th percentile says little; the pooled one stands in
+_REPAIRS = 100
+
+
+class Clusterer(FixedPrecision):
+    """Assign tokens to the nearest of C centroids.
+
+    The state is two float32 buffers, which keep their dtype through casts and travel in the state_dict: ``centroids`` (C, D) and
+    ``radius`` (C,), the 99th percentile of the distances of a cluster's members at the fit: farther than that is unusual.
+
+    Args:
+        num_clusters: C, at least 1.
+        hidden_size: D, at least 1.
+
+    >>> points = torch.tensor([[0.0, 0.0], [0.0, 1.0], [9.0, 9.0], [9.0, 8.0]])
+    >>> clusterer = Clusterer(num_clusters=2, hidden_size=2).fit(points)
+    >>> ids = clusterer(points).cluster_ids
+    >>> bool(ids[0] == ids[1]), bool(ids[2] == ids[3]), bool(ids[0] == ids[2])
+    (True, True, False)
+    """
+
+    centroids: Tensor  # (C, D) float32; NaN until fitted
+    radius: Tensor  # (C,) float32; NaN until fitted
+    half_norms: Tensor  # (C,) float32, derived
+
+    def __init__(self, num_clusters: int, hidden_size: int) -> None:
+        super().__init__()
+        for name, size in (("num_clusters", num_clusters), ("hidden_size", hidden_size)):
+            if size < 1:
+                raise InvalidArgumentError(f"{name} must be at least 1; got {size}")
+        self.num_clusters, self.hidden_size = num_clusters, hidden_size
+        self.fitted = False
+        self.register_buffer("centroids", torch.full((num_clusters, hidden_size), torch.nan, dtype=torch.float32))
+        self.register_buffer("radius", torch.full((num_clusters,), torch.nan, dtype=torch.float32))
+        self.register_buffer(
+            "half_norms", torch.full((num_clusters,), torch.nan, dtype=torch.float32), persistent=False
+        )
+        self.register_load_state_dict_post_hook(_refresh_after_load)
+
+    def forward(self, hidden: Tensor) -> reference.Assignment:  # (N, D) -> (N,), (N,)
+        """Nearest centroid and Euclidean distance of every token.
+
+        A row that holds NaN or inf goes to cluster 0 at distance inf.
+
+        Raises:
+            NotFittedError: before :meth:`fit` or :meth:`set_centroids`.
+            InvalidArgumentError: ``hidden`` is not (N, D).
+        """
+        self.require_fitted()
+        if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
+            raise InvalidArgumentError(f"hidden must have shape (N, {self.hidden_size}); got {tuple(hidden.shape)}")
+        return reference.assign(hidden, self.centroids, self.half_norms)
+
+    def require_fitted(self) -> None:
+        """Raise NotFittedError unless there are centroids."""
+        if not self.fitted:
+            raise NotFittedError(
+                f"these {self.num_clusters} clusters have no centroids yet: call fit(hidden) on representative hidden states "
+                f"of shape (N, {self.hidden_size}), N ≥ {self.num_clusters}, or load a fitted state_dict"
+            )
+
+    @torch.no_grad()
+    def fit(
+        self,
+        hidden: Tensor,  # (..., D)
+        *,
+        generator: torch.Generator | None = None,
+        batch_size: int | None = None,
+        max_iterations: int = 50,
+        tolerance: float = 1e-4,
+    ) -> "Clusterer":
+        """Find the centroids: k-means++ seeding, then Lloyd's iterations or mini-batches.
+
+        Every cluster owns at least one of the points after the fit.
+
+        Args:
+            hidden: at least C distinct finite rows; float32 is used inside.
+            generator: a CPU generator; None starts from seed 0, so that a fit is reproducible by default.
+            batch_size: None runs Lloyd's iterations over all rows; a number runs ``max_iterations`` passes of mini-batch k-means
+                (Sculley 2010), for more rows than fit the time.
+            max_iterations: upper limit of passes over the rows.
+            tolerance: stop once no centroid moved farther than this, in units of the data's overall standard deviation.
+
+        Raises:
+            InvalidArgumentError: wrong shape, non-finite rows, or fewer distinct rows than clusters.
+
+        Source: Arthur & Vassilvitskii 2007 (seeding), Lloyd 1982.
+        """
+        points = self._validated_points(hidden)
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        centroids = _seed_centroids(points, self.num_clusters, generator)
+        scale = float(points.var(dim=0, correction=0).sum().sqrt())
+        if batch_size is None:
+            centroids = _lloyd(points, centroids, max_iterations, tolerance * scale)
+        else:
+            centroids = _mini_batches(points, centroids, batch_size, max_iterations, tolerance * scale, generator)
+        centroids, assignment = _without_empty_clusters(points, centroids)
+        return self.set_centroids(centroids, radius=_radius(assignment, self.num_clusters))
+
+    @torch.no_grad()
+    def set_centroids(self, centroids: Tensor, radius: Tensor | None = None) -> "Clusterer":  # (C, D), (C,)
+        """Use given centroids; without a radius no distance counts as unusual (radius inf).
+
+        Raises:
+            InvalidArgumentError: wrong shape, or not finite.
+        """
+        expected = (self.num_clusters, self.hidden_size)
+        if tuple(centroids.shape) != expected or not torch.isfinite(centroids).all():
+            raise InvalidArgumentError(
+                f"centroids must be finite and of shape {expected}; got {tuple(centroids.shape)}"
+            )
+        self.centroids.copy_(centroids)
+        self.radius.copy_(torch.full_like(self.radius, torch.inf) if radius is None else radius)
+        self._refresh()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"num_clusters={self.num_clusters}, hidden_size={self.hidden_size}, fitted={self.fitted}"
+
+    def _validated_points(self, hidden: Tensor) -> Tensor:
+        if hidden.ndim < 2 or hidden.shape[-1] != self.hidden_size:
+            raise InvalidArgumentError(f"hidden must have shape (..., {self.hidden_size}); got {tuple(hidden.shape)}")
+        points = hidden.detach().reshape(-1, self.hidden_size).float()
+        broken = int((~torch.isfinite(points).all(dim=1)).sum())
+        if broken:
+            raise InvalidArgumentError(
+                f"hidden must be finite to fit clusters; {broken} of {len(points)} rows hold NaN or inf"
+            )
+        if len(points) < self.num_clusters:
+            raise InvalidArgumentError(
+                f"hidden must hold at least num_clusters={self.num_clusters} distinct rows; got {len(points)} rows"
+            )
+        return points
+
+    def _refresh(self) -> None:
+        self.half_norms.copy_(reference.half_squared_norms(self.centroids))
+        self.fitted = bool(torch.isfinite(self.centroids).all())
+
+
+def _refresh_after_load(module: torch.nn.Module, incompatible_keys: object) -> None:
+    if isinstance(module, Clusterer):
+        with torch.no_grad():
+            module._refresh()
+
+
+def _squared_distances(points: Tensor, centre: Tensor) -> Tensor:  # (N, D), (D,) -> (N,)
+    """Directly, not by the expanded square: a point that equals the centre must come out as exactly zero."""
+    return torch.cat([(chunk - centre).square().sum(dim=1) for chunk in points.split(_CHUNK)])
+
+
+def _seed_centroids(points: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:  # (N, D) -> (C, D)
+    """Greedy k-means++: of 2 + log C candidates drawn in proportion to squared distance, keep the one that helps most."""
+    candidates = 2 + int(math.log(num_clusters))
+    first = int(torch.randint(len(points), (), generator=generator))
+    chosen, nearest = [first], _squared_distances(points, points[first])
+    while len(chosen) < num_clusters:
+        cumulative = nearest.double().cumsum(0).cpu()
+        if not cumulative[-1] > 0:
+            raise InvalidArgumentError(
+                f"hidden must hold at least num_clusters={num_clusters} distinct rows; got {len(chosen)} distinct ones"
+            )
+        draws = torch.rand(candidates, generator=generator, dtype=torch.float64) * cumulative[-1]
+        drawn = torch.searchsorted(cumulative, draws, right=True).clamp(max=len(points) - 1)
+        reduced = [torch.minimum(nearest, _squared_distances(points, points[i])) for i in drawn.tolist()]
+        best = min(range(candidates), key=lambda j: float(reduced[j].sum(dtype=torch.float64)))
+        chosen.append(int(drawn[best]))
+        nearest = reduced[best]
+    return points[torch.tensor(chosen, device=points.device)].clone()
+
+
+def _assign(points: Tensor, centroids: Tensor) -> reference.Assignment:
+    half_norms = reference.half_squared_norms(centroids)
+    parts = [reference.assign(chunk, centroids, half_norms) for chunk in points.split(_CHUNK)]
+    return reference.Assignment(torch.cat([p.cluster_ids for p in parts]), torch.cat([p.distance for p in parts]))
+
+
+def _lloyd(
+    points: Tensor, centroids: Tensor, max_iterations: int, tolerance: float
+) -> Tensor:  # (N, D), (C, D) -> (C, D)
+    for _ in range(max_iterations):
+        ids = _assign(points, centroids).cluster_ids
+        counts = torch.bincount(ids, minlength=len(centroids))
+        sums = torch.zeros_like(centroids).index_add_(0, ids, points)
+        updated = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
+        moved = float((updated - centroids).norm(dim=1).max())
+        centroids = updated
+        if moved <= tolerance:
+            break
+    return centroids
+
+
+def _mini_batches(
+    points: Tensor,  # (N, D)
+    centroids: Tensor,  # (C, D)
+    batch_size: int,
+    passes: int,
+    tolerance: float,
+    generator: torch.Generator,
+) -> Tensor:  # (C, D)
+    """Each centroid is the running mean of the points assigned to it so far."""
+    seen = torch.zeros(len(centroids), device=points.device)
+    for _ in range(passes):
+        before = centroids
+        for rows in torch.randperm(len(points), generator=generator).split(batch_size):
+            batch = points[rows.to(points.device)]
+            ids = _assign(batch, centroids).cluster_ids
+            counts = torch.bincount(ids, minlength=len(centroids))
+            seen = seen + counts
+            offsets = torch.zeros_like(centroids).index_add_(0, ids, batch - centroids[ids])
+            centroids = centroids + offsets / seen.clamp(min=1)[:, None]
+        if float((centroids - before).norm(dim=1).max()) <= tolerance:
+            break
+    return centroids
+
+
+def _without_empty_clusters(points: Tensor, centroids: Tensor) -> tuple[Tensor, reference.Assignment]:
+    """Move each empty cluster onto the point that is farthest from its own centroid, until none is empty."""
+    for _ in range(_REPAIRS):
+        assignment = _assign(points, centroids)
+        empty = (torch.bincount(assignment.cluster_ids, minlength=len(centroids)) == 0).nonzero().flatten()
+        if not len(empty):
+            return centroids, assignment
+        distance = _squared_to_own(points, centroids, assignment.cluster_ids)
+        centroids = centroids.clone()
+        for cluster in empty.tolist():
+            farthest = int(distance.argmax())
+            centroids[cluster] = points[farthest]
+            distance = torch.minimum(distance, _squared_distances(points, points[farthest]))
+    raise InvalidArgumentError(
+        f"hidden must hold at least num_clusters={len(centroids)} rows that float32 can tell apart; "
+        f"{len(empty)} clusters stayed empty"
+    )
+
+
+def _squared_to_own(points: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:  # (N, D), (C, D), (N,) -> (N,)
+    pairs = zip(points.split(_CHUNK), ids.split(_CHUNK), strict=True)
+    return torch.cat([(chunk - centroids[own]).square().sum(dim=1) for chunk, own in pairs])
+
+
+def _radius(assignment: reference.Assignment, num_clusters: int) -> Tensor:  # -> (C,)
+    pooled = _quantile(assignment.distance)
+    members = [assignment.distance[assignment.cluster_ids == c] for c in range(num_clusters)]
+    return torch.stack([_quantile(m) if len(m) >= _FEW_MEMBERS else pooled for m in members])
+
+
+def _quantile(distance: Tensor) -> Tensor:  # (n,) -> ()
+    """By a sort: torch.quantile refuses more than 2^24 values."""
+    ordered = distance.sort().values
+    return ordered[math.ceil(_RADIUS_QUANTILE * len(ordered)) - 1]

@@ -1,0 +1,62 @@
+"""Send tokens to their experts and mix what comes back.
+
+Dimensions: N tokens, D hidden size, E experts, k experts per token, O output size.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from einops import einsum
+from torch import Tensor, nn
+
+
+class Dispatch(NamedTuple):
+    """The N·k (token, slot) pairs sorted by expert, slots of one expert in token order."""
+
+    order: Tensor  # (N k,) int64: pair at each sorted place; pair // k is its token
+    counts: Tensor  # (E,) int64: pairs of each expert
+
+
+def dispatch(expert_indices: Tensor, num_experts: int) -> Dispatch:  # (N, k)
+    """Group the (token, slot) pairs by expert.
+
+    >>> dispatch(torch.tensor([[1, 0], [1, 2]]), num_experts=3)
+    Dispatch(order=tensor([1, 0, 2, 3]), counts=tensor([1, 2, 1]))
+    """
+    flat = expert_indices.reshape(-1)
+    return Dispatch(flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts))
+
+
+def run_experts(
+    experts: Sequence[nn.Module],
+    tokens: Tensor,  # (N k, D) sorted by expert
+    counts: Tensor,  # (E,)
+) -> Tensor:  # (N k, O)
+    """Each expert on its own rows.
+
+    In training, experts without rows run on an empty batch: their parameters then get a zero gradient instead of none, which
+    distributed training requires.
+    """
+    outputs = []
+    training = any(expert.training for expert in experts)
+    for expert, rows in zip(experts, tokens.split(counts.tolist()), strict=True):
+        if len(rows) or training:
+            outputs.append(expert(rows))
+    return torch.cat(outputs) if outputs else experts[0](tokens)
+
+
+def combine(
+    outputs: Tensor,  # (N k, O) sorted by expert
+    order: Tensor,  # (N k,)
+    routing_weights: Tensor,  # (N, k)
+) -> Tensor:  # (N, O)
+    """Weighted sum of each token's expert outputs, slots added in order: the same bits on every run and device.
+
+    Rows go back to their slots by a gather rather than an atomic scatter-add.
+    """
+    num_tokens, top_k = routing_weights.shape
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    slots = outputs[place].reshape(num_tokens, top_k, outputs.shape[-1])
+    return einsum(routing_weights.to(slots.dtype), slots, "n k, n k o -> n o")

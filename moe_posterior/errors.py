@@ -1,0 +1,30 @@
+"""The library's errors: one base class, so that one ``except`` catches them all, and a few children that say what kind."""
+
+
+class MoEPosteriorError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class InvalidArgumentError(MoEPosteriorError, ValueError):
+    """An argument has a wrong shape, dtype or value; the message names it, what was expected and what came."""
+
+
+class NotFittedError(MoEPosteriorError, RuntimeError):
+    """A gate or clusterer was used before ``fit`` gave it centroids."""
+
+
+class MissingDataError(MoEPosteriorError, FileNotFoundError):
+    """A data file is absent; the message says where was looked and what to put there."""
+
+
+class MissingDependencyError(MoEPosteriorError, ImportError):
+    """A part was used whose packages belong to an extra that is not installed.
+
+    >>> print(MissingDependencyError("lightning", "train"))
+    this needs the package 'lightning', which is not installed: pip install 'moe-posterior[train]'
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"this needs the package '{package}', which is not installed: pip install 'moe-posterior[{extra}]'"
+        )

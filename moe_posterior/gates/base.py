@@ -1,0 +1,107 @@
+"""What every gate is: hidden states in, a Routing out, outcomes back.
+
+Dimensions: N tokens, D hidden size, E experts, k experts per token.
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_posterior.errors import InvalidArgumentError
+
+
+class Routing(NamedTuple):
+    """Which experts each token goes to, with what weight, and why.
+
+    It can be observed any time later, once: delayed outcomes are normal.
+    """
+
+    expert_indices: Tensor  # (N, k) int64, best first
+    routing_weights: Tensor  # (N, k), rows sum to 1
+    cluster_ids: Tensor  # (N,) int64; 0 for gates without clusters
+    scores: Tensor  # (N, k) what the gate ranked the experts by
+    distance: Tensor  # (N,) to the centroid; 0 for gates without clusters, inf for a row that holds NaN or inf
+
+
+class Gate(nn.Module, ABC):
+    """A rule that chooses ``top_k`` of ``num_experts`` experts for every token.
+
+    ``forward`` decides and changes nothing; ``observe`` learns from outcomes; ``fit`` prepares what must be known before the
+    first decision. Gates that need no preparation or learn by gradient alone inherit the two latter as they are.
+
+    Args:
+        hidden_size: D.
+        num_experts: E.
+        top_k: k, from 1 to E.
+
+    Raises:
+        InvalidArgumentError: a size below one, or ``top_k`` above ``num_experts``.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        for name, size in (("hidden_size", hidden_size), ("num_experts", num_experts)):
+            if size < 1:
+                raise InvalidArgumentError(f"{name} must be at least 1; got {size}")
+        if not 1 <= top_k <= num_experts:
+            raise InvalidArgumentError(f"top_k must lie in [1, num_experts={num_experts}]; got {top_k}")
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+
+    @abstractmethod
+    def forward(self, hidden: Tensor) -> Routing:  # (N, D)
+        """Choose experts for every token; changes no state."""
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the gate can decide yet."""
+        return True
+
+    def fit(self, hidden: Tensor, *, generator: torch.Generator | None = None) -> None:  # (..., D)
+        """Prepare the gate on representative hidden states; nothing to do for most gates."""
+
+    def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (N, k) or (N, E)
+        """Learn how the experts did; gates that learn by gradient alone only check the arguments.
+
+        Args:
+            routing: what this gate returned, now or earlier.
+            outcome: competence signals in [0, 1], NaN where not observed: ``(N, k)``, one a slot, or ``(N, E)``, one an expert.
+            dense: True says column e belongs to expert e, False says column j belongs to slot j. None infers it from the shape,
+                which is impossible where k = E.
+
+        Raises:
+            InvalidArgumentError: wrong shape, an outcome outside [0, 1], or k = E without ``dense``; nothing has changed.
+        """
+        self.slots_of(routing, outcome, dense)
+        if ((outcome < 0) | (outcome > 1)).any():
+            raise InvalidArgumentError("outcome must lie in [0, 1] or be NaN (not observed)")
+
+    def slots_of(self, routing: Routing, outcome: Tensor, dense: bool | None) -> Tensor | None:  # -> (N, k) or None
+        """The experts that the columns of ``outcome`` belong to; None if the columns are all experts in order."""
+        num_tokens, top_k = routing.expert_indices.shape
+        slots, experts = (num_tokens, top_k), (num_tokens, self.num_experts)
+        shape = tuple(outcome.shape)
+        if dense is None:
+            if top_k == self.num_experts and shape == slots:
+                raise InvalidArgumentError(
+                    f"outcome of shape {shape} is ambiguous with top_k = num_experts = {top_k}: pass dense=True if column e "
+                    f"belongs to expert e, dense=False if column j belongs to slot j of routing.expert_indices"
+                )
+            dense = shape == experts
+        if shape != (experts if dense else slots):
+            raise InvalidArgumentError(
+                f"outcome must have shape {slots} (one a slot) or {experts} (one an expert); got {shape}, dense={dense}"
+            )
+        return None if dense else routing.expert_indices
+
+    def validate_hidden(self, hidden: Tensor) -> None:
+        """Raise InvalidArgumentError unless ``hidden`` is a floating (N, D)."""
+        if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size or not hidden.is_floating_point():
+            raise InvalidArgumentError(
+                f"hidden must be floating point of shape (N, {self.hidden_size}); got {hidden.dtype} of shape "
+                f"{tuple(hidden.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"

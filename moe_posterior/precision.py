@@ -1,0 +1,41 @@
+"""Buffers that keep their dtype: counts and centroids must survive ``.half()``, ``.to(bfloat16)`` and low-precision loads."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+
+class FixedPrecision(nn.Module):
+    """A module whose own buffers move between devices but never change dtype.
+
+    In bfloat16 a count stops growing at 256 and in float32 at 2^24, silently. Casting a whole model is routine, so the modules
+    that count derive from this class: ``module.half()``, ``module.to(torch.bfloat16)``, ``load_state_dict`` of a cast
+    checkpoint and ``load_state_dict(assign=True)`` all leave the dtype of their own buffers as it was. Child modules are cast
+    as usual. A checkpoint that arrives in a lower precision is loaded with a warning: its values were rounded when it was cast.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(move_only, recurse=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, buffer in self._buffers.items():
+            incoming = state_dict.get(prefix + name)
+            if buffer is None or not isinstance(incoming, Tensor) or incoming.dtype == buffer.dtype:
+                continue
+            if incoming.dtype.itemsize < buffer.dtype.itemsize:
+                warnings.warn(
+                    f"{prefix}{name} is stored as {incoming.dtype}, not {buffer.dtype}: it was rounded when the checkpoint was "
+                    f"cast, and loading cannot restore it; save the state_dict before casting",
+                    stacklevel=2,
+                )
+            state_dict[prefix + name] = incoming.to(buffer.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)

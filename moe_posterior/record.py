@@ -1,0 +1,134 @@
+"""Collect the routings of a forward pass and observe them once outcomes are known."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.gates import Gate, Routing
+
+
+class Trace:
+    """The routings that the gates of a model made inside :func:`record`, in the order they were made.
+
+    Each entry of ``routings`` is (name of the gate in the model, its routing). A trace is observed once: after
+    :meth:`observe` or :meth:`observe_gradients` it is empty.
+    """
+
+    def __init__(self, gates: dict[str, Gate]) -> None:
+        self.gates = gates
+        self.routings: list[tuple[str, Routing]] = []
+
+    def __len__(self) -> int:
+        return len(self.routings)
+
+    def observe(self, outcome: Tensor) -> None:  # (...) one a token
+        """Credit every chosen expert of every layer with its token's outcome.
+
+        Experts that share a layer's output are credited alike, which confounds them; where a backward pass is at hand
+        :meth:`observe_gradients` tells them apart.
+
+        Args:
+            outcome: one value in [0, 1] a token, NaN where unobserved (padding); any shape with as many elements as the
+                routings have tokens.
+
+        Raises:
+            InvalidArgumentError: another number of tokens, or a value outside [0, 1]; no gate has learned anything.
+        """
+        self._require_routings()
+        flat = outcome.reshape(-1)
+        for name, routing in self.routings:
+            if len(flat) != len(routing.expert_indices):
+                raise InvalidArgumentError(
+                    f"outcome must hold one value for each of the {len(routing.expert_indices)} tokens of gate {name!r}; "
+                    f"got shape {tuple(outcome.shape)}"
+                )
+        if ((flat < 0) | (flat > 1)).any():
+            raise InvalidArgumentError("outcome must lie in [0, 1] or be NaN (not observed)")
+        for name, routing in self.routings:
+            slots = flat[:, None].expand(routing.expert_indices.shape)
+            self.gates[name].observe(routing, slots, dense=False)
+        self.routings = []
+
+    def observe_gradients(self) -> None:
+        """Credit each slot with its own sign, after the loss's backward: did this expert's share lower this token's loss?
+
+        The loss's gradient on a routing weight is the inner product of the gradient on the layer's output with that expert's
+        output, so ``gradient · weight < 0`` says the contribution helped: one bit a slot and layer, at no extra forward.
+        A gradient of exactly zero or NaN is not observed.
+
+        Raises:
+            InvalidArgumentError: a recorded routing weight has no gradient: no backward has run, or it did not reach this gate.
+        """
+        self._require_routings()
+        outcomes = []
+        for name, routing in self.routings:
+            gradient = routing.routing_weights.grad
+            if gradient is None:
+                raise InvalidArgumentError(
+                    f"the routing weights of gate {name!r} have no gradient: call loss.backward() on a loss of the recorded "
+                    f"forward first"
+                )
+            share = gradient * routing.routing_weights.detach()
+            outcomes.append(
+                torch.where(share == 0, torch.nan, (share < 0).to(share.dtype)).where(~share.isnan(), torch.nan)
+            )
+        for (name, routing), outcome in zip(self.routings, outcomes, strict=True):
+            self.gates[name].observe(routing, outcome, dense=False)
+        self.routings = []
+
+    def _require_routings(self) -> None:
+        if not self.routings:
+            raise InvalidArgumentError(
+                "this trace holds no routings: run a forward inside record(), and observe it once"
+            )
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Trace]:
+    """Record the routing of every gate of ``model`` in the forward passes inside the block.
+
+    Where gradients are enabled, recorded routing weights take part in the graph, so that a later backward leaves their
+    gradient for :meth:`Trace.observe_gradients`.
+
+    Raises:
+        InvalidArgumentError: the model holds no gate.
+
+    >>> from moe_posterior import PosteriorMoE
+    >>> hidden = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    >>> moe = PosteriorMoE(nn.ModuleList([nn.Linear(8, 8) for _ in range(4)]), hidden_size=8, num_clusters=4)
+    >>> moe.gate.fit(hidden)
+    >>> with record(moe) as trace:
+    ...     loss = moe(hidden).square().mean()
+    >>> loss.backward()
+    >>> trace.observe_gradients()
+    >>> float((moe.gate.posterior.successes + moe.gate.posterior.failures).sum())
+    128.0
+    """
+    gates = {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
+    if not gates:
+        raise InvalidArgumentError(f"model must hold at least one Gate; {type(model).__name__} holds none")
+    trace = Trace(gates)
+
+    def hook_of(name: str) -> Any:
+        def keep(gate: nn.Module, inputs: Any, routing: Routing) -> Routing:
+            if torch.is_grad_enabled():
+                weights = routing.routing_weights
+                if weights.requires_grad:
+                    weights.retain_grad()
+                else:
+                    routing = routing._replace(routing_weights=weights.detach().requires_grad_())
+            trace.routings.append((name, routing))
+            return routing
+
+        return keep
+
+    handles = [gate.register_forward_hook(hook_of(name)) for name, gate in gates.items()]
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
