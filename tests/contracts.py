@@ -1,0 +1,46 @@
+"""What every gate must do. A new gate brings one line in GATES and passes tests/gates/test_contract.py."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_posterior import Gate, PosteriorGate, Routing, SoftmaxGate
+
+HIDDEN_SIZE, NUM_EXPERTS = 6, 5
+
+
+def data(num_tokens: int, seed: int = 0) -> Tensor:  # (N, D)
+    return torch.randn(num_tokens, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+# name -> (top_k -> gate). Numbers are awkward on purpose: neither E nor C is a power of two.
+GATES: dict[str, Callable[[int], Gate]] = {
+    "softmax": lambda k: SoftmaxGate(HIDDEN_SIZE, NUM_EXPERTS, k),
+    "softmax mlp": lambda k: SoftmaxGate(HIDDEN_SIZE, NUM_EXPERTS, k, router_width=9),
+    "posterior lcb": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k),
+    "posterior mean": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="mean", threshold=0.5),
+    "posterior quantile": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="quantile"),
+    "posterior thompson": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="thompson"),
+}
+# Thompson draws come from an explicit generator, which a graph cannot hold.
+COMPILED_WHOLE = [name for name in GATES if name != "posterior thompson"]
+
+
+def fitted(name: str, top_k: int = 2) -> Gate:
+    gate = GATES[name](top_k)
+    gate.fit(data(100))
+    return gate
+
+
+def assert_valid(routing: Routing, num_tokens: int, top_k: int) -> None:
+    assert routing.expert_indices.shape == routing.routing_weights.shape == routing.scores.shape == (num_tokens, top_k)
+    assert routing.cluster_ids.shape == routing.distance.shape == (num_tokens,)
+    assert routing.expert_indices.dtype == routing.cluster_ids.dtype == torch.int64
+    assert ((routing.expert_indices >= 0) & (routing.expert_indices < NUM_EXPERTS)).all()
+    assert all(len(set(row)) == top_k for row in routing.expert_indices.tolist()), "an expert was chosen twice"
+
+
+def assert_equal(first: Routing, second: Routing) -> None:
+    for name in Routing._fields:
+        assert torch.equal(getattr(first, name), getattr(second, name)), name

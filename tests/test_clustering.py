@@ -1,0 +1,128 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import nearest_centroid
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits
+
+from moe_posterior import Clusterer, InvalidArgumentError, NotFittedError
+
+DIGITS = torch.from_numpy(load_digits().data).float() / 16
+
+
+def inertia(points: torch.Tensor, centroids: torch.Tensor) -> float:
+    return float(torch.cdist(points.double(), centroids.double()).min(dim=1).values.square().sum())
+
+
+@pytest.mark.parametrize("batch_size", [None, 256])
+def test_fit_is_as_good_as_scikit_learn_on_real_digits(batch_size: int | None) -> None:
+    clusterer = Clusterer(20, 64).fit(DIGITS, batch_size=batch_size)
+    reference = KMeans(20, n_init=1, random_state=0).fit(DIGITS.double().numpy()).inertia_
+    assert inertia(DIGITS, clusterer.centroids) < 1.05 * reference
+
+
+@pytest.mark.parametrize("batch_size", [None, 100])
+@pytest.mark.parametrize("num_clusters", [1, 7, 64, 400])
+def test_no_cluster_is_empty_after_a_fit(num_clusters: int, batch_size: int | None) -> None:
+    clusterer = Clusterer(num_clusters, 64).fit(DIGITS, batch_size=batch_size, max_iterations=10)
+    assert torch.bincount(clusterer(DIGITS).cluster_ids, minlength=num_clusters).min() > 0
+
+
+@given(st.integers(1, 12), st.integers(0, 10_000))
+def test_as_many_clusters_as_distinct_points_each_own_one(num_clusters: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    distinct = torch.randperm(50, generator=generator)[:num_clusters].float()[:, None]
+    points = distinct.repeat(3, 1)
+    clusterer = Clusterer(num_clusters, 1).fit(points, generator=generator)
+    assert sorted(clusterer.centroids.flatten().tolist()) == pytest.approx(sorted(distinct.flatten().tolist()))
+
+
+@pytest.mark.parametrize("points", [torch.zeros(100, 2), torch.eye(2).repeat(50, 1), torch.zeros(2, 2)])
+def test_fewer_distinct_points_than_clusters_is_a_clear_error(points: torch.Tensor) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"at least num_clusters=3 distinct rows; got [12]"):
+        Clusterer(3, 2).fit(points)
+
+
+def test_a_fit_is_reproducible_and_the_generator_matters() -> None:
+    first, again = Clusterer(10, 64).fit(DIGITS), Clusterer(10, 64).fit(DIGITS)
+    other = Clusterer(10, 64).fit(DIGITS, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(first.centroids, again.centroids)
+    assert not torch.equal(first.centroids, other.centroids)
+
+
+def test_assignment_matches_a_loop_over_tokens() -> None:
+    clusterer = Clusterer(13, 64).fit(DIGITS)
+    ids, distance = clusterer(DIGITS[:100])
+    expected = nearest_centroid(DIGITS[:100], clusterer.centroids)
+    assert ids.tolist() == [cluster for cluster, _ in expected]
+    torch.testing.assert_close(distance, torch.tensor([d for _, d in expected]), rtol=1e-4, atol=1e-3)
+
+
+def test_radius_is_a_high_quantile_of_the_members_distances() -> None:
+    clusterer = Clusterer(5, 64).fit(DIGITS)
+    ids, distance = clusterer(DIGITS)
+    for cluster in range(5):
+        share_inside = (distance[ids == cluster] <= clusterer.radius[cluster]).float().mean()
+        assert 0.985 <= share_inside <= 1.0
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_a_row_without_a_finite_nearest_centroid_goes_to_cluster_0_at_distance_inf(bad: float) -> None:
+    clusterer = Clusterer(5, 64).fit(DIGITS)
+    hidden = DIGITS[:3].clone()
+    hidden[1, 7] = bad
+    ids, distance = clusterer(hidden)
+    if bad == 3e38:  # finite, yet its square overflows: the nearest centroid may exist, the distance does not
+        assert 0 <= ids[1] < 5
+    else:
+        assert ids[1] == 0
+    assert distance[1] == torch.inf
+    assert torch.isfinite(distance[[0, 2]]).all()
+
+
+def test_state_dict_round_trip_restores_the_fit_bit_for_bit() -> None:
+    clusterer = Clusterer(5, 64).fit(DIGITS)
+    restored = Clusterer(5, 64)
+    restored.load_state_dict(clusterer.state_dict())
+    assert restored.fitted
+    assert torch.equal(restored(DIGITS).cluster_ids, clusterer(DIGITS).cluster_ids)
+    assert torch.equal(restored(DIGITS).distance, clusterer(DIGITS).distance)
+    assert torch.equal(restored.radius, clusterer.radius)
+
+
+def test_an_unfitted_state_dict_restores_an_unfitted_clusterer() -> None:
+    clusterer = Clusterer(5, 64).fit(DIGITS)
+    clusterer.load_state_dict(Clusterer(5, 64).state_dict())
+    with pytest.raises(NotFittedError, match="these 5 clusters have no centroids yet"):
+        clusterer(DIGITS)
+
+
+def test_casting_leaves_the_centroids_as_they_were() -> None:
+    clusterer = Clusterer(5, 64).fit(DIGITS)
+    before = clusterer.centroids.clone()
+    assert torch.equal(clusterer.to(torch.bfloat16).centroids, before)
+
+
+def test_low_precision_hidden_states_are_assigned_in_float32() -> None:
+    clusterer = Clusterer(5, 64).fit(DIGITS)
+    rounded = DIGITS.to(torch.bfloat16)
+    assert torch.equal(clusterer(rounded).cluster_ids, clusterer(rounded.float()).cluster_ids)
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (torch.zeros(10, 63), r"hidden must have shape \(..., 64\); got \(10, 63\)"),
+        (torch.full((10, 64), torch.nan), "10 of 10 rows hold NaN or inf"),
+        (torch.zeros(64), r"hidden must have shape"),
+    ],
+)
+def test_fit_refuses_bad_points(points: torch.Tensor, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        Clusterer(5, 64).fit(points)
+
+
+def test_fit_accepts_leading_dimensions() -> None:
+    flat, shaped = Clusterer(5, 64).fit(DIGITS[:1000]), Clusterer(5, 64).fit(DIGITS[:1000].reshape(10, 100, 64))
+    assert torch.equal(flat.centroids, shaped.centroids)

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from torch import nn
+
+from moe_posterior import InvalidArgumentError, MixtureOfExperts, PosteriorMoE, SoftmaxGate, record
+
+D, E = 6, 5
+
+
+def data(num_tokens: int) -> torch.Tensor:
+    return torch.randn(num_tokens, D, generator=torch.Generator().manual_seed(0))
+
+
+def moe(top_k: int = 2) -> PosteriorMoE:
+    layer = PosteriorMoE(nn.ModuleList([nn.Linear(D, D) for _ in range(E)]), hidden_size=D, num_clusters=3, top_k=top_k)
+    layer.gate.fit(data(50))
+    return layer
+
+
+def evidence(layer: PosteriorMoE) -> float:
+    return float((layer.gate.posterior.successes + layer.gate.posterior.failures).sum())
+
+
+def test_all_layers_are_credited_once() -> None:
+    model = nn.Sequential(moe(), moe())
+    with record(model) as trace:
+        model(data(10).reshape(2, 5, D))
+    assert [name for name, _ in trace.routings] == ["0.gate", "1.gate"]
+    outcome = torch.ones(2, 5)
+    outcome[0, 0] = torch.nan  # padding
+    trace.observe(outcome)
+    assert evidence(model[0]) == evidence(model[1]) == 9 * 2
+    with pytest.raises(InvalidArgumentError, match="holds no routings"):
+        trace.observe(outcome)
+
+
+def test_hooks_are_gone_after_the_block_and_after_an_error() -> None:
+    model = moe()
+    with pytest.raises(RuntimeError, match="stop"), record(model) as trace:
+        raise RuntimeError("stop")
+    model(data(5))
+    assert len(trace) == 0
+
+
+def test_a_bad_outcome_is_refused_before_any_layer_learns() -> None:
+    model = nn.Sequential(moe(), moe())
+    with record(model) as trace:
+        model(data(4))
+    for bad in (torch.ones(5), torch.tensor([0.0, 1.0, 1.5, 1.0])):
+        with pytest.raises(InvalidArgumentError, match="outcome must"):
+            trace.observe(bad)
+    assert evidence(model[0]) == evidence(model[1]) == 0
+    trace.observe(torch.ones(4))
+    assert evidence(model[0]) == 8
+
+
+def test_the_gradients_sign_says_whether_an_experts_share_lowered_the_loss() -> None:
+    model, hidden = moe(), data(40)
+    target = torch.randn(40, D, generator=torch.Generator().manual_seed(1))
+    with record(model) as trace:
+        output = model(hidden)
+    (output - target).square().sum().backward()
+    (_, routing) = trace.routings[0]
+    trace.observe_gradients()
+    # By hand: the loss falls as a slot's weight grows iff <dL/dy, expert output> < 0.
+    successes = torch.zeros(3, E, dtype=torch.float64)
+    slope = 2 * (output - target).detach()
+    for i in range(40):
+        for expert in routing.expert_indices[i].tolist():
+            helped = float(slope[i] @ model.experts[expert](hidden[i]).detach()) < 0
+            successes[routing.cluster_ids[i], expert] += helped
+    assert torch.equal(model.gate.posterior.successes, successes)
+    assert evidence(model) == 80
+
+
+def test_learned_gates_keep_their_own_gradient_under_record() -> None:
+    model = MixtureOfExperts(nn.ModuleList([nn.Linear(D, D) for _ in range(E)]), SoftmaxGate(D, E, 2))
+    model(data(20)).square().sum().backward()
+    plain = model.gate.router.weight.grad.clone()
+    model.zero_grad()
+    with record(model):
+        model(data(20)).square().sum().backward()
+    assert torch.equal(plain, model.gate.router.weight.grad)
+
+
+def test_gradients_before_a_backward_are_an_error_that_says_what_to_do() -> None:
+    model = moe()
+    with record(model) as trace:
+        model(data(4))
+    with pytest.raises(InvalidArgumentError, match=r"call loss.backward\(\)"):
+        trace.observe_gradients()
+
+
+def test_recording_changes_no_output() -> None:
+    model = moe()
+    with record(model):
+        recorded = model(data(20))
+    assert torch.equal(recorded, model(data(20)))
+
+
+def test_a_model_without_gates_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="Linear holds none"), record(nn.Linear(2, 2)):
+        pass
