@@ -1,0 +1,77 @@
+"""The console script ``moe-posterior``: hands each subcommand to its part, importing only that part."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from moe_posterior.errors import MissingDependencyError, MoEPosteriorError
+
+
+class _Command(NamedTuple):
+    module: str
+    function: str
+    extra: str  # what must be installed
+    summary: str
+
+
+COMMANDS = {
+    "fit": _Command("moe_posterior.training.cli", "fit", "train", "train the arms of an experiment"),
+    "evaluate": _Command(
+        "moe_posterior.training.evaluate",
+        "evaluate",
+        "train",
+        "measure a run's accuracy and calibration, also under shift",
+    ),
+}
+
+
+def usage() -> str:
+    """The help text."""
+    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: moe-posterior COMMAND [options]",
+            "",
+            "Mixtures of experts that route by proven competence, and how well calibrated they are.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "moe-posterior COMMAND --help tells more. A first run: moe-posterior fit --config configs/demo.yaml",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the console script; the exit status is 0 for success, 1 for an interruption, 2 for a mistake in what was asked."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"moe-posterior: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    try:
+        return getattr(_load(command), command.function)(rest)
+    except MoEPosteriorError as error:
+        print(f"moe-posterior {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"moe-posterior {name}: interrupted", file=sys.stderr)
+        return 1
+
+
+def _load(command: _Command) -> object:
+    try:
+        return importlib.import_module(command.module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("moe_posterior"):
+            raise
+        raise MissingDependencyError(error.name.split(".")[0], command.extra) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

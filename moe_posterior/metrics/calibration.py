@@ -1,0 +1,210 @@
+"""Top-label calibration as sums over confidence bins, for any number of possibly overlapping groups.
+
+Dimensions: N predictions, K classes, G groups, B = n_bins + 1 bins, P (prediction, group) pairs. The bins are those of
+torchmetrics: edges ``linspace(0, 1, n_bins + 1)`` in float32, lower edge included, and one last bin for the confidence
+1.0 alone. The sums have a fixed size and are float64, so they add up over batches, ranks and files without drift: a
+metric, a reliability curve and a bootstrap all read the same three numbers per bin.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_posterior.errors import InvalidArgumentError
+
+NORMS = ("l1", "l2", "max")
+
+
+@dataclass(frozen=True, eq=False)
+class BinSums:
+    """What calibration needs to know about the predictions that fell in each bin; ``+`` merges two."""
+
+    confidence: Tensor  # (G, B) float64, sum of confidences
+    correct: Tensor  # (G, B) float64, number of correct predictions
+    count: Tensor  # (G, B) float64, number of predictions
+
+    def __add__(self, other: "BinSums") -> "BinSums":
+        return BinSums(
+            self.confidence + other.confidence,
+            self.correct + other.correct,
+            self.count + other.count,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedCalibration:
+    """Calibration of each group; NaN where there is nothing, or too little, to say."""
+
+    calibration_error: Tensor  # (G,), NaN below min_count
+    accuracy: Tensor  # (G,), NaN for an empty group
+    confidence: Tensor  # (G,), mean top-label confidence, NaN for an empty group
+    count: Tensor  # (G,), predictions seen
+
+
+def validate_arguments(num_groups: int, n_bins: int, norm: str, min_count: int) -> None:
+    """Refuse knobs that have no meaning, naming the one at fault."""
+    for name, value in (("num_groups", num_groups), ("n_bins", n_bins), ("min_count", min_count)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidArgumentError(f"{name} must be an integer of at least 1; got {value!r}")
+    if norm not in NORMS:
+        raise InvalidArgumentError(f"norm must be one of {NORMS}; got {norm!r}")
+
+
+def validate_predictions(
+    preds: Tensor,  # (N, K) probabilities or (N,) confidences
+    target: Tensor,  # (N,)
+) -> None:
+    """Refuse anything but probabilities (or confidences) beside labels that fit them.
+
+    Mixtures of probabilities may leave [0, 1] by rounding, so a margin of 1e-5 (two ulp in half precision) passes.
+    Logits do not: a metric that takes a softmax of whatever looks like logits turns one rounding error into a wrong
+    report.
+    """
+    if not preds.is_floating_point() or preds.ndim not in (1, 2):
+        raise InvalidArgumentError(
+            f"preds must be floating point of shape (N, K) or (N,); got {preds.dtype} of shape {tuple(preds.shape)}"
+        )
+    if target.shape != preds.shape[:1] or target.is_floating_point() or target.is_complex():
+        raise InvalidArgumentError(
+            f"target must be integer of shape ({len(preds)},); got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    if not len(preds):
+        return
+    margin = max(1e-5, 2 * torch.finfo(preds.dtype).eps)
+    inside = (preds >= -margin) & (preds <= 1 + margin)  # False for NaN
+    if not inside.all():
+        where = tuple((~inside).nonzero()[0].tolist())
+        raise InvalidArgumentError(f"preds must be probabilities in [0, 1]; got {preds[where].item()} at {where}")
+    num_labels = preds.shape[1] if preds.ndim == 2 else 2
+    if preds.ndim == 2:
+        totals = preds.double().sum(1)
+        off = (totals - 1).abs() > max(1e-3, num_labels * torch.finfo(preds.dtype).eps)
+        if off.any():
+            row = int(off.nonzero()[0])
+            raise InvalidArgumentError(f"preds must sum to 1 over classes; got {totals[row].item():.6g} in row {row}")
+    if int(target.min()) < 0 or int(target.max()) >= num_labels:
+        meaning = "" if preds.ndim == 2 else " (1 = the prediction was correct)"
+        raise InvalidArgumentError(
+            f"target must lie in [0, {num_labels - 1}]{meaning}; got [{int(target.min())}, {int(target.max())}]"
+        )
+
+
+def validate_groups(
+    groups: Tensor,  # (N,) int64 or (N, G) bool
+    num_groups: int,
+    num_predictions: int,
+) -> None:
+    """Refuse group ids or memberships that do not fit the predictions."""
+    ids = groups.ndim == 1 and groups.dtype == torch.int64
+    membership = groups.ndim == 2 and groups.dtype == torch.bool and groups.shape[1] == num_groups
+    if not (ids or membership) or len(groups) != num_predictions:
+        raise InvalidArgumentError(
+            f"groups must be int64 ids of shape ({num_predictions},) or bool membership of shape "
+            f"({num_predictions}, {num_groups}); got {groups.dtype} of shape {tuple(groups.shape)}"
+        )
+    if ids and len(groups) and (int(groups.min()) < 0 or int(groups.max()) >= num_groups):
+        raise InvalidArgumentError(
+            f"groups must lie in [0, {num_groups - 1}]; got [{int(groups.min())}, {int(groups.max())}]"
+        )
+
+
+def top_label(
+    preds: Tensor,  # (N, K) probabilities or (N,) confidences
+    target: Tensor,  # (N,)
+) -> tuple[Tensor, Tensor]:  # (N,), (N,)
+    """Confidence of the top label and whether it was right, both float64; ties go to the class that ``max`` returns.
+
+    >>> confidence, correct = top_label(torch.tensor([[0.25, 0.75], [0.5, 0.5]]), torch.tensor([1, 1]))
+    >>> confidence.tolist(), correct.tolist()
+    ([0.75, 0.5], [1.0, 0.0])
+    """
+    if preds.ndim == 1:
+        return preds.double().clamp(0, 1), target.double()
+    confidence, label = preds.max(dim=1)
+    return confidence.double().clamp(0, 1), label.eq(target).double()
+
+
+def bin_indices(confidence: Tensor, n_bins: int) -> Tensor:  # (N,) -> (N,) in [0, n_bins]
+    """Bin of each confidence, as torchmetrics bins it; ``n_bins`` is the bin of exactly 1.0.
+
+    Compared in float32 whatever the input, because the edges are: 2/3 in float64 lies below its own float32 edge.
+
+    >>> bin_indices(torch.tensor([0.0, 0.24, 0.25, 1.0]), 4).tolist()
+    [0, 0, 1, 4]
+    """
+    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float32, device=confidence.device)
+    return torch.bucketize(confidence.float(), edges, right=True) - 1
+
+
+def bin_sums(
+    confidence: Tensor,  # (N,)
+    correct: Tensor,  # (N,)
+    groups: Tensor,  # (N,) int64 or (N, G) bool
+    num_groups: int,
+    n_bins: int,
+) -> BinSums:
+    """Sums of one batch; a prediction counts once in every group it belongs to."""
+    bins = bin_indices(confidence, n_bins)
+    if groups.ndim == 2:
+        rows, groups = groups.nonzero(as_tuple=True)  # (P,), (P,)
+        confidence, correct, bins = confidence[rows], correct[rows], bins[rows]
+    values = torch.stack([confidence.double(), correct.double(), torch.ones_like(confidence, dtype=torch.float64)])
+    sums = values.new_zeros(3, num_groups * (n_bins + 1)).index_add_(1, groups * (n_bins + 1) + bins, values)
+    return BinSums(*sums.view(3, num_groups, n_bins + 1).unbind())
+
+
+def calibration_from_sums(sums: BinSums, norm: str = "l1", min_count: int = 1) -> GroupedCalibration:
+    """Calibration error, accuracy and mean confidence of each group from its sums."""
+    total = sums.count.sum(1)  # (G,)
+    gap = torch.nan_to_num((sums.correct - sums.confidence).abs() / sums.count)  # (G, B), 0 in empty bins
+    share = sums.count / total[:, None]
+    if norm == "l1":
+        error = (gap * share).sum(1)
+    elif norm == "l2":
+        error = (gap.square() * share).sum(1).sqrt()
+    else:
+        error = gap.amax(1)
+    return GroupedCalibration(
+        calibration_error=error.masked_fill(total < min_count, torch.nan),
+        accuracy=sums.correct.sum(1) / total,
+        confidence=sums.confidence.sum(1) / total,
+        count=total,
+    )
+
+
+def grouped_calibration_error(
+    preds: Tensor,  # (N, K) probabilities or (N,) confidences
+    target: Tensor,  # (N,)
+    groups: Tensor,  # (N,) int64 or (N, G) bool
+    num_groups: int,
+    n_bins: int = 15,
+    norm: str = "l1",
+    min_count: int = 1,
+) -> GroupedCalibration:
+    """Top-label calibration error, accuracy, mean confidence and count of each group in one pass.
+
+    Args:
+        preds: class probabilities ``(N, K)``, or confidences ``(N,)`` of answers whose correctness is known.
+        target: classes ``(N,)``; beside confidences, 1 where the answer was right and 0 where it was wrong.
+        groups: one group id per prediction, or a bool column per group when groups overlap.
+        num_groups: G.
+        n_bins: equal-width bins on [0, 1]; 15 is the convention of the literature.
+        norm: ``"l1"`` (ECE), ``"l2"`` (root mean square) or ``"max"`` (worst bin).
+        min_count: groups with fewer predictions get a NaN calibration error. Plain ECE is biased upwards by about
+            ``sqrt(bins in use / n)``, so tiny groups look miscalibrated whatever the model.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.
+
+    Source: Guo et al. 2017, *On Calibration of Modern Neural Networks*; bins and norms as in torchmetrics.
+
+    >>> preds = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
+    >>> result = grouped_calibration_error(preds, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), num_groups=3)
+    >>> result.calibration_error, result.count
+    (tensor([0.4500, 0.3000,    nan], dtype=torch.float64), tensor([2., 1., 0.], dtype=torch.float64))
+    """
+    validate_arguments(num_groups, n_bins, norm, min_count)
+    validate_predictions(preds, target)
+    validate_groups(groups, num_groups, len(preds))
+    return calibration_from_sums(bin_sums(*top_label(preds, target), groups, num_groups, n_bins), norm, min_count)

@@ -1,0 +1,112 @@
+"""Calibration per group as a ``torchmetrics.Metric`` whose state has a fixed size and sums across processes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_posterior.errors import MissingDependencyError
+from moe_posterior.metrics.calibration import (
+    BinSums,
+    bin_sums,
+    calibration_from_sums,
+    top_label,
+    validate_arguments,
+    validate_groups,
+    validate_predictions,
+)
+
+try:
+    from torchmetrics import Metric
+except ImportError as error:
+    raise MissingDependencyError("torchmetrics", "train") from error
+
+
+class GroupedCalibrationError(Metric):
+    """Top-label calibration error, accuracy, mean confidence and count of every group, in one pass.
+
+    torchmetrics' own ``MulticlassCalibrationError`` gives the same number for one group, keeping every prediction;
+    here the state is three ``(num_groups, n_bins + 1)`` float64 sums, whatever the data, and groups may overlap.
+
+    Shapes:
+        ``update(preds, target, groups)``: preds ``(N, K)`` probabilities, or ``(N,)`` confidences; target ``(N,)``
+        classes, or 0/1 correctness beside confidences; groups ``(N,)`` int64, or ``(N, num_groups)`` bool when groups
+        overlap.
+        ``compute()``: dict of ``calibration_error``, ``accuracy``, ``confidence`` and ``count``, each ``(num_groups,)``
+        float64. An empty group is NaN in the first three, meaning *nothing observed*, and 0 in ``count``.
+
+    Args:
+        num_groups: G: clusters, subpopulations, routing configurations.
+        n_bins: equal-width bins on [0, 1]; 15 is the convention of the literature.
+        norm: ``"l1"`` (ECE), ``"l2"`` or ``"max"``, as in torchmetrics.
+        min_count: below it a group's calibration error is NaN: the plain estimator is biased upwards on few data.
+        validate_args: check every batch; costs a device synchronisation, so it may be turned off in a hot loop.
+        kwargs: passed to ``torchmetrics.Metric``.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument; the state is unchanged.
+        MissingDependencyError: on import, without torchmetrics.
+
+    >>> metric = GroupedCalibrationError(num_groups=2)
+    >>> metric.update(torch.tensor([[0.9, 0.1], [0.3, 0.7]]), torch.tensor([0, 0]), torch.tensor([0, 1]))
+    >>> {name: [round(x, 3) for x in value.tolist()] for name, value in metric.compute().items()}
+    {'calibration_error': [0.1, 0.7], 'accuracy': [1.0, 0.0], 'confidence': [0.9, 0.7], 'count': [1.0, 1.0]}
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    confidence_sum: Tensor  # (G, n_bins + 1) float64
+    correct_sum: Tensor  # (G, n_bins + 1) float64
+    count_sum: Tensor  # (G, n_bins + 1) float64
+
+    def __init__(
+        self,
+        num_groups: int,
+        n_bins: int = 15,
+        norm: str = "l1",
+        min_count: int = 1,
+        validate_args: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        validate_arguments(num_groups, n_bins, norm, min_count)
+        super().__init__(**kwargs)
+        self.num_groups = num_groups
+        self.n_bins = n_bins
+        self.norm = norm
+        self.min_count = min_count
+        self.validate_args = validate_args
+        for name in ("confidence_sum", "correct_sum", "count_sum"):
+            zeros = torch.zeros(num_groups, n_bins + 1, dtype=torch.float64)
+            self.add_state(name, zeros, dist_reduce_fx="sum")
+
+    def update(
+        self,
+        preds: Tensor,  # (N, K) probabilities or (N,) confidences
+        target: Tensor,  # (N,)
+        groups: Tensor,  # (N,) int64 or (N, G) bool
+    ) -> None:
+        """Add one batch."""
+        if self.validate_args:
+            validate_predictions(preds, target)
+            validate_groups(groups, self.num_groups, len(preds))
+        sums = bin_sums(*top_label(preds, target), groups, self.num_groups, self.n_bins)
+        self.confidence_sum += sums.confidence
+        self.correct_sum += sums.correct
+        self.count_sum += sums.count
+
+    def compute(self) -> dict[str, Tensor]:
+        """Calibration of each group over everything seen, on all processes."""
+        return vars(calibration_from_sums(self.bin_sums(), self.norm, self.min_count))
+
+    def bin_sums(self) -> BinSums:
+        """The collected sums, for reliability curves: ``curve_from_sums(metric.bin_sums(), group)``."""
+        return BinSums(self.confidence_sum, self.correct_sum, self.count_sum)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
+        # Casting the model that holds this metric (`.to(torch.bfloat16)`) must not round counts: follow devices only.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+
+    def extra_repr(self) -> str:
+        return f"num_groups={self.num_groups}, n_bins={self.n_bins}, norm={self.norm!r}, min_count={self.min_count}"

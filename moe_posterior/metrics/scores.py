@@ -1,0 +1,73 @@
+"""Proper scores of predicted class probabilities: they reward calibration and sharpness at once.
+
+Dimensions: N predictions, K classes. Computed in float64; ``reduction="none"`` keeps the score of each row, which is
+what a bootstrap resamples.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.metrics.calibration import validate_predictions
+
+
+def brier_score(
+    preds: Tensor,  # (N, K)
+    target: Tensor,  # (N,)
+    reduction: str = "mean",
+) -> Tensor:  # () or (N,)
+    """Multiclass Brier score Σ_k (p_k − 1[k = y])², in [0, 2]; the two-class value is twice the binary one.
+
+    Args:
+        preds: class probabilities.
+        target: class indices.
+        reduction: ``"mean"`` or ``"none"``; the mean of no rows is NaN.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.
+
+    Source: Brier 1950, *Verification of Forecasts Expressed in Terms of Probability*.
+
+    >>> brier_score(torch.tensor([[0.75, 0.25]]), torch.tensor([0])).item()
+    0.125
+    """
+    _validate(preds, target, reduction)
+    preds = preds.double()
+    rows = (preds - torch.nn.functional.one_hot(target.long(), preds.shape[1])).square().sum(1)
+    return rows.mean() if reduction == "mean" else rows
+
+
+def negative_log_likelihood(
+    preds: Tensor,  # (N, K)
+    target: Tensor,  # (N,)
+    reduction: str = "mean",
+    eps: float = 1e-12,
+) -> Tensor:  # () or (N,)
+    """Negative log of the probability given to the true class, −log max(p_y, eps), in nats.
+
+    Args:
+        preds: class probabilities.
+        target: class indices.
+        reduction: ``"mean"`` or ``"none"``; the mean of no rows is NaN.
+        eps: floor of the probability. The default caps a row at 27.6 nats: one underflow to 0 would make the mean
+            infinite and hide every other row.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.
+
+    >>> round(negative_log_likelihood(torch.tensor([[0.75, 0.25]]), torch.tensor([1])).item(), 4)
+    1.3863
+    """
+    _validate(preds, target, reduction)
+    if not 0 < eps < 1:
+        raise InvalidArgumentError(f"eps must lie in (0, 1); got {eps!r}")
+    rows = -preds.double().gather(1, target.long()[:, None]).squeeze(1).clamp(eps, 1).log()
+    return rows.mean() if reduction == "mean" else rows
+
+
+def _validate(preds: Tensor, target: Tensor, reduction: str) -> None:
+    if preds.ndim != 2:
+        raise InvalidArgumentError(f"preds must have shape (N, K); got {tuple(preds.shape)}")
+    if reduction not in ("mean", "none"):
+        raise InvalidArgumentError(f"reduction must be 'mean' or 'none'; got {reduction!r}")
+    validate_predictions(preds, target)

@@ -1,0 +1,99 @@
+import lightning
+import pytest
+import torch
+
+from moe_posterior import InvalidArgumentError, PosteriorGate, SoftmaxGate
+from moe_posterior.training.backbones import DigitsNet
+from moe_posterior.training.callbacks import CompetenceUpdates
+from moe_posterior.training.data import Digits
+from moe_posterior.training.module import MoEClassifier
+
+GATES = {
+    "softmax": lambda size, experts: SoftmaxGate(size, experts, 2),
+    "posterior": lambda size, experts: PosteriorGate(size, experts, 8, 2),
+}
+
+
+def trained(gate: str, epochs: int, **options) -> tuple[MoEClassifier, Digits, lightning.Trainer]:
+    lightning.seed_everything(0, verbose=False)
+    model, data = MoEClassifier(DigitsNet(), 10, gate=GATES[gate], lr=3e-3), Digits(seed=1)
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[CompetenceUpdates(**options)],
+    )
+    trainer.fit(model, datamodule=data)
+    return model, data, trainer
+
+
+def test_a_refit_counts_each_experts_own_correctness_row_by_row() -> None:
+    model, data, trainer = trained("posterior", 2, warmup_epochs=1)
+    model.eval()
+    CompetenceUpdates(warmup_epochs=0).refit(trainer, model)
+    successes, failures = torch.zeros(8, 4, dtype=torch.float64), torch.zeros(8, 4, dtype=torch.float64)
+    split = data.split("train")
+    with torch.no_grad():
+        for image, target in zip(split.inputs, split.targets, strict=True):
+            scaled = image[None].float() / split.scale if split.scale else image[None]
+            features = model.features(scaled)
+            cluster = int(model.moe.gate(features).cluster_ids)
+            for e, expert in enumerate(model.moe.experts):
+                right = int(expert(features).argmax()) == int(target)
+                successes[cluster, e] += right
+                failures[cluster, e] += not right
+    assert torch.equal(model.moe.gate.posterior.successes, successes)
+    assert torch.equal(model.moe.gate.posterior.failures, failures)
+
+
+def test_all_experts_weigh_the_same_until_the_clusters_are_fitted() -> None:
+    model, data, _ = trained("posterior", 1, warmup_epochs=3)
+    assert not model.moe.gate.fitted
+    batch = next(iter(data.test_dataloader()))
+    prediction = model.predict(batch["input"])
+    assert prediction.routing is None
+    torch.testing.assert_close(prediction.probs, prediction.expert_probs.mean(dim=1))
+
+
+def test_the_layer_and_the_classifier_mix_alike() -> None:
+    model, data, _ = trained("posterior", 2, warmup_epochs=1)
+    model.eval()
+    inputs = next(iter(data.test_dataloader()))["input"]
+    torch.testing.assert_close(model(inputs), model.moe(model.features(inputs)))
+    torch.testing.assert_close(model(inputs).sum(dim=-1), torch.ones(len(inputs)))
+
+
+def test_evidence_from_validation_rows_counts_those_alone() -> None:
+    model, data, _ = trained("posterior", 3, warmup_epochs=1, evidence="val")
+    posterior = model.moe.gate.posterior
+    assert (posterior.successes + posterior.failures).sum(dim=0).tolist() == [float(len(data.split("val")))] * 4
+
+
+def test_refits_happen_when_they_should() -> None:
+    model, data, _ = trained("posterior", 5, warmup_epochs=1, refit_every=3)
+    posterior = model.moe.gate.posterior
+    # Refit at the start of epochs 1 and 4: one pass and one epoch of batches since.
+    assert (posterior.successes + posterior.failures).sum(dim=0).tolist() == [2.0 * len(data.split("train"))] * 4
+
+
+def test_a_gate_without_clusters_trains_as_if_the_callback_were_not_there() -> None:
+    early, _, _ = trained("softmax", 2, warmup_epochs=0)
+    late, _, _ = trained("softmax", 2, warmup_epochs=9)
+    for one, other in zip(early.parameters(), late.parameters(), strict=True):
+        assert torch.equal(one, other)
+    start = MoEClassifier(DigitsNet(), 10, gate=GATES["softmax"]).moe.gate.router.weight
+    assert not torch.equal(early.moe.gate.router.weight, start)
+
+
+@pytest.mark.parametrize("options", [{"warmup_epochs": -1}, {"refit_every": 0}, {"fit_rows": 0}, {"evidence": "test"}])
+def test_wrong_options_are_named(options: dict) -> None:
+    with pytest.raises(InvalidArgumentError, match=next(iter(options))):
+        CompetenceUpdates(**options)
+
+
+def test_a_backbone_without_a_width_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="Flatten does not"):
+        MoEClassifier(torch.nn.Flatten(), 10)

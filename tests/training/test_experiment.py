@@ -1,0 +1,161 @@
+"""The main job end to end, as a user runs it: real processes on scikit-learn's real digits."""
+
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from moe_posterior.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "configs" / "demo.yaml"
+SHORT = ["--trainer.max_epochs", "5", "--competence.warmup_epochs", "2"]
+
+
+def moe_posterior(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """As a user runs it: a process of its own."""
+    command = [sys.executable, "-m", "moe_posterior.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]):
+    """The message of a command that is refused; within this process, since it ends before anything is trained."""
+
+    def message_of(*arguments: str | Path) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        return capsys.readouterr().err
+
+    return message_of
+
+
+def weights(run: Path, arm: str) -> dict[str, torch.Tensor]:
+    return torch.load(run / arm / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    result = moe_posterior("fit", "--config", DEMO, "--run-dir", folder, *SHORT)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_fit_then_evaluate_makes_a_report_of_both_gates(runs: Path) -> None:
+    result = moe_posterior("evaluate", "--run", runs / "demo", "--resamples", "50", "--severities", "3")
+    assert result.returncode == 0, result.stderr
+    assert "softmax" in result.stdout
+    assert "report.json" in result.stdout
+    report = json.loads((runs / "demo" / "report" / "report.json").read_text())
+    assert report["arms"] == ["softmax", "posterior"]
+    of = {(r["arm"], r["shift"], r["subset"], r["metric"]): r["value"] for r in report["records"]}
+    for arm in report["arms"]:
+        assert of[arm, "clean", "overall", "accuracy"] > 0.75  # five short epochs
+        assert of[arm, "clean", "hard", "accuracy"] < of[arm, "clean", "easy", "accuracy"]
+        assert of[arm, "all shifts", "overall", "accuracy"] < of[arm, "clean", "overall", "accuracy"]
+    for picture in ("reliability.png", "posterior.png"):
+        assert (runs / "demo" / "report" / picture).read_bytes().startswith(b"\x89PNG")
+    assert "| softmax" in (runs / "demo" / "report" / "table.md").read_text()
+
+
+def test_the_trained_posterior_gate_has_seen_every_expert_on_every_training_row(runs: Path) -> None:
+    state = weights(runs / "demo", "posterior")
+    observed = state["moe.gate.posterior.successes"] + state["moe.gate.posterior.failures"]
+    # Epochs 2-4 train; the last refit is at the start of epoch 4: one pass over 898 rows and one epoch of batches.
+    assert observed.sum(dim=0).tolist() == [2 * 898.0] * 4
+    assert observed.sum(dim=1).min() > 0
+    assert state["moe.gate.posterior.successes"].dtype == torch.float64
+
+
+def test_a_finished_run_is_left_as_it_is(runs: Path, capsys) -> None:
+    before = (runs / "demo" / "softmax" / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    assert main(["fit", "--config", str(DEMO), "--run-dir", str(runs), *SHORT]) == 0
+    assert "trained already" in capsys.readouterr().out.replace("\n", " ")
+    assert (runs / "demo" / "softmax" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+
+
+def test_other_settings_do_not_silently_reuse_a_run(runs: Path, refused) -> None:
+    message = refused("fit", "--config", DEMO, "--run-dir", runs, "--model.lr", "0.1")
+    assert "was made with other settings" in message
+
+
+def test_a_killed_run_goes_on_and_ends_like_an_undisturbed_one(runs: Path, tmp_path: Path) -> None:
+    arguments = ["fit", "--config", DEMO, "--run-dir", tmp_path, "--arms", "posterior", *SHORT]
+    checkpoint = tmp_path / "demo" / "posterior" / "checkpoints" / "last.ckpt"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moe_posterior.cli", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "demo" / "posterior" / "finished.json").exists(), "it was too fast to be killed"
+    result = moe_posterior(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "demo" / "posterior" / "finished.json").exists()
+    undisturbed = weights(runs / "demo", "posterior")
+    for name, value in weights(tmp_path / "demo", "posterior").items():
+        torch.testing.assert_close(value, undisturbed[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_two_processes_do_not_write_to_one_run(tmp_path: Path, refused) -> None:
+    (tmp_path / "demo").mkdir()
+    with (tmp_path / "demo" / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert "another process is writing to" in refused("fit", "--config", DEMO, "--run-dir", tmp_path)
+
+
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path, refused) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "thesis.txt").write_text("years of work")
+    message = refused("fit", "--config", DEMO, "--run-dir", tmp_path, "--overwrite")
+    assert "holds something else than a run" in message
+    assert (tmp_path / "demo" / "thesis.txt").exists()
+
+
+def test_evaluating_what_is_not_there_says_what_to_do(tmp_path: Path, runs: Path, refused) -> None:
+    assert "there is no run in" in refused("evaluate", "--run", tmp_path / "nothing")
+    assert "got ['earthquake']" in refused("evaluate", "--run", runs / "demo", "--shifts", "earthquake")
+    assert "arms must be among ['softmax', 'posterior']" in refused("evaluate", "--run", runs / "demo", "--arms", "x")
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a\n- b\n", "must hold a mapping"),
+        ("model: {", "is not valid YAML"),
+        (yaml.safe_dump({"name": "../up"}), "must be plain words; got '../up'"),
+    ],
+)
+def test_a_broken_experiment_file_is_named(tmp_path: Path, content: str, message: str, refused) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(content)
+    said = refused("fit", "--config", file, "--run-dir", tmp_path)
+    assert message in said
+    assert str(file) in said
+
+
+def test_an_arm_whose_gate_was_never_fitted_is_not_evaluated(tmp_path: Path, refused) -> None:
+    settings = ["--trainer.max_epochs", "1", "--competence.warmup_epochs", "5", "--arms", "posterior"]
+    assert moe_posterior("fit", "--config", DEMO, "--run-dir", tmp_path, *settings).returncode == 0
+    message = refused("evaluate", "--run", tmp_path / "demo", "--arms", "posterior", "--shifts")
+    assert "was never fitted: train past competence.warmup_epochs" in message
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_complete(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["num_experts"] == 4

@@ -1,0 +1,122 @@
+"""What keeps a posterior gate's belief in step with the model that is being trained."""
+
+from typing import Any, Literal, get_args
+
+import lightning
+import torch
+from torch import Tensor
+
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.gates import PosteriorGate
+from moe_posterior.training.data import Batch
+from moe_posterior.training.data.base import generator_for
+from moe_posterior.training.module import MoEClassifier
+
+__all__ = ["CompetenceUpdates"]
+
+EvidenceSplit = Literal["train", "val"]
+
+
+class CompetenceUpdates(lightning.Callback):
+    """Fit the clusters after a warm-up, refit them while the backbone moves, and observe each expert's own correctness.
+
+    After ``warmup_epochs`` epochs with all experts weighing the same, the features of the training rows are clustered, and the
+    evidence is counted by a pass over them: outcome 1 where an expert's own top label is right, for every expert on every row.
+    Evidence is never carried over to other clusters: a refit starts it anew. Between refits every training batch is observed as
+    well. Gates without clusters are left alone.
+
+    Args:
+        warmup_epochs: epochs before the first fit.
+        refit_every: epochs between refits; each costs a pass over the training rows without gradients.
+        fit_rows: at most this many rows, drawn with the run's seed, go into k-means; the evidence uses all.
+        evidence: rows that the pass counts. ``"train"`` (default) are many, and experts look better there than they are;
+            ``"val"`` are few and unseen, and training batches are then not observed.
+        seed: of the draw and the k-means seeding, together with the epoch.
+
+    Raises:
+        InvalidArgumentError: a number below its minimum or an unknown split.
+    """
+
+    def __init__(
+        self,
+        warmup_epochs: int = 1,
+        refit_every: int = 1,
+        fit_rows: int = 20_000,
+        evidence: EvidenceSplit = "train",
+        seed: int = 42,
+    ) -> None:
+        for name, value, least in (
+            ("warmup_epochs", warmup_epochs, 0),
+            ("refit_every", refit_every, 1),
+            ("fit_rows", fit_rows, 1),
+        ):
+            if value < least:
+                raise InvalidArgumentError(f"{name} must be at least {least}; got {value}")
+        if evidence not in get_args(EvidenceSplit):
+            raise InvalidArgumentError(f"evidence must be one of {list(get_args(EvidenceSplit))}; got {evidence!r}")
+        self.warmup_epochs, self.refit_every, self.fit_rows = warmup_epochs, refit_every, fit_rows
+        self.evidence, self.seed = evidence, seed
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        since_warmup = trainer.current_epoch - self.warmup_epochs
+        if since_warmup >= 0 and since_warmup % self.refit_every == 0:
+            self.refit(trainer, pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        gate, routing = _classifier(pl_module).moe.gate, outputs["routing"]
+        if self.evidence == "train" and routing is not None and isinstance(gate, PosteriorGate):
+            gate.observe(routing, outputs["expert_correct"].double(), dense=True)
+
+    @torch.no_grad()
+    def refit(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Cluster the training rows' features anew and count the evidence again."""
+        model = _classifier(pl_module)
+        gate = model.moe.gate
+        if not isinstance(gate, PosteriorGate):
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        was_training = model.training
+        model.eval()
+        hidden, correct = _pass_over(model, data.train_evaluation_dataloader())
+        generator = generator_for("clusters", self.seed, trainer.current_epoch)
+        hidden_of_all = _gather(hidden)
+        rows = torch.randperm(len(hidden_of_all), generator=generator)[: self.fit_rows]
+        gate.fit(hidden_of_all[rows.to(hidden.device)], generator=generator)
+        if self.evidence == "val":
+            hidden, correct = _pass_over(model, data.val_dataloader())
+        gate.observe(gate(hidden), correct, dense=True)
+        model.train(was_training)
+
+
+def _classifier(module: lightning.LightningModule) -> MoEClassifier:
+    if not isinstance(module, MoEClassifier):
+        raise InvalidArgumentError(f"CompetenceUpdates needs a MoEClassifier; got {type(module).__name__}")
+    return module
+
+
+def _pass_over(model: MoEClassifier, loader: Any) -> tuple[Tensor, Tensor]:  # (n, F), (n, E) float64
+    """Features of all rows, and whether each expert's own top label is right."""
+    hidden, correct = [], []
+    for batch in loader:
+        with model.trainer.precision_plugin.forward_context():
+            features = model.features(batch["input"].to(model.device))
+        expert_probs = model.moe.expert_outputs(features)
+        hidden.append(features)
+        correct.append(expert_probs.argmax(dim=-1) == batch["target"].to(model.device)[:, None])
+    return torch.cat(hidden), torch.cat(correct).double()
+
+
+def _gather(hidden: Tensor) -> Tensor:  # (n, F) -> (sum of n over ranks, F)
+    """Under distributed training every rank must find the same clusters, so every rank needs every row."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return hidden
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, hidden.cpu())
+    return torch.cat(parts).to(hidden.device)

@@ -1,0 +1,176 @@
+"""``moe-posterior evaluate``: a run's arms side by side, on the clean test rows and under every shift."""
+
+import argparse
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.gates import PosteriorGate
+from moe_posterior.training.cli import ExperimentCLI, chosen
+from moe_posterior.training.data import ClassificationData, EvaluationSet
+from moe_posterior.training.module import MoEClassifier
+from moe_posterior.training.report import (
+    Predictions,
+    evaluate_predictions,
+    posterior_heatmap,
+    reliability_diagram,
+    render_table,
+    to_markdown,
+    write_json,
+)
+from moe_posterior.training.runs import Arm, Run
+
+HELP = """
+Evaluate a run: accuracy, NLL, Brier score and expected calibration error of the routed aggregate, for every arm, on the clean
+test rows and under each shift at each severity, over all rows and over the hard and the easy ones, with bootstrap intervals.
+
+Writes report.json (everything), table.md, reliability.png and, for a posterior gate, posterior.png into RUN/report, and prints
+the table.
+"""
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Run ``moe-posterior evaluate`` with the given command-line arguments."""
+    options = _parse(arguments)
+    run = Run(options.run)
+    arms = [run.arm(name) for name in chosen(options.arms, list(run.experiment().arms))]
+    if unfinished := [str(arm.folder) for arm in arms if not arm.finished]:
+        raise MissingDataError(f"{', '.join(unfinished)} has not been trained to its end; the same fit command goes on")
+    console = Console()
+    data = _load_data(arms)
+    models = {arm.name: load_model(arm) for arm in arms}
+    subsets = {name: mask for name, mask in data.subsets().items() if name != "overall"}
+    sets = list(options.shifts if options.shifts is not None else data.default_shifts)
+    total = (1 + len(sets) * len(options.severities)) * len(models)
+    with run.locked(), _progress(console) as progress:
+        task = progress.add_task("evaluating", total=total)
+
+        def predictions() -> Iterator[Predictions]:
+            for item in data.evaluation_sets(options.shifts, options.severities):
+                for name, model in models.items():
+                    progress.update(task, description=f"{item.shift} {item.severity or ''} {name}")
+                    yield predict(model, name, item)
+                    progress.advance(task)
+
+        report = evaluate_predictions(
+            predictions(), subsets, resamples=options.resamples, seed=options.seed, baseline=_baseline(list(models))
+        )
+        report["provenance"] = _provenance(run, data, models, options)
+        folder = _write(run.folder / "report", report, models)
+    render_table(report, console)
+    console.print(f"Report: {folder}/report.json  table.md  " + "  ".join(p.name for p in sorted(folder.glob("*.png"))))
+    if options.copy_to:
+        shutil.copytree(folder, options.copy_to, dirs_exist_ok=True)
+        console.print(f"Copied to {options.copy_to}")
+    return 0
+
+
+def load_model(arm: Arm) -> MoEClassifier:
+    """The trained classifier of an arm, in evaluation mode, as its last checkpoint has it."""
+    model = ExperimentCLI(arm, ["--config", str(arm.config)], run=False).model
+    # weights_only keeps a checkpoint from running code when it is opened.
+    state = torch.load(arm.checkpoint, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["state_dict"])
+    return model.eval()
+
+
+@torch.no_grad()
+def predict(model: MoEClassifier, arm: str, item: EvaluationSet) -> Predictions:
+    """What one arm says of one evaluation set."""
+    probs, targets, clusters, experts = [], [], [], []
+    for batch in item.loader:
+        prediction = model.predict(batch["input"].to(model.device))
+        if prediction.routing is None:
+            raise InvalidArgumentError(f"the gate of arm {arm!r} was never fitted: train past competence.warmup_epochs")
+        probs.append(prediction.probs.cpu())
+        targets.append(batch["target"])
+        clusters.append(prediction.routing.cluster_ids.cpu())
+        experts.append(prediction.routing.expert_indices.cpu())
+    routed = isinstance(model.moe.gate, PosteriorGate)
+    return Predictions(
+        probs=torch.cat(probs),
+        target=torch.cat(targets),
+        arm=arm,
+        shift=item.shift,
+        severity=item.severity,
+        cluster_ids=torch.cat(clusters) if routed else None,
+        expert_indices=torch.cat(experts),
+    )
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "moe-posterior evaluate", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, metavar="DIR", help="folder of the run, as fit printed it")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms")
+    parser.add_argument("--shifts", nargs="*", metavar="SHIFT", help="only these shifts; none given: clean alone")
+    parser.add_argument(
+        "--severities", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="S", help="1 (mild) to 5 (default: all)"
+    )
+    parser.add_argument(
+        "--resamples", type=int, default=1000, metavar="R", help="bootstrap resamples (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples (default: %(default)s)")
+    parser.add_argument("--copy-to", type=Path, metavar="DIR", help="also copy the report there")
+    return parser.parse_args(arguments)
+
+
+def _load_data(arms: Sequence[Arm]) -> ClassificationData:
+    """The data module that all arms share."""
+    settings = [yaml.safe_load(arm.config.read_text()).get("data") for arm in arms]
+    if any(other != settings[0] for other in settings):
+        raise InvalidArgumentError(
+            "arms must share their data settings to be compared; evaluate them one by one with --arms"
+        )
+    data = ExperimentCLI(arms[0], ["--config", str(arms[0].config)], run=False).datamodule
+    data.setup()
+    return data
+
+
+def _baseline(arms: list[str]) -> str:
+    return "softmax" if "softmax" in arms else arms[0]
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:<28}"), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _provenance(
+    run: Run, data: ClassificationData, models: dict[str, MoEClassifier], options: argparse.Namespace
+) -> dict[str, Any]:
+    """What made this report, so that it can be made again."""
+    experiment = run.experiment()
+    command = ["moe-posterior", "evaluate", *(sys.argv[2:] if len(sys.argv) > 2 else ["--run", str(options.run)])]
+    return {
+        "command": " ".join(command),
+        "data": data.name,
+        "gates": {name: repr(model.moe.gate).splitlines()[0] for name, model in models.items()},
+        "experiment": {"name": experiment.name, "arms": experiment.arms, **experiment.base},
+        "versions": {name: version(name) for name in ("moe-posterior", "torch", "lightning", "torchmetrics")},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {'GPU' if torch.cuda.is_available() else 'no GPU'}",
+    }
+
+
+def _write(folder: Path, report: dict, models: dict[str, MoEClassifier]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(report, folder / "report.json")
+    (folder / "table.md").write_text(to_markdown(report) + "\n")
+    reliability_diagram(report, folder / "reliability.png")
+    for model in models.values():
+        gate = model.moe.gate
+        if isinstance(gate, PosteriorGate):
+            observed = gate.posterior.successes + gate.posterior.failures
+            posterior_heatmap(gate.posterior.mean(), observed, folder / "posterior.png")
+    return folder

@@ -1,0 +1,291 @@
+"""The calibration report as a dict: predictions of each arm on each evaluation set in, numbers with intervals out.
+
+Dimensions: n rows of an evaluation set, K classes, B = n_bins + 1 bins, R resamples, k experts per row.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor
+
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.metrics import (
+    BinSums,
+    bin_indices,
+    bin_sums,
+    brier_score,
+    calibration_from_sums,
+    curve_from_sums,
+    negative_log_likelihood,
+    top_label,
+)
+from moe_posterior.metrics.calibration import validate_arguments, validate_predictions
+from moe_posterior.training.report.bootstrap import bootstrap_sums, percentile_interval
+
+SCHEMA = "moe-posterior/calibration-report/1"
+METRICS = ("accuracy", "nll", "brier", "ece")
+CLEAN = "clean"
+ALL_SHIFTS = "all shifts"
+OVERALL = "overall"
+NOTES = (
+    "Intervals are 95 % percentile bootstrap intervals over rows; every arm and every evaluation set of the same size "
+    "sees the same resamples.",
+    "Plain binned ECE is biased upwards, and resampling adds to it: ECE intervals sit too high and may exclude the "
+    "estimate. The paired differences are the comparison to read.",
+    "severity null is the mean over evaluation sets; a mean of ECEs is not the ECE of the pooled predictions.",
+    "Reliability curves pool evaluation sets made of the same rows; their Wilson intervals take the predictions as "
+    "independent and are too narrow where sets were pooled.",
+)
+
+Key = tuple[str, str, int | None]  # arm, shift, severity; None: the mean over evaluation sets
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What one arm (a gate) predicted on one evaluation set."""
+
+    probs: Tensor  # (n, K) aggregate class probabilities
+    target: Tensor  # (n,)
+    arm: str  # "softmax", "posterior"
+    shift: str  # "clean", or the name of a shift
+    severity: int  # 0 for clean
+    cluster_ids: Tensor | None = None  # (n,)
+    expert_indices: Tensor | None = None  # (n, k)
+
+
+@dataclass(frozen=True, eq=False)
+class _Evaluation:
+    """A set of predictions reduced to what the report needs, so that the probabilities may be freed."""
+
+    target: Tensor  # (n,)
+    columns: Tensor  # (n, 3 + B) float64: correct, nll, brier, then (confidence - correct) in the column of its bin
+    sums: BinSums  # (1, B)
+    configurations: dict[tuple[int | None, tuple[int, ...]], BinSums]  # (cluster, experts) -> (1, B)
+
+
+def evaluate_predictions(
+    predictions: Iterable[Predictions],
+    subsets: Mapping[str, Tensor],  # name -> (n,) bool
+    *,
+    n_bins: int = 15,
+    resamples: int = 1000,
+    seed: int = 0,
+    baseline: str = "softmax",
+    shifted_from: int = 3,
+) -> dict:
+    """Accuracy, NLL, Brier score and ECE of every arm, shift, severity and subset, with paired bootstrap intervals.
+
+    Args:
+        predictions: one per (arm, shift, severity), read once, in any order; every arm covers the same evaluation sets.
+            The set named "clean" (severity 0) is the unshifted one.
+        subsets: bool masks over the rows, for instance hard and easy ones; "overall" is always added. With subsets, every
+            evaluation set has the masks' number of rows, in the same order.
+        n_bins: equal-width bins of the top-label ECE; 15 is the paper's.
+        resamples: bootstrap resamples; 1,000 settle the second digit of a 95 % interval.
+        seed: of the resamples.
+        baseline: the arm that the others are compared with, where there are several.
+        shifted_from: severities pooled in the "shifted" reliability curves; if no set reaches it, all shifted sets.
+
+    Returns:
+        A dict that is strict JSON (NaN became None): ``records`` (arm, shift, severity, subset, n, metric, value, low, high;
+        n counts predictions; means over severities have severity None, means over shifts the shift "all shifts"),
+        ``paired`` (the same of arm − baseline), ``reliability`` (curves), ``configurations`` (calibration of each
+        routing configuration, where routings came along), the settings, and ``notes`` on how to read it.
+
+    Raises:
+        InvalidArgumentError: predictions, masks or names that do not fit together.
+
+    >>> probs = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
+    >>> report = evaluate_predictions([Predictions(probs, torch.tensor([0, 1]), "softmax", "clean", 0)], {}, resamples=9)
+    >>> [(r["metric"], round(r["value"], 3)) for r in report["records"]]
+    [('accuracy', 1.0), ('nll', 0.308), ('brier', 0.17), ('ece', 0.25)]
+    """
+    validate_arguments(1, n_bins, "l1", 1)
+    evaluations: dict[Key, _Evaluation] = {}
+    for item in predictions:
+        key = (item.arm, item.shift, item.severity)
+        _validate_item(item, subsets, key in evaluations)
+        evaluations[key] = _reduce(item, n_bins)
+    arms = _validate_arms(evaluations, baseline)
+    records, paired = [], []
+    for subset, mask in {OVERALL: None, **subsets}.items():
+        statistics, sizes = _statistics(evaluations, mask, resamples, seed)
+        for (arm, shift, severity), values in statistics.items():
+            where = {"arm": arm, "shift": shift, "severity": severity, "subset": subset}
+            where["n"] = sizes[arm, shift, severity]
+            records += _tidy(where, values)
+            if arm != baseline and len(arms) > 1:
+                paired += _tidy({**where, "baseline": baseline}, values - statistics[baseline, shift, severity])
+    panels = _panels(evaluations, shifted_from)
+    return {
+        "schema": SCHEMA,
+        "n_bins": n_bins,
+        "resamples": resamples,
+        "seed": seed,
+        "arms": arms,
+        "baseline": baseline if len(arms) > 1 else None,
+        "subsets": {OVERALL: None, **{name: int(mask.sum()) for name, mask in subsets.items()}},
+        "shifted_from": shifted_from,
+        "records": records,
+        "paired": paired,
+        "reliability": [_curve(arm, panel, members) for (arm, panel), members in panels.items()],
+        "configurations": [
+            row for (arm, panel), members in panels.items() for row in _configurations(arm, panel, members)
+        ],
+        "notes": list(NOTES),
+    }
+
+
+def _validate_item(item: Predictions, subsets: Mapping[str, Tensor], seen: bool) -> None:
+    name = f"predictions of arm {item.arm!r} on {item.shift!r}, severity {item.severity}"
+    if seen:
+        raise InvalidArgumentError(f"{name} must come once; got them twice")
+    if item.shift == ALL_SHIFTS or (item.shift == CLEAN) != (item.severity == 0):
+        raise InvalidArgumentError(
+            f"shift must be 'clean' with severity 0, or another name than 'all shifts' with severity ≥ 1; got {name}"
+        )
+    if item.probs.ndim != 2 or not len(item.probs):
+        raise InvalidArgumentError(f"{name}: probs must have shape (n ≥ 1, K); got {tuple(item.probs.shape)}")
+    validate_predictions(item.probs, item.target)
+    for subset, mask in subsets.items():
+        if subset == OVERALL or mask.dtype != torch.bool or mask.shape != item.target.shape:
+            raise InvalidArgumentError(
+                f"subsets must be bool of shape {tuple(item.target.shape)} under a name other than 'overall'; got "
+                f"{subset!r}: {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+
+
+def _validate_arms(evaluations: dict[Key, _Evaluation], baseline: str) -> list[str]:
+    """All arms cover the same sets with the same targets; returns the arms, the baseline first."""
+    arms = list(dict.fromkeys(arm for arm, _, _ in evaluations))
+    if not arms:
+        raise InvalidArgumentError("predictions must hold at least one evaluation set; got none")
+    if len(arms) > 1 and baseline not in arms:
+        raise InvalidArgumentError(f"baseline must be one of the arms {arms}; got {baseline!r}")
+    for _, shift, severity in evaluations:
+        present = [evaluations[key] for arm in arms if (key := (arm, shift, severity)) in evaluations]
+        if len(present) < len(arms) or not all(one.target.equal(present[0].target) for one in present):
+            raise InvalidArgumentError(
+                f"predictions must cover {shift!r}, severity {severity}, with the same target in every arm of {arms}"
+            )
+    return sorted(arms, key=lambda arm: arm != baseline)
+
+
+def _reduce(item: Predictions, n_bins: int) -> _Evaluation:
+    probs, target = item.probs.cpu(), item.target.cpu().long()
+    confidence, correct = top_label(probs, target)
+    gap = torch.zeros(len(probs), n_bins + 1, dtype=torch.float64)
+    gap.scatter_(1, bin_indices(confidence, n_bins)[:, None], (confidence - correct)[:, None])
+    scores = [correct, negative_log_likelihood(probs, target, "none"), brier_score(probs, target, "none")]
+    return _Evaluation(
+        target=target,
+        columns=torch.cat([torch.stack(scores, dim=1), gap], dim=1),
+        sums=bin_sums(confidence, correct, torch.zeros_like(target), 1, n_bins),
+        configurations=_configuration_sums(item, confidence, correct, n_bins),
+    )
+
+
+def _metrics_from_sums(sums: Tensor, rows: int) -> Tensor:  # (R, 3 + B) -> (R, 4), in the order of METRICS
+    return torch.cat([sums[:, :3], sums[:, 3:].abs().sum(1, keepdim=True)], dim=1) / rows
+
+
+def _statistics(
+    evaluations: dict[Key, _Evaluation],
+    mask: Tensor | None,  # (n,) bool
+    resamples: int,
+    seed: int,
+) -> tuple[dict[Key, Tensor], dict[Key, int]]:  # values (1 + R, 4): of the data, then of each resample
+    """Metrics of each set and of each mean over sets, and the number of predictions behind them."""
+    columns = {key: one.columns if mask is None else one.columns[mask.cpu()] for key, one in evaluations.items()}
+    sizes = {key: len(block) for key, block in columns.items()}
+    statistics = {key: torch.full((1 + resamples, len(METRICS)), math.nan, dtype=torch.float64) for key in columns}
+    for rows in sorted(set(sizes.values()) - {0}):
+        keys = [key for key in columns if sizes[key] == rows]
+        for key, sums in zip(keys, bootstrap_sums([columns[key] for key in keys], resamples, seed), strict=True):
+            statistics[key] = _metrics_from_sums(torch.cat([columns[key].sum(0, keepdim=True), sums]), rows)
+    means: dict[Key, list[Key]] = {}
+    for arm, shift, severity in columns:
+        if shift != CLEAN:
+            for mean in ((arm, shift, None), (arm, ALL_SHIFTS, severity), (arm, ALL_SHIFTS, None)):
+                means.setdefault(mean, []).append((arm, shift, severity))
+    for mean, keys in means.items():
+        statistics[mean] = torch.stack([statistics[key] for key in keys]).mean(0)
+        sizes[mean] = sum(sizes[key] for key in keys)
+    return statistics, sizes
+
+
+def _tidy(where: dict, values: Tensor) -> list[dict]:  # (1 + R, 4) -> one record a metric
+    low, high = percentile_interval(values[1:])
+    columns = zip(METRICS, values[0].tolist(), low.tolist(), high.tolist(), strict=True)
+    return [
+        {**where, "metric": metric, "value": _finite(value), "low": _finite(low_), "high": _finite(high_)}
+        for metric, value, low_, high_ in columns
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _panels(evaluations: dict[Key, _Evaluation], shifted_from: int) -> dict[tuple[str, str], list[_Evaluation]]:
+    """The sets pooled as (arm, "clean") and (arm, "shifted")."""
+    severities = {severity for _, shift, severity in evaluations if shift != CLEAN and severity is not None}
+    threshold = shifted_from if max(severities, default=0) >= shifted_from else 1
+    panels: dict[tuple[str, str], list[_Evaluation]] = {}
+    for (arm, shift, severity), one in evaluations.items():
+        if shift == CLEAN or (severity or 0) >= threshold:
+            panels.setdefault((arm, CLEAN if shift == CLEAN else "shifted"), []).append(one)
+    return panels
+
+
+def _curve(arm: str, panel: str, members: list[_Evaluation]) -> dict:
+    pooled = reduce(add, (one.sums for one in members))
+    curve = {name: [_finite(x) for x in value.tolist()] for name, value in vars(curve_from_sums(pooled)).items()}
+    return {"arm": arm, "panel": panel, "sets": len(members), **_summary(pooled), "bins": curve}
+
+
+def _summary(sums: BinSums) -> dict:  # (1, B)
+    result = calibration_from_sums(sums)
+    return {
+        "n": int(result.count.item()),
+        "accuracy": _finite(result.accuracy.item()),
+        "confidence": _finite(result.confidence.item()),
+        "ece": _finite(result.calibration_error.item()),
+    }
+
+
+def _configuration_sums(item: Predictions, confidence: Tensor, correct: Tensor, n_bins: int) -> dict:
+    """Sums of each routing configuration: the cluster and the set of chosen experts, of whichever are known."""
+    parts = {"cluster_ids": item.cluster_ids, "expert_indices": item.expert_indices}
+    for name, part in parts.items():
+        if part is not None and (len(part) != len(confidence) or part.ndim != 1 + (name == "expert_indices")):
+            raise InvalidArgumentError(
+                f"{name} must have one entry per row ({len(confidence)}); got {tuple(part.shape)}"
+            )
+    known = [part.cpu().long().view(len(part), -1).sort(1).values for part in parts.values() if part is not None]
+    if not known:
+        return {}
+    labels, ids = torch.cat(known, dim=1).unique(dim=0, return_inverse=True)
+    sums = bin_sums(confidence, correct, ids, len(labels), n_bins)
+    skip = 0 if item.cluster_ids is None else 1
+    return {
+        (row[0] if skip else None, tuple(row[skip:])): BinSums(*(x[i : i + 1] for x in vars(sums).values()))
+        for i, row in enumerate(labels.tolist())
+    }
+
+
+def _configurations(arm: str, panel: str, members: list[_Evaluation]) -> list[dict]:
+    """Calibration of each routing configuration, the most frequent first."""
+    pooled: dict[tuple[int | None, tuple[int, ...]], BinSums] = {}
+    for one in members:
+        for name, sums in one.configurations.items():
+            pooled[name] = pooled[name] + sums if name in pooled else sums
+    rows = [
+        {"arm": arm, "panel": panel, "cluster": cluster, "experts": list(experts), **_summary(sums)}
+        for (cluster, experts), sums in pooled.items()
+    ]
+    return sorted(rows, key=lambda row: -row["n"])

@@ -1,0 +1,159 @@
+"""Figures of a computed report; every mark reads without colour.
+
+Dimensions: C clusters, E experts. Figures are drawn on their own canvas: pyplot and its global backend stay untouched.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STYLES: tuple[dict[str, Any], ...] = (  # colour, marker, line: luminances far apart, and each arm a shape of its own
+    {"color": "#b35806", "marker": "o", "linestyle": "--"},
+    {"color": "#2d1e6b", "marker": "s", "linestyle": "-"},
+    {"color": "#4d9221", "marker": "^", "linestyle": ":"},
+    {"color": "#777777", "marker": "D", "linestyle": "-."},
+)
+HATCHES = ("", "///", "...", "xxx")
+DPI = 150
+MAX_ANNOTATED = 200  # cells; beyond it numbers no longer fit
+
+
+def reliability_diagram(report: dict, path: str | os.PathLike[str]) -> None:
+    """Draw accuracy against confidence, clean beside shifted, with Wilson intervals and the share of predictions below.
+
+    Args:
+        report: from :func:`~moe_posterior.training.report.evaluate_predictions`, or read back from its JSON.
+        path: a PNG (or whatever the suffix says), replaced if it exists.
+
+    Raises:
+        InvalidArgumentError: more arms than can be told apart (four).
+        MissingDependencyError: without matplotlib.
+    """
+    if len(report["arms"]) > len(STYLES):
+        raise InvalidArgumentError(f"report must hold at most {len(STYLES)} arms; got {report['arms']}")
+    panels = list(dict.fromkeys(curve["panel"] for curve in report["reliability"]))
+    figure = _figure(width=0.8 + 3.6 * len(panels), height=5.2)
+    axes = figure.subplots(
+        2, len(panels), squeeze=False, sharex=True, sharey="row", gridspec_kw={"height_ratios": [3.2, 1]}
+    )
+    for column, panel in enumerate(panels):
+        curves = [curve for curve in report["reliability"] if curve["panel"] == panel]
+        curves.sort(key=lambda curve: report["arms"].index(curve["arm"]))
+        _draw_curves(axes[0, column], curves)
+        _draw_shares(axes[1, column], curves)
+        sets = f", {curves[0]['sets']} sets pooled" if curves[0]["sets"] > 1 else ""
+        axes[0, column].set_title(f"{panel} (n = {curves[0]['n']:,}{sets})", fontsize=10)
+        axes[1, column].set_xlabel("confidence of the top label (probability)")
+    axes[0, 0].set_ylabel("accuracy (share correct)")
+    axes[1, 0].set_ylabel("share of\npredictions (%)")
+    figure.savefig(path, dpi=DPI)
+
+
+def posterior_heatmap(
+    mean: Tensor,  # (C, E) in [0, 1]
+    count: Tensor,  # (C, E) observations
+    path: str | os.PathLike[str],
+    expert_names: Sequence[str] | None = None,
+) -> None:
+    """Draw the posterior mean competence of every expert on every cluster; small tables also show the counts.
+
+    Args:
+        mean: posterior means.
+        count: observations behind each cell (successes + failures); a cell without any is hatched: it shows its prior.
+        path: a PNG (or whatever the suffix says), replaced if it exists.
+        expert_names: E labels; by default the indices.
+
+    Raises:
+        InvalidArgumentError: shapes that differ, or the wrong number of names.
+        MissingDependencyError: without matplotlib.
+    """
+    if mean.ndim != 2 or mean.shape != count.shape:
+        raise InvalidArgumentError(
+            f"mean and count must share a shape (C, E); got {tuple(mean.shape)} and {tuple(count.shape)}"
+        )
+    num_clusters, num_experts = mean.shape
+    if expert_names is not None and len(expert_names) != num_experts:
+        raise InvalidArgumentError(f"expert_names must name {num_experts} experts; got {len(expert_names)}")
+    figure = _figure(width=min(12, 2.6 + 0.62 * num_experts), height=min(12, 1.7 + 0.34 * num_clusters))
+    from matplotlib.ticker import MaxNLocator  # after _figure, which explains a missing matplotlib
+
+    axes = figure.subplots()
+    image = axes.imshow(mean.cpu().double().numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    figure.colorbar(image, label="posterior mean competence")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("cluster")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if expert_names is not None:
+        axes.set_xticks(range(num_experts), labels=expert_names, rotation=35, ha="right", rotation_mode="anchor")
+    _mark_cells(axes, mean, count, annotate=mean.numel() <= MAX_ANNOTATED)
+    figure.savefig(path, dpi=DPI)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("matplotlib", "train") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw_curves(axes: "Axes", curves: list[dict]) -> None:
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=0)
+    for curve, style in zip(curves, STYLES, strict=False):
+        bins = curve["bins"]
+        kept = [index for index, count in enumerate(bins["count"]) if count]
+        confidence, accuracy, low, high = (
+            [bins[name][index] for index in kept] for name in ("confidence", "accuracy", "low", "high")
+        )
+        below = [max(0, middle - end) for middle, end in zip(accuracy, low, strict=True)]
+        above = [max(0, end - middle) for middle, end in zip(accuracy, high, strict=True)]
+        label = f"{curve['arm']} (ECE {curve['ece']:.3f})"
+        axes.errorbar(
+            confidence, accuracy, [below, above], label=label, markersize=4, linewidth=1.2, capsize=2, **style
+        )
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    axes.grid(alpha=0.25, linewidth=0.5)
+
+
+def _draw_shares(axes: "Axes", curves: list[dict]) -> None:
+    for index, (curve, style) in enumerate(zip(curves, STYLES, strict=False)):
+        bins = curve["bins"]
+        counts = [*bins["count"][:-2], sum(bins["count"][-2:])]  # the confidence 1.0 joins the bar it touches
+        width = 1 / len(counts) / len(curves)
+        centres = [lower + (index + 0.5) * width for lower in bins["lower"][:-1]]
+        shares = [100 * count / curve["n"] for count in counts]
+        axes.bar(
+            centres, shares, 0.9 * width, color=style["color"], edgecolor="white", linewidth=0, hatch=HATCHES[index]
+        )
+    axes.grid(axis="y", alpha=0.25, linewidth=0.5)
+
+
+def _mark_cells(axes: "Axes", mean: Tensor, count: Tensor, annotate: bool) -> None:
+    """Hatch what nobody observed and, where there is room, write how often the rest was."""
+    from matplotlib.patches import Rectangle
+
+    for (cluster, expert), seen in ((where, count[where].item()) for where in _cells(mean)):
+        if not seen:
+            box = Rectangle((expert - 0.5, cluster - 0.5), 1, 1, hatch="////", fill=False, edgecolor="0.7", linewidth=0)
+            axes.add_patch(box)
+        elif annotate:
+            ink = "white" if mean[cluster, expert] < 0.5 else "black"
+            axes.text(expert, cluster, f"{seen:.3g}", ha="center", va="center", fontsize=7, color=ink)
+
+
+def _cells(table: Tensor) -> list[tuple[int, int]]:
+    return [(row, column) for row in range(table.shape[0]) for column in range(table.shape[1])]

@@ -1,0 +1,163 @@
+"""A computed report as a terminal table, as Markdown and as a JSON file."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+from moe_posterior.training.report.compute import ALL_SHIFTS, CLEAN, METRICS, OVERALL
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TITLES = {"accuracy": "accuracy ↑", "nll": "NLL ↓", "brier": "Brier ↓", "ece": "ECE ↓"}
+HIGHER_IS_BETTER = {"accuracy"}
+LEGEND = "better, where the paired 95 % interval of the difference excludes 0"
+CELL_WIDTH = len(".912*[.905,.918]")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One arm on one evaluation and subset."""
+
+    evaluation: str
+    subset: str
+    n: int
+    arm: str
+    cells: tuple[tuple[str, bool], ...]  # text and whether it is the better one, in the order of METRICS
+
+
+def render_table(report: dict, console: "Console | None" = None) -> None:
+    """Print the report as one table of at most 80 columns: a block per evaluation and subset, a line per arm.
+
+    The arms stand one above the other, so that the eye compares numbers in a column. Shown: clean and the mean of all
+    shifts for every subset, each shift (mean over its severities) overall; the rest is in the dict.
+
+    Args:
+        report: from :func:`~moe_posterior.training.report.evaluate_predictions`.
+        console: where to print; by default the standard output.
+
+    Raises:
+        MissingDependencyError: without rich.
+    """
+    try:
+        from rich.console import Console, Group
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError as error:
+        raise MissingDependencyError("rich", "train") from error
+
+    def line(first: str, cells: Iterable[str], style: str = "") -> Table:
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_column(width=arm_width, no_wrap=True)
+        for _ in METRICS:
+            grid.add_column(width=CELL_WIDTH, no_wrap=True)
+        grid.add_row(Text(first, style), *(Text(cell, style) for cell in cells))
+        return grid
+
+    arm_width = max(len(arm) for arm in report["arms"])
+    lines: list = [Text(_title(report), "italic"), line("", (TITLES[metric] for metric in METRICS), "bold")]
+    previous = None
+    for row in _rows(report):
+        if (row.evaluation, row.subset) != previous:
+            previous = (row.evaluation, row.subset)
+            lines.append(Text(f"── {row.evaluation}, {row.subset} (n = {row.n:,})", "dim"))
+        lines.append(line(row.arm, (text.replace(" ", "*") if better else text for text, better in row.cells)))
+    (console or Console()).print(Group(*lines, Text(f"* {LEGEND}", "italic")))
+
+
+def to_markdown(report: dict) -> str:
+    """The same table in Markdown, ending in a newline; the better arm is bold."""
+    lines = [
+        f"**{_title(report)}**",
+        "",
+        "| evaluation | subset | n | arm | " + " | ".join(TITLES[metric] for metric in METRICS) + " |",
+        "|---|---|--:|---|" + "--:|" * len(METRICS),
+    ]
+    for row in _rows(report):
+        cells = (f"**{text}**" if better else text for text, better in row.cells)
+        lines.append(f"| {row.evaluation} | {row.subset} | {row.n:,} | {row.arm} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"Bold: {LEGEND}."]) + "\n"
+
+
+def write_json(report: dict, path: str | os.PathLike[str]) -> None:
+    """Write the report as strict JSON, whole or not at all: readers never see half a file.
+
+    Args:
+        report: any JSON-serialisable dict; NaN and infinity must already be None.
+        path: replaced if it exists; its folder must exist.
+
+    Raises:
+        InvalidArgumentError: the report holds something that strict JSON cannot; the old file stays.
+    """
+    path = Path(path)
+    try:
+        text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"report must be strict JSON: {error}") from error
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _title(report: dict) -> str:
+    return f"Routed aggregate: {report['n_bins']}-bin ECE, 95 % bootstrap intervals ({report['resamples']:,} resamples)"
+
+
+def _rows(report: dict) -> Iterator[_Row]:
+    """The rows worth reading: clean and all shifts for each subset, then each shift overall."""
+    records = {_key(record): record for record in report["records"]}
+    better = _better(report)
+    shifts = list(dict.fromkeys(record["shift"] for record in report["records"]))
+    named = [shift for shift in shifts if shift not in (CLEAN, ALL_SHIFTS)]
+    shown = [(shift, subset) for shift in (CLEAN, ALL_SHIFTS) if shift in shifts for subset in report["subsets"]]
+    for shift, subset in [*shown, *((shift, OVERALL) for shift in named)]:
+        severity = 0 if shift == CLEAN else None
+        for arm in report["arms"]:
+            keys = [(arm, shift, severity, subset, metric) for metric in METRICS]
+            cells = tuple((_cell(records[key]), key in better) for key in keys)
+            yield _Row(shift, subset, records[keys[0]]["n"], arm, cells)
+
+
+def _key(record: dict) -> tuple:
+    return tuple(record[name] for name in ("arm", "shift", "severity", "subset", "metric"))
+
+
+def _better(report: dict) -> set[tuple]:
+    """Keys of the records whose arm proved better: than the baseline, or, for the baseline, than every other arm."""
+    better: set[tuple] = set()
+    beaten: dict[tuple, int] = {}
+    for pair in report["paired"]:
+        if pair["low"] is None or pair["low"] <= 0 <= pair["high"]:
+            continue
+        key = _key(pair)
+        if (pair["low"] > 0) == (pair["metric"] in HIGHER_IS_BETTER):
+            better.add(key)
+        else:
+            baseline_key = (report["baseline"], *key[1:])
+            beaten[baseline_key] = beaten.get(baseline_key, 0) + 1
+    return better | {key for key, arms in beaten.items() if arms == len(report["arms"]) - 1}
+
+
+def _cell(record: dict) -> str:
+    """``.912 [.905,.918]``: four of them fit beside each other."""
+    if record["value"] is None:
+        return "no rows"
+    value, low, high = (_short(record[name]) for name in ("value", "low", "high"))
+    return f"{value} [{low},{high}]"
+
+
+def _short(value: float) -> str:
+    """As many decimals as fit in four characters, without a leading zero."""
+    texts = [f"{value:.{decimals}f}" for decimals in (3, 2, 1, 0)]
+    texts = [text.removeprefix("0") if "." in text else text for text in texts]
+    return next((text for text in texts if len(text) <= 4), texts[-1])

@@ -1,0 +1,193 @@
+"""What a run is on disk: a folder with one sub-folder for each arm, and nobody else writing to it.
+
+``runs/NAME/experiment.yaml`` is the configuration; ``runs/NAME/ARM/`` holds ``config.yaml`` (what LightningCLI is
+given), ``checkpoints/last.ckpt``, the logs, and, once trained to the end, ``finished.json``; ``runs/NAME/report/`` the evaluation.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_posterior.errors import InvalidArgumentError, MissingDataError
+
+__all__ = ["Arm", "Experiment", "Run", "merge", "read_experiment"]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment file: a LightningCLI configuration, and the arms that are trained from it one after the other."""
+
+    name: str
+    arms: dict[str, dict[str, Any]]  # what each arm sets differently
+    base: dict[str, Any]  # the LightningCLI configuration they share
+
+    def config(self, arm: str) -> dict[str, Any]:
+        """The LightningCLI configuration of one arm."""
+        return merge(self.base, self.arms[arm])
+
+    def override(self, settings: dict[str, Any]) -> "Experiment":
+        """The same experiment with some settings changed in every arm."""
+        if not settings:
+            return self
+        return replace(self, arms={name: merge(self.config(name), settings) for name in self.arms}, base={})
+
+
+def read_experiment(path: str | Path) -> Experiment:
+    """Read an experiment file.
+
+    Besides what LightningCLI understands (``model``, ``data``, ``trainer``, ``seed_everything``, ``competence``) it has two keys:
+    ``name`` (default: the file's name) and ``arms``, a mapping from arm names to what they set differently. Without ``arms`` the
+    configuration itself is the only arm, called "model".
+
+    Raises:
+        MissingDataError: there is no such file. InvalidArgumentError: it is not a mapping, or a name cannot be a folder.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingDataError(f"there is no experiment file {path}; the shipped ones are in configs/")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InvalidArgumentError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidArgumentError(f"{path} must hold a mapping of settings; got {type(content).__name__}")
+    name = content.pop("name", path.stem)
+    arms = content.pop("arms", None) or {"model": {}}
+    for word in (name, *arms):
+        if not isinstance(word, str) or not word or word.startswith(".") or set(word) & set("/\\"):
+            raise InvalidArgumentError(f"name and arms become folders and must be plain words; got {word!r} in {path}")
+    return Experiment(name, arms, content)
+
+
+def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """The base with the overlay's leaves on top.
+
+    Classes are mappings with ``class_path`` and ``init_args``: an overlay that names a ``class_path`` replaces the base's whole,
+    and one that does not sets arguments of the base's class, with or without saying ``init_args``.
+
+    >>> base = {"gate": {"class_path": "A", "init_args": {"k": 2, "c": 3}}}
+    >>> merge(base, {"gate": {"class_path": "B"}})
+    {'gate': {'class_path': 'B'}}
+    >>> merge(base, {"gate": {"k": 5}})
+    {'gate': {'class_path': 'A', 'init_args': {'k': 5, 'c': 3}}}
+    """
+    if "class_path" in base and "class_path" not in overlay and "init_args" not in overlay:
+        overlay = {"init_args": overlay}
+    merged = dict(base)
+    for key, value in overlay.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and "class_path" not in value:
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One trained variant within a run."""
+
+    name: str
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """The complete LightningCLI configuration this arm is trained with."""
+        return self.folder / "config.yaml"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The state after the last epoch."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def finished(self) -> bool:
+        """Whether training came to its end."""
+        return (self.folder / "finished.json").is_file()
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Mark the arm as trained to the end."""
+        _write_atomically(self.folder / "finished.json", json.dumps(facts, indent=2) + "\n")
+
+
+class Run:
+    """A run's folder.
+
+    Args:
+        folder: ``runs/NAME``.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def prepare(self, experiment: Experiment, *, overwrite: bool = False) -> None:
+        """Lay out the folder, or check that what is there was made by the same experiment, so that it can be resumed.
+
+        Raises:
+            InvalidArgumentError: the folder holds a run with other settings, or something that is no run.
+        """
+        file = self.folder / "experiment.yaml"
+        content = yaml.safe_dump({"name": experiment.name, "arms": experiment.arms, **experiment.base}, sort_keys=False)
+        others = [path for path in self.folder.glob("*") if path.name != ".lock"] if self.folder.is_dir() else []
+        if others and not file.is_file():
+            raise InvalidArgumentError(
+                f"{self.folder} holds something else than a run; choose another --name or --run-dir"
+            )
+        if overwrite:
+            for path in others:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif file.is_file() and file.read_text() != content:
+            raise InvalidArgumentError(
+                f"{self.folder} was made with other settings (see {file}); --overwrite replaces it, --name makes another run"
+            )
+        _write_atomically(file, content)
+        for name in experiment.arms:
+            arm = self.arm(name)
+            arm.folder.mkdir(exist_ok=True)
+            _write_atomically(arm.config, yaml.safe_dump(experiment.config(name), sort_keys=False))
+
+    def experiment(self) -> Experiment:
+        """The experiment this run was made by.
+
+        Raises:
+            MissingDataError: the folder holds no run.
+        """
+        file = self.folder / "experiment.yaml"
+        if not file.is_file():
+            raise MissingDataError(f"there is no run in {self.folder}: moe-posterior fit --config FILE makes one")
+        return read_experiment(file)
+
+    def arm(self, name: str) -> Arm:
+        """One arm of the run."""
+        return Arm(name, self.folder / name)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing to this run; the lock falls with the process, however it ends.
+
+        Raises:
+            InvalidArgumentError: another process holds the lock.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InvalidArgumentError(
+                    f"another process is writing to {self.folder}; wait, or choose another --name"
+                ) from None
+            yield
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text)
+    os.replace(draft, path)
