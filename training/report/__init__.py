@@ -1,6 +1,6 @@
 """Calibration reports: compute a dict, then render it as a table, JSON, Markdown or figures."""
 
-from moe_posterior.training.report.bootstrap import bootstrap_sums, percentile_interval
+from moe_posterior.training.report.bootstrap import bootstrap_sums, centred_interval
 from moe_posterior.training.report.compute import Predictions, evaluate_predictions
 from moe_posterior.training.report.figures import posterior_heatmap, reliability_diagram
 from moe_posterior.training.report.render import render_table, to_markdown, write_json
@@ -8,8 +8,8 @@ from moe_posterior.training.report.render import render_table, to_markdown, writ
 __all__ = [
     "Predictions",
     "bootstrap_sums",
+    "centred_interval",
     "evaluate_predictions",
-    "percentile_interval",
     "posterior_heatmap",
     "reliability_diagram",
     "render_table",

@@ -24,7 +24,7 @@ from moe_posterior.metrics import (
     top_label,
 )
 from moe_posterior.metrics.calibration import validate_arguments, validate_predictions
-from moe_posterior.training.report.bootstrap import bootstrap_sums, percentile_interval
+from moe_posterior.training.report.bootstrap import bootstrap_sums, centred_interval
 
 SCHEMA = "moe-posterior/calibration-report/1"
 METRICS = ("accuracy", "nll", "brier", "ece")
@@ -32,10 +32,9 @@ CLEAN = "clean"
 ALL_SHIFTS = "all shifts"
 OVERALL = "overall"
 NOTES = (
-    "Intervals are 95 % percentile bootstrap intervals over rows; every arm and every evaluation set of the same size "
-    "sees the same resamples.",
-    "Plain binned ECE is biased upwards, and resampling adds to it: ECE intervals sit too high and may exclude the "
-    "estimate. The paired differences are the comparison to read.",
+    "Intervals are 95 % percentile bootstrap intervals over rows, less the bootstrap's estimate of bias; every arm and every "
+    "evaluation set of the same size sees the same resamples.",
+    "Plain binned ECE is biased upwards, the more the fewer rows: read the paired differences, and small subsets with care.",
     "severity null is the mean over evaluation sets; a mean of ECEs is not the ECE of the pooled predictions.",
     "Reliability curves pool evaluation sets made of the same rows; their Wilson intervals take the predictions as "
     "independent and are too narrow where sets were pooled.",
@@ -117,9 +116,10 @@ def evaluate_predictions(
         for (arm, shift, severity), values in statistics.items():
             where = {"arm": arm, "shift": shift, "severity": severity, "subset": subset}
             where["n"] = sizes[arm, shift, severity]
-            records += _tidy(where, values)
+            records += _tidy(where, values, floor=0.0)
             if arm != baseline and len(arms) > 1:
-                paired += _tidy({**where, "baseline": baseline}, values - statistics[baseline, shift, severity])
+                difference = values - statistics[baseline, shift, severity]
+                paired += _tidy({**where, "baseline": baseline}, difference, floor=-math.inf)
     panels = _panels(evaluations, shifted_from)
     return {
         "schema": SCHEMA,
@@ -218,8 +218,9 @@ def _statistics(
     return statistics, sizes
 
 
-def _tidy(where: dict, values: Tensor) -> list[dict]:  # (1 + R, 4) -> one record a metric
-    low, high = percentile_interval(values[1:])
+def _tidy(where: dict, values: Tensor, floor: float) -> list[dict]:  # (1 + R, 4) -> one record a metric
+    low, high = centred_interval(values[0], values[1:])
+    low = low.clamp(min=floor)  # no metric is negative, though a moved interval may reach there
     columns = zip(METRICS, values[0].tolist(), low.tolist(), high.tolist(), strict=True)
     return [
         {**where, "metric": metric, "value": _finite(value), "low": _finite(low_), "high": _finite(high_)}
