@@ -1,9 +1,10 @@
 """``moe-posterior evaluate``: a run's arms side by side, on the clean test rows and under every shift."""
 
 import argparse
+import os
 import platform
+import shlex
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +59,10 @@ def evaluate(arguments: list[str]) -> int:
         def predictions() -> Iterator[Predictions]:
             for item in data.evaluation_sets(options.shifts, options.severities):
                 for name, model in models.items():
-                    progress.update(task, description=f"{item.shift} {item.severity or ''} {name}")
+                    what = " ".join(str(part) for part in (item.shift, item.severity or "", name) if part)
+                    progress.update(task, description=what)
+                    if not console.is_terminal:  # a log file shows no bar
+                        console.print(f"evaluating {what}")
                     yield predict(model, name, item)
                     progress.advance(task)
 
@@ -152,9 +156,13 @@ def _provenance(
 ) -> dict[str, Any]:
     """What made this report, so that it can be made again."""
     experiment = run.experiment()
-    command = ["moe-posterior", "evaluate", *(sys.argv[2:] if len(sys.argv) > 2 else ["--run", str(options.run)])]
+    command = ["moe-posterior", "evaluate", "--run", os.path.relpath(options.run)]
+    command += ["--resamples", str(options.resamples), "--seed", str(options.seed)]
+    if options.shifts is not None:
+        command += ["--shifts", *options.shifts]
+    command += ["--severities", *map(str, options.severities)]
     return {
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "data": data.name,
         "gates": {name: repr(model.moe.gate).splitlines()[0] for name, model in models.items()},
         "experiment": {"name": experiment.name, "arms": experiment.arms, **experiment.base},
