@@ -1,15 +1,23 @@
+import copy
+import io
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from moe_posterior import InvalidArgumentError
 from moe_posterior.training.report import (
     Predictions,
+    bootstrap_sums,
     centred_interval,
     evaluate_predictions,
     posterior_heatmap,
@@ -18,6 +26,7 @@ from moe_posterior.training.report import (
     to_markdown,
     write_json,
 )
+from moe_posterior.training.report.bootstrap import MAX_COUNTS, resample_counts
 
 DIGITS = load_digits()
 TRAIN, TEST = slice(0, 800), slice(800, 1797)
@@ -79,9 +88,10 @@ def test_intervals_of_accuracy_match_the_binomial_ones(report: dict) -> None:
 def test_pairing_makes_the_difference_of_equal_arms_exactly_zero() -> None:
     first = predictions()[0]
     twin = Predictions(first.probs, first.target, "posterior", first.shift, first.severity)
-    paired = evaluate_predictions([first, twin], {}, resamples=50)["paired"]
-    assert paired
-    assert all(record["value"] == record["low"] == record["high"] == 0 for record in paired)
+    for seed in range(5):
+        paired = evaluate_predictions([first, twin], {"hard": HARD}, resamples=50, seed=seed)["paired"]
+        assert paired
+        assert all(record["value"] == record["low"] == record["high"] == 0 for record in paired)
 
 
 def test_all_shifts_is_the_mean_over_shifted_sets(report: dict) -> None:
@@ -113,8 +123,6 @@ def test_centred_intervals_are_calibrated_on_a_mean() -> None:
 
 
 def test_the_table_and_markdown_show_both_arms_side_by_side(report: dict) -> None:
-    from rich.console import Console
-
     console = Console(width=80, record=True)
     render_table(report, console)
     text = console.export_text()
@@ -149,3 +157,197 @@ def test_what_does_not_fit_together_is_refused() -> None:
     lonely = Predictions(noisy.probs, noisy.target, "posterior", noisy.shift, noisy.severity)
     with pytest.raises(InvalidArgumentError):
         evaluate_predictions([clean, lonely], {}, resamples=5)
+
+
+def explicit_resamples(num_rows: int, resamples: int) -> Iterator[Tensor]:
+    """The drawn rows themselves, so that the oracle never computes with counts."""
+    for counts in resample_counts(num_rows, resamples, seed=0):
+        for row in counts:
+            yield torch.arange(num_rows).repeat_interleave(row.long())
+
+
+def centred(value: float, drawn: list[float]) -> list[float]:
+    return (np.percentile(drawn, [2.5, 97.5]) - (np.mean(drawn) - value)).tolist()
+
+
+def test_ece_intervals_and_paired_differences_match_resampling_the_rows_one_by_one(report: dict) -> None:
+    arms = [item for item in predictions() if (item.shift, item.severity) == ("noise", 1)]
+
+    def ece(rows: Tensor) -> list[float]:
+        return [multiclass_calibration_error(one.probs[rows], one.target[rows], 10, 15).item() for one in arms]
+
+    softmax, posterior = ece(torch.arange(len(HARD)))
+    drawn = [ece(rows) for rows in explicit_resamples(len(HARD), 200)]
+    where = {"arm": "posterior", "shift": "noise", "severity": 1, "subset": "overall", "metric": "ece"}
+    record = value(report, **where)
+    assert [record["low"], record["high"]] == pytest.approx(centred(posterior, [pair[1] for pair in drawn]), abs=1e-5)
+    [pair] = [r for r in report["paired"] if all(r[name] == wanted for name, wanted in where.items())]
+    expected = centred(posterior - softmax, [pair[1] - pair[0] for pair in drawn])
+    assert [pair["low"], pair["high"]] == pytest.approx(expected, abs=1e-5)
+    assert pair["baseline"] == "softmax"
+
+
+def test_means_over_shifts_resample_each_row_jointly_over_the_shifts(report: dict) -> None:
+    members = [item for item in predictions() if (item.arm, item.shift) == ("softmax", "noise")]
+    per_row = torch.stack([(item.probs.argmax(1) == item.target).double() for item in members]).mean(0)
+    drawn = [per_row[rows].mean().item() for rows in explicit_resamples(len(per_row), 200)]
+    record = value(report, arm="softmax", shift="all shifts", severity=None, subset="overall", metric="accuracy")
+    assert [record["low"], record["high"]] == pytest.approx(centred(per_row.mean().item(), drawn))
+    assert record["n"] == 2 * len(per_row)
+
+
+def test_an_empty_subset_is_null_renders_as_no_rows_and_stays_strict_json() -> None:
+    report = evaluate_predictions(predictions()[:1], {"nobody": torch.zeros_like(HARD)}, resamples=20)
+    record = value(report, shift="clean", subset="nobody", metric="ece")
+    assert (record["n"], record["value"], record["low"], record["high"]) == (0, None, None, None)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert sum("no rows" in line for line in rendered(report)) == 1
+
+
+def test_evaluation_sets_of_different_sizes_share_a_report() -> None:
+    clean, noisy, _ = predictions()[:3]
+    shorter = Predictions(noisy.probs[:301], noisy.target[:301], "softmax", "other domain", 1)
+    report = evaluate_predictions([clean, shorter, noisy], {}, resamples=20)
+    sizes = {row["shift"]: row["n"] for row in report["records"] if row["severity"] is None}
+    assert sizes == {"other domain": 301, "all shifts": 301 + 997, "noise": 997}
+
+
+def test_reliability_curves_pool_the_severe_shifts_or_all_where_none_is_severe() -> None:
+    clean, mild, severe = predictions()[:3]
+    for found, pooled in (([clean, mild, severe], [severe]), ([clean, mild], [mild])):
+        curves = evaluate_predictions(found, {}, resamples=5)["reliability"]
+        assert [curve["panel"] for curve in curves] == ["clean", "shifted"]
+        expected = multiclass_calibration_error(pooled[0].probs, pooled[0].target, 10, 15).item()
+        assert curves[1]["ece"] == pytest.approx(expected, abs=1e-5)
+        assert sum(curves[1]["bins"]["count"]) == curves[1]["n"] == len(HARD)
+
+
+def test_routing_configurations_are_clusters_with_their_sets_of_experts() -> None:
+    probs = torch.tensor([[0.9, 0.1]] * 4 + [[0.4, 0.6]] * 2)
+    routing = {
+        "cluster_ids": torch.tensor([0, 0, 0, 0, 1, 1]),
+        "expert_indices": torch.tensor([[0, 2], [2, 0], [0, 2], [0, 1], [0, 1], [1, 0]]),
+    }
+    one = Predictions(probs, torch.tensor([0, 0, 1, 0, 1, 1]), "posterior", "clean", 0, **routing)
+    rows = evaluate_predictions([one], {}, resamples=5)["configurations"]
+    found = [(row["cluster"], row["experts"], row["n"]) for row in rows]
+    assert found == [(0, [0, 2], 3), (1, [0, 1], 2), (0, [0, 1], 1)]
+    assert [row["ece"] for row in rows] == pytest.approx([0.9 - 2 / 3, 0.4, 0.1])
+    with pytest.raises(InvalidArgumentError, match=r"cluster_ids must have one entry per row \(6\); got \(5,\)"):
+        evaluate_predictions([Predictions(probs, one.target, "a", "clean", 0, cluster_ids=torch.zeros(5))], {})
+
+
+def test_a_refusal_names_what_was_expected_and_what_came() -> None:
+    clean, noisy = predictions()[:2]
+    flipped = Predictions(clean.probs, clean.target.flip(0), "posterior", "clean", 0)
+    renamed = Predictions(clean.probs, clean.target, "softmax", "all shifts", 1)
+    for found, masks, message in [
+        ([], {}, "at least one evaluation set"),
+        ([clean, flipped], {}, "with the same target in every arm"),
+        ([renamed], {}, "shift must be .* another name than 'all shifts'"),
+        ([clean], {"few": HARD[:5]}, r"subsets must be bool of shape \(997,\).*'few': torch.bool of shape \(5,\)"),
+        ([clean], {"overall": HARD}, "a name other than 'overall'"),
+    ]:
+        with pytest.raises(InvalidArgumentError, match=message):
+            evaluate_predictions(found, masks, resamples=5)
+    other = Predictions(clean.probs, clean.target, "posterior", "clean", 0)
+    with pytest.raises(InvalidArgumentError, match="baseline must be one of the arms"):
+        evaluate_predictions([clean, other], {}, baseline="uniform")
+    with pytest.raises(InvalidArgumentError, match="resamples must be at least 1; got 0"):
+        evaluate_predictions([noisy], {}, resamples=0)
+    with pytest.raises(InvalidArgumentError, match=r"columns must share one positive number of rows; got \[3, 4\]"):
+        bootstrap_sums([torch.ones(3, 1), torch.ones(4, 1)], 5)
+
+
+def test_counts_are_multinomial_and_drawn_in_chunks_of_bounded_size() -> None:
+    rows = MAX_COUNTS // 2 - 1
+    assert [tuple(counts.shape) for counts in resample_counts(rows, 3, seed=0)] == [(2, rows), (1, rows)]
+    counts = torch.cat(list(resample_counts(50, 4000, seed=0)))
+    assert counts.sum(1).eq(50).all()
+    assert counts.var().item() == pytest.approx(49 / 50, rel=0.02)
+
+
+def rendered(report: dict) -> list[str]:
+    file = io.StringIO()
+    render_table(report, Console(file=file, width=80, color_system=None))
+    return file.getvalue().splitlines()
+
+
+def test_the_table_shows_every_subset_of_clean_and_all_shifts_and_each_shift_overall(report: dict) -> None:
+    lines = rendered(report)
+    assert "15-bin" in lines[0]
+    assert "200 resamples" in lines[0]
+    assert not any("…" in line for line in lines)
+    heads = [line.removeprefix("── ").split(" (n")[0] for line in lines if line.startswith("──")]
+    both = [f"{name}, {subset}" for name in ("clean", "all shifts") for subset in ("overall", "hard", "easy")]
+    assert heads == [*both, "noise, overall"]
+    rows = [line for line in to_markdown(report).splitlines() if line.startswith("| ") and "evaluation" not in line]
+    assert len(rows) == 2 * len(heads)
+    assert {row.count("|") for row in rows} == {9}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "marked"),
+    [(0.01, 0.03, "posterior"), (-0.03, -0.01, "softmax"), (-0.01, 0.03, None), (0.0, 0.03, None)],
+)
+def test_an_arm_is_marked_only_where_the_paired_interval_excludes_zero(
+    report: dict, low: float, high: float, marked: str | None
+) -> None:
+    report = copy.deepcopy(report)
+    report["paired"] = [
+        {**pair, "low": low, "high": high}
+        for pair in report["paired"]
+        if (pair["metric"], pair["shift"], pair["subset"]) == ("accuracy", "clean", "overall")
+    ]
+    assert [line.split()[0] for line in rendered(report)[1:-1] if "*" in line] == ([marked] if marked else [])
+    for pair in report["paired"]:
+        pair["metric"] = "ece"  # of an error, less is better
+    other = {"softmax": "posterior", "posterior": "softmax", None: None}[marked]
+    assert [line.split()[0] for line in rendered(report)[1:-1] if "*" in line] == ([other] if other else [])
+
+
+def test_a_report_that_is_not_strict_json_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    write_json({"value": 1}, path)
+    for bad in (float("nan"), torch.ones(1)):
+        with pytest.raises(InvalidArgumentError, match="report must be strict JSON"):
+            write_json({"value": bad}, path)
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_reliability_diagram_draws_what_the_json_says(report: dict, tmp_path: Path) -> None:
+    write_json(report, tmp_path / "report.json")
+    reread = json.loads((tmp_path / "report.json").read_text())
+    reliability_diagram(report, tmp_path / "direct.png")
+    reliability_diagram(reread, tmp_path / "reread.png")
+    [shifted] = [c for c in reread["reliability"] if (c["arm"], c["panel"]) == ("posterior", "shifted")]
+    shifted["bins"]["accuracy"] = [found and found / 2 for found in shifted["bins"]["accuracy"]]
+    reliability_diagram(reread, tmp_path / "other.png")
+    direct, same, other = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("direct", "reread", "other"))
+    assert (direct == same).all()
+    changed = (direct != other).any(axis=(0, 2)).nonzero()[0]
+    assert changed.min() > direct.shape[1] / 2, "only the right panel may change"
+
+
+def test_the_heat_map_marks_cells_without_evidence(tmp_path: Path) -> None:
+    mean, count = torch.full((3, 4), 0.5), torch.full((3, 4), 20.0)
+    posterior_heatmap(mean, count, tmp_path / "full.png", expert_names=list("abcd"))
+    count[2, 3] = 0
+    posterior_heatmap(mean, count, tmp_path / "hole.png", expert_names=list("abcd"))
+    full, hole = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("full", "hole"))
+    rows, columns = (full != hole).any(axis=2).nonzero()
+    assert rows.size > 100
+    assert rows.min() > full.shape[0] / 2
+    assert columns.min() > full.shape[1] / 2, "the last cell, lower right"
+
+
+def test_figures_refuse_what_they_cannot_draw(report: dict, tmp_path: Path) -> None:
+    table = torch.zeros(3, 4)
+    with pytest.raises(InvalidArgumentError, match=r"must share a shape \(C, E\); got \(3, 4\) and \(4, 3\)"):
+        posterior_heatmap(table, table.T, tmp_path / "x.png")
+    with pytest.raises(InvalidArgumentError, match="expert_names must name 4 experts; got 1"):
+        posterior_heatmap(table, table, tmp_path / "x.png", expert_names=["a"])
+    with pytest.raises(InvalidArgumentError, match="at most 4 arms"):
+        reliability_diagram({**report, "arms": list("abcde")}, tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()

@@ -54,9 +54,10 @@ def bootstrap_sums(
         raise InvalidArgumentError(f"columns must share one positive number of rows; got {sorted(lengths)}")
     if resamples < 1:
         raise InvalidArgumentError(f"resamples must be at least 1; got {resamples}")
-    wide = torch.cat(list(columns), dim=1)
-    sums = torch.cat([counts @ wide for counts in resample_counts(len(wide), resamples, seed)])
-    return list(sums.split([block.shape[1] for block in columns], dim=1))
+    # One product a tensor, not one wide product: there, equal columns may be summed in another order, and two arms that
+    # predict the same would differ by 1e-17 with an interval that excludes 0.
+    chunks = [[counts @ block for block in columns] for counts in resample_counts(len(columns[0]), resamples, seed)]
+    return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
 def centred_interval(

@@ -23,11 +23,14 @@ STYLES: tuple[dict[str, Any], ...] = (  # colour, marker, line: luminances far a
 )
 HATCHES = ("", "///", "...", "xxx")
 DPI = 150
+FEW = 10  # predictions in a bin, below which its accuracy is drawn faint
 MAX_ANNOTATED = 200  # cells; beyond it numbers no longer fit
 
 
 def reliability_diagram(report: dict, path: str | os.PathLike[str]) -> None:
     """Draw accuracy against confidence, clean beside shifted, with Wilson intervals and the share of predictions below.
+
+    Bins with fewer than ten predictions are faint and off the line.
 
     Args:
         report: from :func:`~moe_posterior.training.report.evaluate_predictions`, or read back from its JSON.
@@ -82,19 +85,21 @@ def posterior_heatmap(
     num_clusters, num_experts = mean.shape
     if expert_names is not None and len(expert_names) != num_experts:
         raise InvalidArgumentError(f"expert_names must name {num_experts} experts; got {len(expert_names)}")
-    figure = _figure(width=min(12, 2.6 + 0.62 * num_experts), height=min(12, 1.7 + 0.34 * num_clusters))
+    figure = _figure(width=min(12, 3.2 + 0.62 * num_experts), height=min(9, 2.2 + 0.34 * num_clusters))
     from matplotlib.ticker import MaxNLocator  # after _figure, which explains a missing matplotlib
 
     axes = figure.subplots()
     image = axes.imshow(mean.cpu().double().numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
     figure.colorbar(image, label="posterior mean competence")
+    annotate = mean.numel() <= MAX_ANNOTATED
+    axes.set_title(("number: observations; " if annotate else "") + "hatched: none yet", fontsize=9)
     axes.set_xlabel("expert")
     axes.set_ylabel("cluster")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if expert_names is not None:
         axes.set_xticks(range(num_experts), labels=expert_names, rotation=35, ha="right", rotation_mode="anchor")
-    _mark_cells(axes, mean, count, annotate=mean.numel() <= MAX_ANNOTATED)
+    _mark_cells(axes, mean, count, annotate)
     figure.savefig(path, dpi=DPI)
 
 
@@ -113,18 +118,20 @@ def _draw_curves(axes: "Axes", curves: list[dict]) -> None:
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=0)
     for curve, style in zip(curves, STYLES, strict=False):
         bins = curve["bins"]
-        kept = [index for index, count in enumerate(bins["count"]) if count]
-        confidence, accuracy, low, high = (
-            [bins[name][index] for index in kept] for name in ("confidence", "accuracy", "low", "high")
-        )
-        below = [max(0, middle - end) for middle, end in zip(accuracy, low, strict=True)]
-        above = [max(0, end - middle) for middle, end in zip(accuracy, high, strict=True)]
-        label = f"{curve['arm']} (ECE {curve['ece']:.3f})"
-        axes.errorbar(
-            confidence, accuracy, [below, above], label=label, markersize=4, linewidth=1.2, capsize=2, **style
-        )
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
+        for solid in (True, False):  # bins with few predictions stay visible, but neither join the line nor shout
+            kept = [i for i, count in enumerate(bins["count"]) if count and (count >= FEW) == solid]
+            confidence, accuracy, low, high = (
+                [bins[name][i] for i in kept] for name in ("confidence", "accuracy", "low", "high")
+            )
+            below = [max(0, middle - end) for middle, end in zip(accuracy, low, strict=True)]
+            above = [max(0, end - middle) for middle, end in zip(accuracy, high, strict=True)]
+            look = style if solid else {**style, "linestyle": "none", "alpha": 0.3}
+            label = f"{curve['arm']} (ECE {curve['ece']:.3f})" if solid else None
+            axes.errorbar(
+                confidence, accuracy, [below, above], label=label, markersize=4, linewidth=1.2, capsize=2, **look
+            )
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
     axes.legend(loc="upper left", frameon=False, fontsize=8)
     axes.grid(alpha=0.25, linewidth=0.5)
 
@@ -152,8 +159,16 @@ def _mark_cells(axes: "Axes", mean: Tensor, count: Tensor, annotate: bool) -> No
             axes.add_patch(box)
         elif annotate:
             ink = "white" if mean[cluster, expert] < 0.5 else "black"
-            axes.text(expert, cluster, f"{seen:.3g}", ha="center", va="center", fontsize=7, color=ink)
+            axes.text(expert, cluster, _short(seen), ha="center", va="center", fontsize=7, color=ink)
 
 
 def _cells(table: Tensor) -> list[tuple[int, int]]:
     return [(row, column) for row in range(table.shape[0]) for column in range(table.shape[1])]
+
+
+def _short(count: float) -> str:
+    """``1.2k`` for 1234: at most five characters in a cell."""
+    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{suffix}"
+    return f"{count:.3g}"
