@@ -3,26 +3,23 @@
 Dimensions: N tokens, C clusters, E experts, k experts per token.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from moe_posterior import beta as beta_functions
+from moe_posterior import evidence as evidence_functions
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.evidence import Evidence, Observation, ProxyNoise
 from moe_posterior.precision import FixedPrecision
 
-
-class Evidence(NamedTuple):
-    """Successes and failures to add to a belief: plain sums, so they merge across ranks and replicas by addition."""
-
-    successes: Tensor  # (C, E) float64
-    failures: Tensor  # (C, E) float64
+_KEPT_AFTER_SURPRISE = 0.1  # share of prior strength and evidence an expert keeps once it has surprised
+_DEGRADED_SHARE = 0.5  # the change that surprise looks for: competence fell to half of what was believed
 
 
 class BetaPosterior(FixedPrecision):
-    """Beta posterior over the competence of each (cluster, expert): ``alpha = prior_alpha + successes``, likewise beta.
+    """Beta posterior over the competence of each (cluster, expert): ``alpha = prior alpha + successes``, likewise beta.
 
     Prior and evidence are kept apart so that evidence stays additive: it merges by a sum, is rebuilt from a log, and can be
     discounted without forgetting the prior. All buffers are float64 and stay so through every cast and load; none receives
@@ -32,11 +29,21 @@ class BetaPosterior(FixedPrecision):
         num_clusters, num_experts: C and E.
         prior_alpha, prior_beta: pseudo-successes and pseudo-failures of every cell before any evidence. 1 and 1 (the
             default) is the uniform prior of the paper.
+        half_life: observations of a cell after which what was seen there before counts half; the prior does not fade, nor
+            does a cell that is not observed. None (default) never forgets.
+        shrinkage: how strongly an expert's clusters inform each other, as the number of observations after which the expert's
+            pooled record moves its prior means half-way; smaller is stronger. None (default) keeps cells apart. See
+            :func:`~moe_posterior.evidence.pooled_odds`.
+        surprise: threshold in nats of a CUSUM on each expert's log-likelihood ratio "competence has halved" against "as
+            believed". When it is crossed, the expert keeps a tenth of its prior strength and evidence, so that what is seen
+            from then on decides. About ln(observations between false alarms); None (default) never does this.
+        noise: known error rates of the competence signal; counts are de-biased by them.
 
     Raises:
-        InvalidArgumentError: sizes below one, or a prior that is not positive and finite.
+        InvalidArgumentError: sizes below one, a prior that is not positive and finite, an option out of range.
 
-    Source: *Bayesian Posterior Routing in Multi-Agent Systems*, "Prior and Posterior".
+    Source: *Bayesian Posterior Routing in Multi-Agent Systems*, "Prior and Posterior"; the options answer its "Scope and Known
+    Constraints".
 
     >>> posterior = BetaPosterior(num_clusters=2, num_experts=3)
     >>> posterior.observe(torch.tensor([0, 0]), torch.tensor([[1.0, 0.0, torch.nan], [1.0, 1.0, torch.nan]]))
@@ -48,9 +55,22 @@ class BetaPosterior(FixedPrecision):
     prior_beta: Tensor  # (C, E) float64
     successes: Tensor  # (C, E) float64
     failures: Tensor  # (C, E) float64
+    trust: Tensor  # (E,) float64, share of its prior strength an expert still has
+    suspicion: Tensor  # (E,) float64, the CUSUM of surprise, in nats
+    active: Tensor  # (E,) bool, False once an expert was removed
+    odds: Tensor  # (E,) float64, derived: how the pooled record moves an expert's prior odds
 
     def __init__(
-        self, num_clusters: int, num_experts: int, *, prior_alpha: float = 1.0, prior_beta: float = 1.0
+        self,
+        num_clusters: int,
+        num_experts: int,
+        *,
+        prior_alpha: float = 1.0,
+        prior_beta: float = 1.0,
+        half_life: float | None = None,
+        shrinkage: float | None = None,
+        surprise: float | None = None,
+        noise: ProxyNoise | None = None,
     ) -> None:
         super().__init__()
         for name, size in (("num_clusters", num_clusters), ("num_experts", num_experts)):
@@ -59,45 +79,61 @@ class BetaPosterior(FixedPrecision):
         for name, value in (("prior_alpha", prior_alpha), ("prior_beta", prior_beta)):
             if not 0.0 < value < float("inf"):
                 raise InvalidArgumentError(f"{name} must be positive and finite; got {value}")
+        for name, option in (("half_life", half_life), ("shrinkage", shrinkage), ("surprise", surprise)):
+            if option is not None and not 0.0 < option < float("inf"):
+                raise InvalidArgumentError(f"{name} must be positive and finite, or None; got {option}")
+        if noise is not None:
+            noise.validate()
         self.num_clusters, self.num_experts = num_clusters, num_experts
         self.initial_prior = (float(prior_alpha), float(prior_beta))
-        shape = (num_clusters, num_experts)
-        self.register_buffer("prior_alpha", torch.full(shape, prior_alpha, dtype=torch.float64))
-        self.register_buffer("prior_beta", torch.full(shape, prior_beta, dtype=torch.float64))
-        self.register_buffer("successes", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("failures", torch.zeros(shape, dtype=torch.float64))
+        self.half_life, self.shrinkage, self.surprise, self.noise = half_life, shrinkage, surprise, noise
+        cells, experts = (num_clusters, num_experts), (num_experts,)
+        self.register_buffer("prior_alpha", torch.full(cells, prior_alpha, dtype=torch.float64))
+        self.register_buffer("prior_beta", torch.full(cells, prior_beta, dtype=torch.float64))
+        self.register_buffer("successes", torch.zeros(cells, dtype=torch.float64))
+        self.register_buffer("failures", torch.zeros(cells, dtype=torch.float64))
+        self.register_buffer("trust", torch.ones(experts, dtype=torch.float64))
+        self.register_buffer("suspicion", torch.zeros(experts, dtype=torch.float64))
+        self.register_buffer("active", torch.ones(experts, dtype=torch.bool))
+        self.register_buffer("odds", torch.ones(experts, dtype=torch.float64), persistent=False)
         self._listeners: list[Callable[[Tensor | None], None]] = []
         self.register_load_state_dict_post_hook(_notify_after_load)
 
     @property
     def alpha(self) -> Tensor:  # (C, E) float64
-        """``prior_alpha + successes``."""
-        return self.prior_alpha + self.successes
+        """Pseudo-successes of prior and evidence together."""
+        return self.parameters_of()[0]
 
     @property
     def beta(self) -> Tensor:  # (C, E) float64
-        """``prior_beta + failures``."""
-        return self.prior_beta + self.failures
+        """Pseudo-failures of prior and evidence together."""
+        return self.parameters_of()[1]
+
+    def parameters_of(self, cluster_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:  # (M,) -> 2 x (M, E)
+        """Alpha and beta in the given clusters (None: in all C), with pooling and lost trust taken into account."""
+        rows = slice(None) if cluster_ids is None else cluster_ids
+        cells = [table[rows] for table in (self.prior_alpha, self.prior_beta, self.successes, self.failures)]
+        return self._combined(cells, self.trust, self.odds)
 
     def mean(self) -> Tensor:  # (C, E)
         """Posterior mean competence."""
-        return beta_functions.mean(self.alpha, self.beta)
+        return beta_functions.mean(*self.parameters_of())
 
     def std(self) -> Tensor:  # (C, E)
         """Posterior standard deviation."""
-        return beta_functions.std(self.alpha, self.beta)
+        return beta_functions.std(*self.parameters_of())
 
     def lcb(self, risk_aversion: float) -> Tensor:  # (C, E)
         """Lower confidence bound, ``mean - risk_aversion * std``."""
-        return beta_functions.lcb(self.alpha, self.beta, risk_aversion)
+        return beta_functions.lcb(*self.parameters_of(), risk_aversion)
 
     def quantile(self, probability: float) -> Tensor:  # (C, E)
         """Exact credible bound: competence exceeds it with probability ``1 - probability``."""
-        return beta_functions.quantile(self.alpha, self.beta, probability)
+        return beta_functions.quantile(*self.parameters_of(), probability)
 
     def thompson(self, generator: torch.Generator | None = None) -> Tensor:  # (C, E)
         """One draw of competence a cell."""
-        return beta_functions.thompson(self.alpha, self.beta, generator)
+        return beta_functions.thompson(*self.parameters_of(), generator)
 
     @torch.no_grad()
     def observe(
@@ -121,32 +157,29 @@ class BetaPosterior(FixedPrecision):
             sync: where torch.distributed is initialised, sum the new evidence over all ranks, so that every rank holds the
                 same belief. This is then a collective call: a rank without tokens calls it with an empty batch.
 
+        With a half-life, a batch equals its observations one after the other, row by row; over several ranks it is their sum.
+
         Raises:
             InvalidArgumentError: wrong shape, an index out of range, or an outcome outside [0, 1]; nothing has changed.
         """
-        evidence = self.tally(cluster_ids, outcome, expert_indices, threshold=threshold)
+        seen = self._observations(cluster_ids, outcome, expert_indices, threshold)
+        fading = None if self.half_life is None else evidence_functions.retention(self.half_life)
+        cells, sums = evidence_functions.total_by_cell(seen, self.noise, fading)  # (U,), (3, U)
+        alarm = self._alarm(seen) if self.surprise is not None else None
         touched: Tensor | None = cluster_ids
         if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
-            stacked = torch.stack(evidence)
-            torch.distributed.all_reduce(stacked)
-            evidence = Evidence(*stacked)
+            cells, sums = self._over_ranks(cells, sums)
+            if alarm is not None:
+                torch.distributed.all_reduce(alarm)
             touched = None  # other ranks touched other clusters
-        self._add(evidence, touched)
-
-    def tally(
-        self,
-        cluster_ids: Tensor,  # (N,) int64
-        outcome: Tensor,  # (N, E), or (N, k) with expert_indices
-        expert_indices: Tensor | None = None,  # (N, k) int64
-        *,
-        threshold: float | None = None,
-    ) -> Evidence:  # 2 x (C, E)
-        """Validate outcomes and count them without changing the belief; arguments and errors as in :meth:`observe`."""
-        shape, device = (self.num_clusters, self.num_experts), self.successes.device
-        cluster_ids, outcome = cluster_ids.to(device), outcome.to(device)
-        expert_indices = None if expert_indices is None else expert_indices.to(device)
-        _validate_observation(cluster_ids, outcome, expert_indices, shape, threshold)
-        return _count(cluster_ids, outcome, expert_indices, shape, threshold)
+        fired = alarm is not None and self._suspect(alarm)  # before the new evidence, which is not stale
+        kept = 1.0 if fading is None else fading ** sums[2]
+        for counts, added in ((self.successes.view(-1), sums[0]), (self.failures.view(-1), sums[1])):
+            counts[cells] = counts[cells] * kept + added
+        if self.shrinkage is not None:
+            self._pool(None if fired else (cells % self.num_experts).unique())
+            touched = None  # an expert's pooled record speaks in every cluster
+        self._notify(None if fired else touched)
 
     def merge(self, other: "BetaPosterior | Evidence") -> None:
         """Add another replica's evidence (not its prior) to this one.
@@ -158,7 +191,10 @@ class BetaPosterior(FixedPrecision):
         for name, counts in (("successes", other.successes), ("failures", other.failures)):
             if tuple(counts.shape) != expected:
                 raise InvalidArgumentError(f"other.{name} must have shape {expected}; got {tuple(counts.shape)}")
-        self._add(Evidence(other.successes, other.failures), None)
+        with torch.no_grad():
+            self.successes += other.successes.to(self.successes)
+            self.failures += other.failures.to(self.failures)
+        self._changed()
 
     @torch.no_grad()
     def warm_start(
@@ -173,7 +209,8 @@ class BetaPosterior(FixedPrecision):
         """Turn held-out outcomes into the prior; evidence is left as it is.
 
         The new prior is the initial one plus the counts, so its mean is the observed rate drawn slightly to the initial
-        mean, cell by cell.
+        mean, cell by cell. With ``shrinkage`` the initial mean is each expert's pooled rate, worth as many observations as
+        its clusters are alike (:func:`~moe_posterior.evidence.between_cluster_strength`): rarely seen cells start there.
 
         Args:
             cluster_ids, outcome, expert_indices, threshold: as in :meth:`observe`.
@@ -187,39 +224,199 @@ class BetaPosterior(FixedPrecision):
         """
         if strength is not None and not strength > 0:
             raise InvalidArgumentError(f"strength must be positive; got {strength}")
-        counts = self.tally(cluster_ids, outcome, expert_indices, threshold=threshold)
-        alpha = self.initial_prior[0] + counts.successes
-        beta = self.initial_prior[1] + counts.failures
+        seen = self._observations(cluster_ids, outcome, expert_indices, threshold)
+        cells, sums = evidence_functions.total_by_cell(seen, self.noise, None)
+        successes, failures = torch.zeros_like(self.successes), torch.zeros_like(self.failures)
+        successes.view(-1)[cells], failures.view(-1)[cells] = sums[0].clamp(min=0), sums[1].clamp(min=0)
+        alpha, beta = (torch.full_like(successes, value) for value in self.initial_prior)
+        if self.shrinkage is not None:
+            pooled = beta_functions.mean(alpha[0] + successes.sum(0), beta[0] + failures.sum(0))
+            worth = evidence_functions.between_cluster_strength(successes, failures)
+            alpha, beta = alpha + worth * pooled, beta + worth * (1 - pooled)
+        alpha, beta = alpha + successes, beta + failures
         if strength is not None:
-            shrink = (strength / (alpha + beta)).clamp(max=1.0)
-            alpha, beta = alpha * shrink, beta * shrink
+            shorten = (strength / (alpha + beta)).clamp(max=1.0)
+            alpha, beta = alpha * shorten, beta * shorten
         self.prior_alpha.copy_(alpha)
         self.prior_beta.copy_(beta)
-        self._notify(None)
+        self.trust.fill_(1.0)
+        self._changed()
 
     @torch.no_grad()
     def reset(self, *, prior: bool = False) -> None:
-        """Forget all evidence; with ``prior=True`` also any warm start."""
+        """Forget all evidence and suspicion; with ``prior=True`` also any warm start."""
         self.successes.zero_()
         self.failures.zero_()
+        self.suspicion.zero_()
+        self.trust.fill_(1.0)
         if prior:
             self.prior_alpha.fill_(self.initial_prior[0])
             self.prior_beta.fill_(self.initial_prior[1])
+        self._changed()
+
+    @torch.no_grad()
+    def forget(self, keep: float, experts: Tensor | None = None) -> None:  # (M,) int64 or (E,) bool
+        """Keep only a share of the evidence of the given experts (None: of all); the prior stays.
+
+        Raises:
+            InvalidArgumentError: ``keep`` outside [0, 1].
+        """
+        if not 0.0 <= keep <= 1.0:
+            raise InvalidArgumentError(f"keep must lie in [0, 1]; got {keep}")
+        columns = slice(None) if experts is None else experts
+        self.successes[:, columns] *= keep
+        self.failures[:, columns] *= keep
+        self._changed()
+
+    @torch.no_grad()
+    def add_expert(self, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0) -> int:
+        """Make room for another expert and return its index; the others' belief is unchanged.
+
+        Args:
+            prior_from: donors and how much their domains overlap with the new expert's (any positive weights): in each
+                cluster its prior mean is their weighted posterior mean. None starts it from the initial prior.
+            strength: pseudo-observations the inherited prior is worth; few, since the newcomer has proved nothing itself.
+
+        Raises:
+            InvalidArgumentError: an unknown donor, a weight or strength that is not positive.
+
+        Source: *Bayesian Posterior Routing in Multi-Agent Systems*, "Dynamic Expert Pool Management".
+        """
+        alpha, beta = self._inherited(prior_from, strength)
+        nothing = torch.zeros_like(alpha)
+        columns = {"prior_alpha": alpha, "prior_beta": beta, "successes": nothing, "failures": nothing}
+        for name, column in columns.items():
+            setattr(self, name, torch.cat([getattr(self, name), column[:, None]], dim=1))
+        for name, start in (("trust", 1.0), ("suspicion", 0.0), ("active", True), ("odds", 1.0)):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(self, name).new_full((1,), start)]))
+        self.num_experts += 1
+        self._changed()
+        return self.num_experts - 1
+
+    @torch.no_grad()
+    def remove_expert(self, expert: int) -> None:
+        """Never choose this expert again; its index is not given to another, so delayed outcomes cannot be misattributed.
+
+        Raises:
+            InvalidArgumentError: there is no such active expert, or it is the last one.
+        """
+        self._require_active(expert)
+        if int(self.active.sum()) == 1:
+            raise InvalidArgumentError(f"expert {expert} is the last active one and cannot be removed")
+        self.active[expert] = False
         self._notify(None)
+
+    @torch.no_grad()
+    def replace_expert(
+        self, expert: int, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0
+    ) -> None:
+        """A retrained or exchanged expert in the same place: its evidence is dropped; arguments as :meth:`add_expert`."""
+        self._require_active(expert)
+        alpha, beta = self._inherited(prior_from, strength)
+        self.prior_alpha[:, expert], self.prior_beta[:, expert] = alpha, beta
+        self.successes[:, expert], self.failures[:, expert] = 0.0, 0.0
+        self.trust[expert], self.suspicion[expert] = 1.0, 0.0
+        self._changed()
 
     def subscribe(self, listener: Callable[[Tensor | None], None]) -> None:
         """Call ``listener(cluster_ids)`` after every change of the belief; None instead of ids means any cluster changed."""
         self._listeners.append(listener)
 
     def extra_repr(self) -> str:
+        options = {
+            "half_life": self.half_life,
+            "shrinkage": self.shrinkage,
+            "surprise": self.surprise,
+            "noise": self.noise,
+        }
+        given = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
         observed = float((self.successes + self.failures).sum())
-        return f"num_clusters={self.num_clusters}, num_experts={self.num_experts}, observations={observed:g}"
+        return f"num_clusters={self.num_clusters}, num_experts={self.num_experts}, observations={observed:g}{given}"
 
-    @torch.no_grad()
-    def _add(self, evidence: Evidence, cluster_ids: Tensor | None) -> None:
-        self.successes += evidence.successes.to(self.successes)
-        self.failures += evidence.failures.to(self.failures)
-        self._notify(cluster_ids)
+    def _observations(
+        self, cluster_ids: Tensor, outcome: Tensor, expert_indices: Tensor | None, threshold: float | None
+    ) -> Observation:
+        device = self.successes.device
+        experts = None if expert_indices is None else expert_indices.to(device)
+        shape = (self.num_clusters, self.num_experts)
+        return evidence_functions.read_outcomes(cluster_ids.to(device), outcome.to(device), experts, shape, threshold)
+
+    def _combined(self, cells: list[Tensor], trust: Tensor, odds: Tensor) -> tuple[Tensor, Tensor]:
+        """Alpha and beta, elementwise, from prior alpha, prior beta, successes and failures."""
+        prior_alpha, prior_beta, successes, failures = cells
+        prior_alpha, prior_beta = prior_alpha * trust, prior_beta * trust
+        if self.shrinkage is not None:
+            total = prior_alpha + prior_beta
+            prior_alpha = total * evidence_functions.shift_odds(prior_alpha / total, odds)
+            prior_beta = total - prior_alpha
+        if self.noise is not None:  # de-biased counts can fall below zero while they are few
+            successes, failures = successes.clamp(min=0), failures.clamp(min=0)
+        return prior_alpha + successes, prior_beta + failures
+
+    def _alarm(self, seen: Observation) -> Tensor:  # -> (E,)
+        """What a batch adds to each expert's suspicion: it counts as one step of the CUSUM."""
+        cells, experts = seen.cells, seen.cells % self.num_experts
+        tables = (self.prior_alpha, self.prior_beta, self.successes, self.failures)
+        seen_cells = [table.view(-1)[cells] for table in tables]
+        alpha, beta = self._combined(seen_cells, self.trust[experts], self.odds[experts])
+        signal = seen.signal
+        if self.noise is not None:
+            signal = evidence_functions.debias(signal, self.noise)[0] / self.noise.contrast**2
+        believed = beta_functions.mean(alpha, beta)
+        step = evidence_functions.degraded_log_likelihood_ratio(signal, believed, _DEGRADED_SHARE)
+        return torch.zeros_like(self.suspicion).index_put_((experts,), step, accumulate=True)
+
+    def _suspect(self, alarm: Tensor) -> bool:  # (E,)
+        self.suspicion.copy_((self.suspicion + alarm).clamp(min=0.0))
+        fired = self.suspicion > (self.surprise or torch.inf)
+        if not bool(fired.any()):
+            return False
+        kept = torch.where(fired, _KEPT_AFTER_SURPRISE, 1.0).to(self.trust.dtype)
+        self.trust *= kept
+        self.successes *= kept
+        self.failures *= kept
+        self.suspicion.masked_fill_(fired, 0.0)
+        return True
+
+    def _pool(self, experts: Tensor | None) -> None:  # (M,) int64; None: all
+        """Bring the pooled odds of these experts up to date."""
+        if self.shrinkage is None:
+            return
+        columns = torch.arange(self.num_experts, device=self.odds.device) if experts is None else experts
+        tables = (self.prior_alpha, self.prior_beta, self.successes, self.failures)
+        # One contiguous row an expert: a sum then takes the same steps however many experts are brought up to date.
+        alpha, beta, successes, failures = (table.T[columns].contiguous() for table in tables)
+        expected = beta_functions.mean(alpha, beta)
+        self.odds[columns] = evidence_functions.pooled_odds(successes, failures, expected, self.shrinkage)
+
+    def _over_ranks(self, cells: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        dense = sums.new_zeros(3, self.successes.numel())
+        dense[:, cells] = sums
+        torch.distributed.all_reduce(dense)
+        cells = (dense[2] > 0).nonzero().flatten()
+        return cells, dense[:, cells]
+
+    def _inherited(self, prior_from: Mapping[int, float] | None, strength: float) -> tuple[Tensor, Tensor]:  # 2 x (C,)
+        if prior_from is None:
+            return tuple(self.prior_alpha.new_full((self.num_clusters,), value) for value in self.initial_prior)  # type: ignore[return-value]
+        if not prior_from or not strength > 0:
+            raise InvalidArgumentError(f"prior_from needs donors and a positive strength; got {prior_from}, {strength}")
+        for donor, weight in prior_from.items():
+            if not 0 <= donor < self.num_experts or not weight > 0:
+                raise InvalidArgumentError(
+                    f"prior_from must map experts in [0, {self.num_experts}) to positive weights; got {donor}: {weight}"
+                )
+        weights = self.prior_alpha.new_tensor(list(prior_from.values()))
+        mean = self.mean()[:, list(prior_from)] @ (weights / weights.sum())
+        return strength * mean, strength * (1 - mean)
+
+    def _require_active(self, expert: int) -> None:
+        if not 0 <= expert < self.num_experts or not bool(self.active[expert]):
+            raise InvalidArgumentError(f"expert must be an active index below {self.num_experts}; got {expert}")
+
+    def _changed(self) -> None:
+        self._pool(None)
+        self._notify(None)
 
     def _notify(self, cluster_ids: Tensor | None) -> None:
         for listener in self._listeners:
@@ -228,64 +425,5 @@ class BetaPosterior(FixedPrecision):
 
 def _notify_after_load(module: torch.nn.Module, incompatible_keys: object) -> None:
     if isinstance(module, BetaPosterior):
-        module._notify(None)
-
-
-def _validate_observation(
-    cluster_ids: Tensor,  # (N,)
-    outcome: Tensor,  # (N, M)
-    expert_indices: Tensor | None,  # (N, M)
-    shape: tuple[int, int],
-    threshold: float | None,
-) -> None:
-    num_clusters, num_experts = shape
-    if cluster_ids.ndim != 1 or cluster_ids.is_floating_point():
-        raise InvalidArgumentError(
-            f"cluster_ids must be integers of shape (N,); got {cluster_ids.dtype} of shape {tuple(cluster_ids.shape)}"
-        )
-    columns = num_experts if expert_indices is None else expert_indices.shape[-1]
-    expected = (cluster_ids.shape[0], columns)
-    if tuple(outcome.shape) != expected:
-        raise InvalidArgumentError(f"outcome must have shape {expected}; got {tuple(outcome.shape)}")
-    if expert_indices is not None:
-        if tuple(expert_indices.shape) != expected:
-            raise InvalidArgumentError(f"expert_indices must have shape {expected}; got {tuple(expert_indices.shape)}")
-        _validate_range("expert_indices", expert_indices, num_experts)
-    _validate_range("cluster_ids", cluster_ids, num_clusters)
-    if threshold is not None and not 0.0 <= threshold <= 1.0:
-        raise InvalidArgumentError(f"threshold must lie in [0, 1] or be None; got {threshold}")
-    wrong = (outcome < 0) | (outcome > 1)
-    if wrong.any():
-        row, column = wrong.nonzero()[0].tolist()
-        raise InvalidArgumentError(
-            f"outcome must lie in [0, 1] or be NaN (not observed); got {outcome[row, column].item():g} at ({row}, {column})"
-        )
-
-
-def _validate_range(name: str, indices: Tensor, size: int) -> None:
-    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= size):
-        raise InvalidArgumentError(
-            f"{name} must lie in [0, {size}); got values from {int(indices.min())} to {int(indices.max())}"
-        )
-
-
-def _count(
-    cluster_ids: Tensor,  # (N,)
-    outcome: Tensor,  # (N, M)
-    expert_indices: Tensor | None,  # (N, M)
-    shape: tuple[int, int],
-    threshold: float | None,
-) -> Evidence:  # 2 x (C, E)
-    num_clusters, num_experts = shape
-    if expert_indices is None:
-        expert_indices = torch.arange(num_experts, device=outcome.device).expand(outcome.shape)
-    cells = (cluster_ids[:, None] * num_experts + expert_indices).reshape(-1)
-    signal = outcome.reshape(-1).to(torch.float64)
-    observed = ~torch.isnan(signal)
-    success = signal if threshold is None else (signal >= threshold).to(torch.float64)
-    weight = observed.to(torch.float64)
-    success = torch.where(observed, success, 0.0)
-    # Accumulating index_put_ counts duplicate cells and, unlike scatter_add_, sums in a fixed order on a GPU too.
-    successes = weight.new_zeros(num_clusters * num_experts).index_put_((cells,), success, accumulate=True)
-    failures = weight.new_zeros(num_clusters * num_experts).index_put_((cells,), weight - success, accumulate=True)
-    return Evidence(successes.view(shape), failures.view(shape))
+        with torch.no_grad():
+            module._changed()

@@ -5,13 +5,37 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_posterior import Gate, PosteriorGate, Routing, SoftmaxGate
+from moe_posterior.gates import (
+    BanditGate,
+    ExpertThresholdGate,
+    FixedGate,
+    Gate,
+    NearestNeighbourGate,
+    OracleGate,
+    PosteriorGate,
+    Routing,
+    SoftmaxGate,
+)
 
 HIDDEN_SIZE, NUM_EXPERTS = 6, 5
 
 
 def data(num_tokens: int, seed: int = 0) -> Tensor:  # (N, D)
     return torch.randn(num_tokens, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def competence(hidden: Tensor) -> Tensor:  # (N, D) -> (N, E)
+    """A truth for the oracle; at module level, so that the gate can be pickled."""
+    return hidden[:, :NUM_EXPERTS].sigmoid()
+
+
+def warm(gate: FixedGate | NearestNeighbourGate) -> Gate:
+    """Give the gate labelled rows, a fifth of the outcomes unobserved."""
+    generator = torch.Generator().manual_seed(7)
+    outcome = torch.rand(100, NUM_EXPERTS, generator=generator)
+    outcome[torch.rand(100, NUM_EXPERTS, generator=generator) < 0.2] = torch.nan
+    gate.warm_start(data(100, seed=8), outcome)
+    return gate
 
 
 # name -> (top_k -> gate). Numbers are awkward on purpose: neither E nor C is a power of two.
@@ -22,9 +46,21 @@ GATES: dict[str, Callable[[int], Gate]] = {
     "posterior mean": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="mean", threshold=0.5),
     "posterior quantile": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="quantile"),
     "posterior thompson": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="thompson"),
+    "expert threshold": lambda k: ExpertThresholdGate(HIDDEN_SIZE, NUM_EXPERTS, k),
+    "bandit ucb1": lambda k: BanditGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k),
+    "bandit discounted ucb": lambda k: BanditGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, policy="discounted_ucb"),
+    "bandit thompson": lambda k: BanditGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, policy="thompson", threshold=0.5),
+    "bandit without clusters": lambda k: BanditGate(HIDDEN_SIZE, NUM_EXPERTS, top_k=k, contextual=False),
+    "neighbours": lambda k: warm(NearestNeighbourGate(HIDDEN_SIZE, NUM_EXPERTS, k, num_neighbours=7)),
+    "neighbours by cosine": lambda k: warm(
+        NearestNeighbourGate(HIDDEN_SIZE, NUM_EXPERTS, k, num_neighbours=7, metric="cosine")
+    ),
+    "fixed": lambda k: warm(FixedGate(HIDDEN_SIZE, NUM_EXPERTS, k)),
+    "oracle": lambda k: OracleGate(HIDDEN_SIZE, NUM_EXPERTS, k, competence=competence),
 }
-# Thompson draws come from an explicit generator, which a graph cannot hold.
-COMPILED_WHOLE = [name for name in GATES if name != "posterior thompson"]
+# Thompson draws come from an explicit generator, which a graph cannot hold, and are made per batch.
+DRAWN_PER_BATCH = ["posterior thompson", "bandit thompson"]
+COMPILED_WHOLE = [name for name in GATES if name not in DRAWN_PER_BATCH]
 
 
 def fitted(name: str, top_k: int = 2) -> Gate:

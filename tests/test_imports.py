@@ -12,7 +12,7 @@ PACKAGE = ROOT / "moe_posterior"
 # Rooms in the order in which they may use each other: each only those before it.
 ORDER = [
     ["errors", "precision"],
-    ["beta"],
+    ["beta", "evidence"],
     ["kernels"],
     ["posterior", "clustering"],
     ["gates"],

@@ -1,7 +1,21 @@
 """Gates: given hidden states, which experts, with what weights."""
 
+from moe_posterior.gates.bandits import BanditGate
 from moe_posterior.gates.base import Gate, Routing
 from moe_posterior.gates.baselines import SoftmaxGate
+from moe_posterior.gates.fixed import FixedGate, OracleGate
+from moe_posterior.gates.neighbours import NearestNeighbourGate
 from moe_posterior.gates.posterior import PosteriorGate
+from moe_posterior.gates.threshold import ExpertThresholdGate
 
-__all__ = ["Gate", "PosteriorGate", "Routing", "SoftmaxGate"]
+__all__ = [
+    "BanditGate",
+    "ExpertThresholdGate",
+    "FixedGate",
+    "Gate",
+    "NearestNeighbourGate",
+    "OracleGate",
+    "PosteriorGate",
+    "Routing",
+    "SoftmaxGate",
+]

@@ -24,6 +24,13 @@ class Routing(NamedTuple):
     scores: Tensor  # (N, k) what the gate ranked the experts by
     distance: Tensor  # (N,) to the centroid; 0 for gates without clusters, inf for a row that holds NaN or inf
 
+    def abstain(self, threshold: float) -> Tensor:  # -> (N,) bool
+        """Which tokens to escalate rather than answer: those whose best score stays below the threshold, or is NaN.
+
+        Source: *Bayesian Posterior Routing in Multi-Agent Systems*, tiered invocation.
+        """
+        return ~(self.scores[:, 0] >= threshold)
+
 
 class Gate(nn.Module, ABC):
     """A rule that chooses ``top_k`` of ``num_experts`` experts for every token.
@@ -76,6 +83,16 @@ class Gate(nn.Module, ABC):
         self.slots_of(routing, outcome, dense)
         if ((outcome < 0) | (outcome > 1)).any():
             raise InvalidArgumentError("outcome must lie in [0, 1] or be NaN (not observed)")
+
+    def adapt(self, hidden: Tensor) -> None:  # (N, D)
+        """Learn from the inputs just routed, without outcomes; only gates that follow the traffic do anything here."""
+
+    def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
+        """The gate's estimate, as of now, of each chosen expert's outcome: what its calibration is measured on.
+
+        The scores themselves, unless the gate ranks by something that is no estimate of success (a bound, an index, a margin).
+        """
+        return routing.scores
 
     def slots_of(self, routing: Routing, outcome: Tensor, dense: bool | None) -> Tensor | None:  # -> (N, k) or None
         """The experts that the columns of ``outcome`` belong to; None if the columns are all experts in order."""

@@ -1,12 +1,21 @@
-"""The gates to compare with.
+"""The standard learned gate, and how it is trained on warm-start data.
 
 Dimensions: N tokens, D hidden size, E experts, k experts per token.
+
+The other gates to compare with stand beside it: ``threshold``, ``bandits``, ``neighbours``, ``fixed``. What can be learned from
+labelled rows before the first decision goes through one method on all of them, ``warm_start(hidden, outcome)``; what a gate
+expects of the experts it chose is ``expected_outcome(routing)``, since some rank by something else than an estimate.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
 
+from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates.base import Gate, Routing
+
+UNKNOWN = 0.5  # the estimate for an expert nobody has observed: the mean of a uniform prior
 
 
 class SoftmaxGate(Gate):
@@ -41,3 +50,116 @@ class SoftmaxGate(Gate):
         cluster_ids = expert_indices.new_zeros(len(hidden))
         distance = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         return Routing(expert_indices, scores / scores.sum(dim=-1, keepdim=True), cluster_ids, scores, distance)
+
+    def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
+        """The router probabilities of the chosen: what such a gate offers for a probability of success."""
+        return routing.scores
+
+    def warm_start(
+        self,
+        hidden: Tensor,  # (N, D)
+        outcome: Tensor,  # (N, E)
+        *,
+        weight_decay: float = 1e-2,
+        epochs: int = 100,
+        lr: float = 1e-2,
+        batch_size: int = 256,
+        generator: torch.Generator | None = None,
+    ) -> float:
+        """Train the router on labelled rows with soft targets: each row's outcomes, normalised over the experts seen on it.
+
+        The loss of a row is the cross-entropy between its target and the softmax over the *observed* experts: what was not
+        observed is neither rewarded nor punished. A row on which no observed expert succeeded prefers nobody and is left out.
+        The router starts afresh from ``generator``, so that rows, options and generator alone decide the result.
+
+        Args:
+            hidden: finite rows.
+            outcome: competence signals in [0, 1], column e for expert e; NaN where not observed.
+            weight_decay, lr: of AdamW.
+            epochs, batch_size: passes over the rows, in batches shuffled by ``generator``.
+            generator: a CPU generator; None starts from seed 0.
+
+        Returns:
+            The mean loss over the rows after the last step.
+
+        Raises:
+            InvalidArgumentError: a wrong shape, a value out of range, or no row with a success; nothing has changed.
+
+        >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> gate = SoftmaxGate(hidden_size=2, num_experts=2, top_k=1)
+        >>> loss = gate.warm_start(hidden, torch.eye(2))  # expert 0 knows the first kind, expert 1 the second
+        >>> gate(hidden).expert_indices.flatten().tolist()
+        [0, 1]
+        """
+        validate_labelled(self, hidden, outcome)
+        for name, value in (("weight_decay", weight_decay), ("lr", lr)):
+            if not 0.0 <= value < math.inf:
+                raise InvalidArgumentError(f"{name} must be at least 0 and finite; got {value}")
+        for name, count in (("epochs", epochs), ("batch_size", batch_size)):
+            if count < 1:
+                raise InvalidArgumentError(f"{name} must be at least 1; got {count}")
+        parameter = next(self.router.parameters())
+        hidden, outcome = hidden.detach().to(parameter), outcome.detach().to(parameter)
+        useful = outcome.nan_to_num(0.0).sum(dim=1) > 0
+        if not useful.any():
+            raise InvalidArgumentError(f"outcome must hold a row with a success; got {len(outcome)} rows without one")
+        hidden, outcome = hidden[useful], outcome[useful]
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        _initialise(self.router, generator)
+        optimiser = torch.optim.AdamW(self.router.parameters(), lr=lr, weight_decay=weight_decay)
+        with torch.enable_grad():
+            for _ in range(epochs):
+                for rows in torch.randperm(len(hidden), generator=generator).to(hidden.device).split(batch_size):
+                    optimiser.zero_grad()
+                    soft_target_loss(self.router(hidden[rows]), outcome[rows]).backward()
+                    optimiser.step()
+        optimiser.zero_grad()
+        with torch.no_grad():
+            return float(soft_target_loss(self.router(hidden), outcome))
+
+
+def soft_target_loss(logits: Tensor, outcome: Tensor) -> Tensor:  # (N, E), (N, E) -> ()
+    """Mean cross-entropy between each row's normalised outcomes and the softmax over the experts observed on it.
+
+    Every row holds at least one success.
+
+    >>> round(float(soft_target_loss(torch.zeros(1, 3), torch.tensor([[1.0, 1.0, torch.nan]]))), 4)  # ln 2
+    0.6931
+    """
+    observed = ~outcome.isnan()
+    success = torch.where(observed, outcome, 0.0)
+    target = success / success.sum(dim=1, keepdim=True)
+    log_probability = logits.masked_fill(~observed, -torch.inf).log_softmax(dim=1)
+    return -(target * log_probability.masked_fill(~observed, 0.0)).sum(dim=1).mean()
+
+
+def validate_labelled(gate: Gate, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
+    """Raise InvalidArgumentError unless these are finite rows with one outcome in [0, 1] or NaN for every expert."""
+    gate.validate_hidden(hidden)
+    broken = int((~torch.isfinite(hidden).all(dim=1)).sum())
+    if broken:
+        raise InvalidArgumentError(f"hidden must be finite; {broken} of {len(hidden)} rows hold NaN or inf")
+    expected = (len(hidden), gate.num_experts)
+    if tuple(outcome.shape) != expected or not outcome.is_floating_point():
+        raise InvalidArgumentError(
+            f"outcome must be floating point of shape {expected}, column e for expert e; got {outcome.dtype} of shape "
+            f"{tuple(outcome.shape)}"
+        )
+    wrong = (outcome < 0) | (outcome > 1)
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise InvalidArgumentError(
+            f"outcome must lie in [0, 1] or be NaN (not observed); got {outcome[row, column].item():g} at ({row}, {column})"
+        )
+
+
+@torch.no_grad()
+def _initialise(router: nn.Module, generator: torch.Generator) -> None:
+    """Uniform in ±1/sqrt(fan in), torch's own rule for linear maps, but from the given generator."""
+    for layer in router.modules():
+        if isinstance(layer, nn.Linear):
+            bound = layer.in_features**-0.5
+            for parameter in layer.parameters():
+                # On the CPU, where the generator lives.
+                draws = torch.rand(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter.copy_((2 * draws - 1) * bound)

@@ -3,7 +3,8 @@
 Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from moe_posterior import beta as beta_functions
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.evidence import ProxyNoise, novelty_weight
 from moe_posterior.gates.base import Gate, Routing
 from moe_posterior.kernels import dispatch, reference
 from moe_posterior.posterior import BetaPosterior
@@ -22,9 +24,10 @@ Score = Literal["lcb", "mean", "quantile", "thompson"]
 class PosteriorGate(Gate, FixedPrecision):
     """Route by proven competence: the k experts with the highest lower confidence bound in the token's cluster.
 
-    The gate reads its :class:`BetaPosterior` and keeps no counts of its own. Since score, choice and weights depend on the
+    The gate reads its :class:`BetaPosterior` and keeps no counts of its own. Where score, choice and weights depend on the
     cluster alone, they stand in tables ``topk_indices``, ``topk_weights``, ``topk_scores`` (C, k), refreshed when the belief or
-    a knob changes; a forward is then one matrix product and a gather. Exact ties go to the lowest ``(e - c) mod E``.
+    a knob changes; a forward is then one matrix product and a gather. Thompson draws, exploration and novelty make the choice
+    depend on the token, and take the slower per-token path. Exact ties go to the lowest ``(e - c) mod E``.
 
     Args:
         hidden_size, num_experts, num_clusters, top_k: D, E, C, k.
@@ -35,8 +38,15 @@ class PosteriorGate(Gate, FixedPrecision):
         temperature: > 0; weights are ``softmax(score / temperature)`` over the chosen. Competence lives in [0, 1], so the default
             0.1 lets a lead of 10 points weigh e times as much.
         threshold: None counts outcomes fractionally; τ in [0, 1] binarises them (the paper).
-        prior_alpha, prior_beta: prior pseudo-counts of every cell, see :class:`BetaPosterior`.
-        seed: start of the Thompson draws. They depend on (seed, number of ``observe`` calls) alone: a forward run twice, as under
+        exploration: share of tokens, in [0, 1), whose last slot goes to a random other expert, so that no expert is locked out
+            for ever; default 0. To explore without touching the output, keep it 0 and ask :meth:`shadow`.
+        novelty: if True, a token farther than its cluster's radius relies less on the cluster's evidence and more on the
+            experts' pooled record, see :func:`~moe_posterior.evidence.novelty_weight`: its scores fall and ``abstain`` fires.
+        prior_alpha, prior_beta, half_life, shrinkage, surprise: of the belief, see :class:`BetaPosterior`.
+        false_positive_rate, false_negative_rate: known error rates of the outcomes; counts are de-biased by them.
+        lazy: refresh a cluster's row of the tables when it is next needed instead of when the belief changes: for many
+            clusters and experts and few tokens at a time. Such a gate cannot be compiled to one graph.
+        seed: start of the draws. They depend on (seed, number of ``observe`` calls) alone: a forward run twice, as under
             activation checkpointing, draws the same.
         backend: ``"auto"`` or a backend of :mod:`moe_posterior.kernels.dispatch`.
 
@@ -56,11 +66,14 @@ class PosteriorGate(Gate, FixedPrecision):
     topk_indices: Tensor  # (C, k) int64
     topk_weights: Tensor  # (C, k) float32
     topk_scores: Tensor  # (C, k) float32
+    stale: Tensor  # (C,) bool, rows that a lazy gate must rewrite before use
     steps: Tensor  # () int64, observe calls so far
     score: Score
     risk_aversion: float
     credible_level: float
     temperature: float
+    exploration: float
+    novelty: bool
 
     def __init__(
         self,
@@ -74,23 +87,49 @@ class PosteriorGate(Gate, FixedPrecision):
         credible_level: float = 0.05,
         temperature: float = 0.1,
         threshold: float | None = None,
+        exploration: float = 0.0,
+        novelty: bool = False,
         prior_alpha: float = 1.0,
         prior_beta: float = 1.0,
+        half_life: float | None = None,
+        shrinkage: float | None = None,
+        surprise: float | None = None,
+        false_positive_rate: float = 0.0,
+        false_negative_rate: float = 0.0,
+        lazy: bool = False,
         seed: int = 0,
         backend: dispatch.Backend = "auto",
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k)
+        noisy = false_positive_rate != 0 or false_negative_rate != 0
         self.clusterer = Clusterer(num_clusters, hidden_size)
-        self.posterior = BetaPosterior(num_clusters, num_experts, prior_alpha=prior_alpha, prior_beta=prior_beta)
+        self.posterior = BetaPosterior(
+            num_clusters,
+            num_experts,
+            prior_alpha=prior_alpha,
+            prior_beta=prior_beta,
+            half_life=half_life,
+            shrinkage=shrinkage,
+            surprise=surprise,
+            noise=ProxyNoise(false_positive_rate, false_negative_rate) if noisy else None,
+        )
         if threshold is not None and not 0.0 <= threshold <= 1.0:
             raise InvalidArgumentError(f"threshold must lie in [0, 1] or be None; got {threshold}")
-        self.threshold, self.seed, self.backend = threshold, seed, backend
+        self.threshold, self.lazy, self.seed, self.backend = threshold, lazy, seed, backend
         table = (num_clusters, top_k)
         self.register_buffer("topk_indices", torch.zeros(table, dtype=torch.int64), persistent=False)
         self.register_buffer("topk_weights", torch.zeros(table, dtype=torch.float32), persistent=False)
         self.register_buffer("topk_scores", torch.zeros(table, dtype=torch.float32), persistent=False)
+        self.register_buffer("stale", torch.ones(num_clusters, dtype=torch.bool), persistent=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.configure(score=score, risk_aversion=risk_aversion, credible_level=credible_level, temperature=temperature)
+        self.configure(
+            score=score,
+            risk_aversion=risk_aversion,
+            credible_level=credible_level,
+            temperature=temperature,
+            exploration=exploration,
+            novelty=novelty,
+        )
         self.posterior.subscribe(self._refresh)
 
     def configure(
@@ -100,26 +139,26 @@ class PosteriorGate(Gate, FixedPrecision):
         risk_aversion: float | None = None,
         credible_level: float | None = None,
         temperature: float | None = None,
+        exploration: float | None = None,
+        novelty: bool | None = None,
     ) -> None:
         """Change how competence becomes a decision, on the same belief; what is None stays as it is.
 
         Raises:
             InvalidArgumentError: a value out of range; nothing has changed.
         """
-        score = self.score if score is None else score
-        risk_aversion = self.risk_aversion if risk_aversion is None else risk_aversion
-        credible_level = self.credible_level if credible_level is None else credible_level
-        temperature = self.temperature if temperature is None else temperature
-        if score not in get_args(Score):
-            raise InvalidArgumentError(f"score must be one of {list(get_args(Score))}; got {score!r}")
-        if not 0.0 <= risk_aversion < float("inf"):
-            raise InvalidArgumentError(f"risk_aversion must be at least 0 and finite; got {risk_aversion}")
-        if not 0.0 < credible_level < 1.0:
-            raise InvalidArgumentError(f"credible_level must lie in (0, 1); got {credible_level}")
-        if not 0.0 < temperature < float("inf"):
-            raise InvalidArgumentError(f"temperature must be positive and finite; got {temperature}")
-        self.score, self.risk_aversion = score, float(risk_aversion)
-        self.credible_level, self.temperature = float(credible_level), float(temperature)
+        given = {
+            "score": score,
+            "risk_aversion": risk_aversion,
+            "credible_level": credible_level,
+            "temperature": temperature,
+            "exploration": exploration,
+            "novelty": novelty,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        _validate_knobs(given)
+        for name, value in given.items():
+            setattr(self, name, value)
         self._refresh(None)
 
     @property
@@ -137,6 +176,18 @@ class PosteriorGate(Gate, FixedPrecision):
         self.clusterer.fit(hidden, generator=generator)
         self.posterior.reset()
 
+    def warm_start(
+        self,
+        hidden: Tensor,  # (N, D)
+        outcome: Tensor,  # (N, E)
+        *,
+        strength: float | None = None,
+    ) -> None:
+        """Turn held-out outcomes of all experts into the prior; NaN = not observed. See :meth:`BetaPosterior.warm_start`."""
+        self.validate_hidden(hidden)
+        ids = self.clusterer(hidden).cluster_ids
+        self.posterior.warm_start(ids, outcome, strength=strength, threshold=self.threshold)
+
     def forward(self, hidden: Tensor) -> Routing:  # (N, D)
         """Choose experts for every token; changes no state.
 
@@ -144,8 +195,12 @@ class PosteriorGate(Gate, FixedPrecision):
         """
         self.validate_hidden(hidden)
         self.clusterer.require_fitted()
-        if self.score == "thompson":
-            return self._forward_thompson(hidden)
+        if self.score == "thompson" or self.exploration > 0 or self.novelty:
+            return self._forward_per_token(hidden)
+        if self.lazy:
+            ids, distance = self.clusterer(hidden)
+            self.refresh_rows(ids)
+            return Routing(self.topk_indices[ids], self.topk_weights[ids], ids, self.topk_scores[ids], distance)
         assignment, selection, weights = dispatch.route_by_table(
             hidden,
             self.clusterer.centroids,
@@ -166,43 +221,148 @@ class PosteriorGate(Gate, FixedPrecision):
         self.posterior.observe(routing.cluster_ids, outcome, slots, threshold=self.threshold)
         self.steps += 1
 
+    @torch.no_grad()
+    def shadow(self, routing: Routing, rate: float) -> Tensor:  # -> (N,) int64
+        """Draw for a share of tokens an expert that was not chosen, to be tried beside the answer; -1 for the others.
+
+        Its outcome is observed through ``posterior.observe(cluster_ids, outcome[:, None], experts[:, None])`` and the output of
+        the layer stays untouched: exploration without risk, at the cost of the extra evaluation.
+
+        Raises:
+            InvalidArgumentError: ``rate`` outside [0, 1].
+        """
+        if not 0.0 <= rate <= 1.0:
+            raise InvalidArgumentError(f"rate must lie in [0, 1]; got {rate}")
+        generator = self._generator(routing.expert_indices.device, "shadow")
+        other = self._random_others(routing.expert_indices, generator)
+        drawn = torch.rand(len(other), generator=generator, device=other.device) < rate
+        return torch.where(drawn, other, -1)
+
+    def add_expert(self, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0) -> int:
+        """One more expert; returns its index. Append its module to the layer's experts yourself. See BetaPosterior."""
+        self.num_experts += 1
+        return self.posterior.add_expert(prior_from, strength=strength)
+
+    def remove_expert(self, expert: int) -> None:
+        """Never choose this expert again; indices of the others stay. See :meth:`BetaPosterior.remove_expert`.
+
+        Raises:
+            InvalidArgumentError: there is no such active expert, or fewer than ``top_k`` would be left.
+        """
+        if int(self.posterior.active.sum()) <= self.top_k:
+            raise InvalidArgumentError(
+                f"expert {expert} cannot be removed: top_k={self.top_k} experts must stay active"
+            )
+        self.posterior.remove_expert(expert)
+
+    def replace_expert(
+        self, expert: int, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0
+    ) -> None:
+        """A retrained expert in the same place: forget what was known of the old one. See BetaPosterior.replace_expert."""
+        self.posterior.replace_expert(expert, prior_from, strength=strength)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, score={self.score!r}, risk_aversion={self.risk_aversion:g}"
 
     def competence_scores(self, cluster_ids: Tensor | None = None) -> Tensor:  # (M,) -> (M, E) float64
-        """What experts are ranked by in the given clusters (None: in all C); ``thompson`` ranks by draws around these means."""
-        rows = slice(None) if cluster_ids is None else cluster_ids
-        alpha = self.posterior.prior_alpha[rows] + self.posterior.successes[rows]
-        beta = self.posterior.prior_beta[rows] + self.posterior.failures[rows]
+        """What experts are ranked by in the given clusters (None: in all C); ``thompson`` ranks by draws around these means.
+
+        Experts that were removed score -inf.
+        """
+        return self._scores(*self.posterior.parameters_of(cluster_ids), None)
+
+    def _scores(self, alpha: Tensor, beta: Tensor, generator: torch.Generator | None) -> Tensor:  # (M, E)
         if self.score == "lcb":
-            return beta_functions.lcb(alpha, beta, self.risk_aversion)
-        if self.score == "quantile":
-            return beta_functions.quantile(alpha, beta, self.credible_level)
-        return beta_functions.mean(alpha, beta)
+            scores = beta_functions.lcb(alpha, beta, self.risk_aversion)
+        elif self.score == "quantile":
+            scores = beta_functions.quantile(alpha, beta, self.credible_level)
+        elif self.score == "thompson" and generator is not None:
+            scores = beta_functions.thompson(alpha, beta, generator)
+        else:
+            scores = beta_functions.mean(alpha, beta)
+        return scores.masked_fill(~self.posterior.active, -torch.inf)
 
     @torch.no_grad()
-    def _forward_thompson(self, hidden: Tensor) -> Routing:
+    def _forward_per_token(self, hidden: Tensor) -> Routing:
         assignment = self.clusterer(hidden)
-        generator = torch.Generator(hidden.device).manual_seed(self.seed * 1_000_003 + int(self.steps))
-        alpha, beta = self.posterior.alpha[assignment.cluster_ids], self.posterior.beta[assignment.cluster_ids]
-        draws = beta_functions.thompson(alpha, beta, generator)
-        selection = reference.select(draws, assignment.cluster_ids, self.top_k)
-        weights = reference.weigh(selection.scores, self.temperature)
-        return Routing(
-            selection.expert_indices,
-            weights.float(),
-            assignment.cluster_ids,
-            selection.scores.float(),
-            assignment.distance,
-        )
+        generator = self._generator(hidden.device, "route")
+        if self.novelty:
+            alpha, beta = self._with_novelty(assignment)
+        else:
+            alpha, beta = self.posterior.parameters_of(assignment.cluster_ids)
+        scores = self._scores(alpha, beta, generator)
+        selection = reference.select(scores, assignment.cluster_ids, self.top_k)
+        indices, chosen = selection.expert_indices, selection.scores
+        if self.exploration > 0 and int(self.posterior.active.sum()) > self.top_k:
+            drawn = torch.rand(len(indices), generator=generator, device=indices.device) < self.exploration
+            other = self._random_others(indices, generator)
+            last = torch.where(drawn, other, indices[:, -1])
+            indices = torch.cat([indices[:, :-1], last[:, None]], dim=1)
+            chosen = scores.gather(1, indices)
+        weights = reference.weigh(chosen, self.temperature).float()
+        return Routing(indices, weights, assignment.cluster_ids, chosen.float(), assignment.distance)
+
+    def _with_novelty(self, assignment: reference.Assignment) -> tuple[Tensor, Tensor]:  # -> 2 x (N, E)
+        """A far token keeps part of its cluster's pseudo-counts; in their place stand two of the expert's pooled record."""
+        alpha, beta = self.posterior.parameters_of()
+        ids = assignment.cluster_ids
+        weight = novelty_weight(assignment.distance, self.clusterer.radius[ids]).to(alpha.dtype)[:, None]
+        pooled = 2 * beta_functions.mean(alpha.sum(dim=0), beta.sum(dim=0))  # (E,)
+        far = 1 - weight
+        return weight * alpha[ids] + far * pooled, weight * beta[ids] + far * (2 - pooled)
+
+    def _random_others(self, chosen: Tensor, generator: torch.Generator) -> Tensor:  # (N, k) -> (N,)
+        """A uniformly drawn active expert that is not among the chosen; the last chosen one where there is no other."""
+        allowed = self.posterior.active.expand(len(chosen), -1).scatter(1, chosen, False)
+        keys = torch.rand(allowed.shape, generator=generator, device=chosen.device).masked_fill(~allowed, -1.0)
+        best = keys.max(dim=1)
+        return torch.where(best.values >= 0, best.indices, chosen[:, -1])
+
+    def _generator(self, device: torch.device, purpose: Literal["route", "shadow"]) -> torch.Generator:
+        stream = 2 * (self.seed * 1_000_003 + int(self.steps)) + (purpose == "shadow")
+        return torch.Generator(device).manual_seed(stream)
 
     @torch.no_grad()
     def _refresh(self, cluster_ids: Tensor | None) -> None:
-        """Rewrite the tables of the given clusters (None: of all)."""
+        """Rewrite the tables of the given clusters (None: of all), or, if lazy, mark them to be rewritten."""
         clusters = torch.arange(self.num_clusters, device=self.topk_indices.device)
         if cluster_ids is not None and len(cluster_ids) < self.num_clusters:
             clusters = cluster_ids.to(clusters.device)
+        if self.lazy:
+            self.stale[clusters] = True
+        else:
+            self._write_rows(clusters)
+
+    @torch.no_grad()
+    def refresh_rows(self, cluster_ids: Tensor) -> None:  # (M,)
+        """Bring the tables' rows of these clusters up to date, where the gate is lazy and has not yet."""
+        needed = self.stale[cluster_ids]
+        if needed.any():
+            clusters = cluster_ids[needed].unique()
+            self._write_rows(clusters)
+            self.stale[clusters] = False
+
+    def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
+        """Posterior mean competence of the chosen experts as of now."""
+        alpha, beta = self.posterior.parameters_of(routing.cluster_ids)
+        return beta_functions.mean(alpha, beta).gather(1, routing.expert_indices).float()
+
+    def _write_rows(self, clusters: Tensor) -> None:  # (M,)
         selection = reference.select(self.competence_scores(clusters), clusters, self.top_k)
         self.topk_indices[clusters] = selection.expert_indices
         self.topk_scores[clusters] = selection.scores.float()
         self.topk_weights[clusters] = reference.weigh(selection.scores, self.temperature).float()
+
+
+def _validate_knobs(knobs: Mapping[str, Any]) -> None:
+    if "score" in knobs and knobs["score"] not in get_args(Score):
+        raise InvalidArgumentError(f"score must be one of {list(get_args(Score))}; got {knobs['score']!r}")
+    ranges: dict[str, tuple[str, Callable[[float], bool]]] = {
+        "risk_aversion": ("be at least 0 and finite", lambda value: 0.0 <= value < float("inf")),
+        "credible_level": ("lie in (0, 1)", lambda value: 0.0 < value < 1.0),
+        "temperature": ("be positive and finite", lambda value: 0.0 < value < float("inf")),
+        "exploration": ("lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
+    }
+    for name, (wanted, fits) in ranges.items():
+        if name in knobs and not fits(knobs[name]):
+            raise InvalidArgumentError(f"{name} must {wanted}; got {knobs[name]}")

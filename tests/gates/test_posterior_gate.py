@@ -165,3 +165,70 @@ def test_an_unknown_backend_is_refused() -> None:
     gate = fitted_gate(backend="cuda-magic")
     with pytest.raises(InvalidArgumentError, match="backend must be one of"):
         gate(data(3))
+
+
+def test_exploration_sends_a_share_of_last_slots_to_experts_not_chosen() -> None:
+    gate, plain = fitted_gate(exploration=0.25, seed=1), fitted_gate()
+    hidden = data(4000, seed=6)
+    explored, greedy = gate(hidden).expert_indices, plain(hidden).expert_indices
+    assert torch.equal(explored[:, 0], greedy[:, 0])
+    changed = explored[:, 1] != greedy[:, 1]
+    assert 0.22 < changed.double().mean() < 0.28
+    assert (explored[:, 1] != explored[:, 0]).all()
+
+
+def test_a_shadow_expert_is_another_one_and_leaves_the_routing_alone() -> None:
+    gate = fitted_gate()
+    routing = gate(data(4000, seed=6))
+    shadow = gate.shadow(routing, rate=0.1)
+    drawn = shadow >= 0
+    assert 0.08 < drawn.double().mean() < 0.12
+    assert (shadow[drawn, None] != routing.expert_indices[drawn]).all()
+    assert_equal(routing, gate(data(4000, seed=6)))
+    gate.posterior.observe(routing.cluster_ids[drawn], torch.ones(int(drawn.sum()), 1), shadow[drawn, None])
+
+
+def test_novelty_lowers_the_scores_of_far_tokens_alone() -> None:
+    gate, plain = fitted_gate(novelty=True), fitted_gate()
+    for one in (gate, plain):
+        one.observe(one(data(100)), torch.ones(100, NUM_EXPERTS), dense=True)
+    near, far = data(100), data(100) + 50
+    within = plain(near).distance <= plain.clusterer.radius[plain(near).cluster_ids]
+    assert within.double().mean() > 0.9
+    torch.testing.assert_close(gate(near).scores[within], plain(near).scores[within])
+    assert (gate(far).scores < plain(far).scores).all()
+    assert gate(far).abstain(0.83).all()
+    assert not plain(far).abstain(0.83).any()
+
+
+def test_abstain_flags_low_and_nan_scores() -> None:
+    routing = fitted_gate()(data(3))._replace(scores=torch.tensor([[0.9, 0.1], [0.3, 0.2], [torch.nan, 0.1]]))
+    assert routing.abstain(0.5).tolist() == [False, True, True]
+
+
+def test_a_removed_expert_is_never_chosen_and_top_k_must_stay_possible() -> None:
+    gate = fitted_gate(top_k=3, exploration=0.5)
+    for expert in (1, 4):
+        gate.remove_expert(expert)
+    chosen = gate(data(500)).expert_indices
+    assert set(chosen.flatten().tolist()) == {0, 2, 3}
+    with pytest.raises(InvalidArgumentError, match="top_k=3 experts must stay active"):
+        gate.remove_expert(0)
+
+
+def test_an_added_expert_takes_part_in_routing_and_observing() -> None:
+    gate = fitted_gate(top_k=1)
+    assert gate.add_expert() == NUM_EXPERTS
+    outcome = torch.zeros(100, NUM_EXPERTS + 1)
+    outcome[:, -1] = 1.0
+    gate.observe(gate(data(100)), outcome)
+    assert (gate(data(30)).expert_indices == NUM_EXPERTS).all()
+
+
+def test_a_lazy_gate_decides_like_an_eager_one() -> None:
+    lazy, eager = fitted_gate(lazy=True, shrinkage=3.0), fitted_gate(shrinkage=3.0)
+    for seed in range(5):
+        hidden = data(10, seed=seed)
+        assert_equal(lazy(hidden), eager(hidden))
+        for gate in (lazy, eager):
+            gate.observe(gate(hidden), torch.rand(10, 2, generator=torch.Generator().manual_seed(seed)))
