@@ -8,15 +8,19 @@ from moe_posterior.errors import (
     MoEPosteriorError,
     NotFittedError,
 )
+from moe_posterior.evidence import Evidence, ProxyNoise
 from moe_posterior.experts import ExpertsFFN
 from moe_posterior.gates import Gate, PosteriorGate, Routing, SoftmaxGate
 from moe_posterior.layer import MixtureOfExperts, PosteriorMoE
-from moe_posterior.posterior import BetaPosterior, Evidence
+from moe_posterior.posterior import BetaPosterior
 from moe_posterior.record import Trace, record
+from moe_posterior.router import Decision, Decisions, PosteriorRouter
 
 __all__ = [
     "BetaPosterior",
     "Clusterer",
+    "Decision",
+    "Decisions",
     "Evidence",
     "ExpertsFFN",
     "Gate",
@@ -28,6 +32,8 @@ __all__ = [
     "NotFittedError",
     "PosteriorGate",
     "PosteriorMoE",
+    "PosteriorRouter",
+    "ProxyNoise",
     "Routing",
     "SoftmaxGate",
     "Trace",

@@ -1,0 +1,317 @@
+"""The posterior gate for those who route queries between agents: numpy in, decisions out, outcomes back whenever they come.
+
+Dimensions: N queries, D embedding size, C clusters, E experts, k experts per query.
+"""
+
+import threading
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.gates import PosteriorGate, Routing
+
+
+class Decision(NamedTuple):
+    """Where one query goes, and why."""
+
+    id: int  # hand it back with the outcome
+    expert: int  # the best; `experts` has all k
+    score: float  # what the gate ranked it by: the lower confidence bound of its competence, by default
+    cluster: int
+    distance: float  # to the cluster's centroid; inf for an embedding that holds NaN or inf
+    abstain: bool  # escalate instead: the score is below the router's threshold, or the embedding is broken
+    explored: bool  # not what the belief alone would have chosen
+    experts: tuple[int, ...]  # k, best first
+    weights: tuple[float, ...]  # k, sum to 1
+
+
+class Decisions(NamedTuple):
+    """Where a batch of queries goes: the fields of :class:`Decision` as arrays."""
+
+    ids: NDArray[np.int64]  # (N,)
+    experts: NDArray[np.int64]  # (N, k)
+    scores: NDArray[np.float32]  # (N, k)
+    clusters: NDArray[np.int64]  # (N,)
+    distance: NDArray[np.float32]  # (N,)
+    abstain: NDArray[np.bool_]  # (N,)
+    explored: NDArray[np.bool_]  # (N,)
+    weights: NDArray[np.float32]  # (N, k)
+
+
+class PosteriorRouter:
+    """Route queries to the experts that have proved competent on queries like them; learn from outcomes as they arrive.
+
+    One lock guards the belief and the pending decisions: any number of threads may route and resolve.
+
+    Args:
+        num_experts, hidden_size, num_clusters: E, D, C.
+        top_k: experts per query; 1 (default) as in the paper.
+        abstain_below: a decision whose score stays below it says ``abstain``; None (default) never does.
+        max_pending: decisions that can wait for their outcome; older ones are forgotten, and resolving them is an error.
+        gate_options: everything else :class:`~moe_posterior.gates.PosteriorGate` takes. ``lazy=True`` is the default here:
+            a resolve then touches no more rows of the tables than the next queries ask for.
+
+    Raises:
+        InvalidArgumentError: an option out of range. NotFittedError: :meth:`route` before :meth:`fit`.
+
+    Source: *Bayesian Posterior Routing in Multi-Agent Systems*.
+
+    >>> embeddings = np.array([[0.0, 0.0], [0.0, 1.0], [9.0, 9.0], [9.0, 8.0]], dtype=np.float32)
+    >>> router = PosteriorRouter(num_experts=3, hidden_size=2, num_clusters=2)
+    >>> router.fit(embeddings)
+    >>> first = router.route(embeddings[0])
+    >>> router.resolve(first.id, 0.0)  # it failed: another expert is asked next
+    >>> router.route(embeddings[0]).expert == first.expert
+    False
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        num_clusters: int = 32,
+        *,
+        top_k: int = 1,
+        abstain_below: float | None = None,
+        max_pending: int = 1_000_000,
+        **gate_options: Any,
+    ) -> None:
+        if max_pending < 1:
+            raise InvalidArgumentError(f"max_pending must be at least 1; got {max_pending}")
+        self.options = {
+            "num_experts": num_experts,
+            "hidden_size": hidden_size,
+            "num_clusters": num_clusters,
+            "top_k": top_k,
+            "abstain_below": abstain_below,
+            "max_pending": max_pending,
+            **gate_options,
+        }
+        gate_options.setdefault("lazy", True)
+        self.gate = PosteriorGate(hidden_size, num_experts, num_clusters, top_k, **gate_options)
+        self.abstain_below = abstain_below
+        self.max_pending = max_pending
+        self._lock = threading.RLock()
+        self._next_id = 0
+        # Pending decisions lie in a ring, at id mod max_pending: constant time, bounded memory, and batches need no loop.
+        self._pending_id = np.full(max_pending, -1, dtype=np.int64)  # which decision lies there; -1 none
+        self._pending_cluster = np.zeros(max_pending, dtype=np.int32)  # -1: an embedding that was broken
+        self._pending_experts = np.zeros((max_pending, top_k), dtype=np.int32)
+        self._pending_tenure = np.zeros((max_pending, top_k), dtype=np.int32)
+        self._tenure = np.zeros(num_experts, dtype=np.int32)  # rises when an expert leaves or is replaced
+
+    @property
+    def posterior(self) -> Any:
+        """The belief, a :class:`~moe_posterior.BetaPosterior`. Take :meth:`locked` before reading it beside other threads."""
+        return self.gate.posterior
+
+    def locked(self) -> threading.RLock:
+        """The lock, as a context manager."""
+        return self._lock
+
+    def fit(self, embeddings: ArrayLike, *, seed: int = 0) -> None:  # (N, D)
+        """Find the clusters by k-means and forget all evidence and all pending decisions: they spoke of other clusters."""
+        with self._lock:
+            self.gate.fit(self._tensor(embeddings), generator=torch.Generator().manual_seed(seed))
+            self._pending_id[:] = -1
+
+    def warm_start(
+        self,
+        embeddings: ArrayLike,  # (N, D)
+        outcomes: ArrayLike,  # (N, E), NaN where not known
+        *,
+        strength: float | None = None,
+    ) -> None:
+        """Turn what is known of the experts' past outcomes into the prior; see :meth:`BetaPosterior.warm_start`."""
+        with self._lock:
+            self.gate.warm_start(
+                self._tensor(embeddings), torch.as_tensor(np.asarray(outcomes, dtype=np.float64)), strength=strength
+            )
+
+    def route(self, embedding: ArrayLike) -> Decision:  # (D,)
+        """Decide where one query goes.
+
+        Raises:
+            InvalidArgumentError: the embedding is not (D,). NotFittedError: before :meth:`fit`.
+        """
+        vector = np.asarray(embedding)
+        if vector.ndim != 1:
+            raise InvalidArgumentError(f"embedding must have shape ({self.gate.hidden_size},); got {vector.shape}")
+        hidden = self._tensor(vector[None])
+        with torch.inference_mode(), self._lock:
+            routing = self.gate(hidden)
+            explored = bool(self._explored(routing)[0])
+            experts, cluster, distance = (
+                routing.expert_indices[0].tolist(),
+                int(routing.cluster_ids),
+                float(routing.distance),
+            )
+            decision_id = self._next_id
+            self._next_id += 1
+            slot = decision_id % self.max_pending
+            self._pending_id[slot] = decision_id
+            self._pending_cluster[slot] = cluster if distance < np.inf else -1
+            self._pending_experts[slot] = experts
+            self._pending_tenure[slot] = self._tenure[experts]
+        scores, weights = routing.scores[0].tolist(), routing.routing_weights[0].tolist()
+        below = self.abstain_below is not None and not scores[0] >= self.abstain_below
+        abstain = below or distance == np.inf
+        return Decision(
+            decision_id, experts[0], scores[0], cluster, distance, abstain, explored, tuple(experts), tuple(weights)
+        )
+
+    @torch.inference_mode()
+    def route_batch(self, embeddings: ArrayLike) -> Decisions:  # (N, D)
+        """Decide where a batch of queries goes; the same decisions as one after the other, as long as nothing is resolved."""
+        hidden = self._tensor(embeddings)
+        if len(hidden) > self.max_pending:
+            raise InvalidArgumentError(
+                f"embeddings must be at most max_pending={self.max_pending} rows; got {len(hidden)}"
+            )
+        with self._lock:
+            routing = self.gate(hidden)
+            experts, clusters = routing.expert_indices.numpy(), routing.cluster_ids.numpy()
+            distance, scores = routing.distance.numpy(), routing.scores.numpy()
+            explored = self._explored(routing)
+            ids = np.arange(self._next_id, self._next_id + len(experts))
+            self._next_id += len(experts)
+            self._remember(ids, clusters, experts, distance)
+        abstain = np.isinf(distance)
+        if self.abstain_below is not None:
+            abstain |= ~(scores[:, 0] >= self.abstain_below)
+        return Decisions(ids, experts, scores, clusters, distance, abstain, explored, routing.routing_weights.numpy())
+
+    def resolve(self, decision_id: int, outcome: float | ArrayLike) -> None:  # () or (k,)
+        """Say how a decision turned out: a competence signal in [0, 1] for its expert, or one for each of its k; NaN = unknown.
+
+        Raises:
+            InvalidArgumentError: as :meth:`resolve_batch`.
+        """
+        self.resolve_batch(np.array([decision_id]), np.asarray(outcome, dtype=np.float64).reshape(1, -1))
+
+    def resolve_batch(self, ids: ArrayLike, outcomes: ArrayLike) -> None:  # (N,), (N,) or (N, k)
+        """Say how decisions turned out, in any order and any time later, once each.
+
+        Raises:
+            InvalidArgumentError: an id that was never given, is resolved already, comes twice, or is older than ``max_pending``
+                decisions; an expert that has left or been replaced since; an outcome outside [0, 1] or of a wrong shape.
+                Nothing has changed.
+        """
+        wanted = np.atleast_1d(np.asarray(ids))
+        signal = np.asarray(outcomes, dtype=np.float64)
+        signal = signal[:, None] if signal.ndim == 1 else np.atleast_2d(signal)
+        if wanted.ndim != 1 or not np.issubdtype(wanted.dtype, np.integer):
+            raise InvalidArgumentError(
+                f"ids must be integers of shape (N,); got {wanted.dtype} of shape {wanted.shape}"
+            )
+        expected = (len(wanted), self.gate.top_k)
+        if signal.shape != expected:
+            raise InvalidArgumentError(f"outcomes must have shape {expected}; got {np.shape(outcomes)}")
+        with self._lock:
+            slots = wanted % self.max_pending
+            self._require_pending(wanted, slots)
+            sound = self._pending_cluster[slots] >= 0
+            clusters = torch.from_numpy(self._pending_cluster[slots].clip(min=0).astype(np.int64))
+            experts = torch.from_numpy(self._pending_experts[slots].astype(np.int64))
+            signal = np.where(sound[:, None], signal, np.nan)
+            self.gate.posterior.observe(clusters, torch.from_numpy(signal), experts, threshold=self.gate.threshold)
+            self.gate.steps += 1
+            self._pending_id[slots] = -1
+
+    def add_expert(self, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0) -> int:
+        """One more expert, its prior inherited from donors by overlap; returns its index. See :meth:`BetaPosterior.add_expert`."""
+        with self._lock:
+            index = self.gate.add_expert(prior_from, strength=strength)
+            self._tenure = np.append(self._tenure, np.int32(0))
+            return index
+
+    def remove_expert(self, expert: int) -> None:
+        """Never choose this expert again; outcomes of its pending decisions will be refused."""
+        with self._lock:
+            self.gate.remove_expert(expert)
+            self._tenure[expert] += 1
+
+    def replace_expert(
+        self, expert: int, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0
+    ) -> None:
+        """A retrained expert in the same place; outcomes of its predecessor's pending decisions will be refused."""
+        with self._lock:
+            self.gate.replace_expert(expert, prior_from, strength=strength)
+            self._tenure[expert] += 1
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write options, clusters, belief and pending decisions to a file that :meth:`load` restores bit for bit."""
+        with self._lock:
+            waiting = np.flatnonzero(self._pending_id >= 0)
+            state = {
+                "options": self.options,
+                "gate": self.gate.state_dict(),
+                "next_id": self._next_id,
+                "tenure": torch.from_numpy(self._tenure),
+                "pending": {
+                    name: torch.from_numpy(getattr(self, f"_pending_{name}")[waiting])
+                    for name in ("id", "cluster", "experts", "tenure")
+                },
+            }
+            torch.save(state, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "PosteriorRouter":
+        """The router that :meth:`save` wrote; opening the file runs no code from it."""
+        state = torch.load(path, weights_only=True)
+        router = cls(**state["options"])
+        for _ in range(len(state["tenure"]) - router.gate.num_experts):
+            router.add_expert()
+        router.gate.load_state_dict(state["gate"])
+        router._next_id = state["next_id"]
+        router._tenure = state["tenure"].numpy()
+        slots = state["pending"]["id"].numpy() % router.max_pending
+        for name, values in state["pending"].items():
+            getattr(router, f"_pending_{name}")[slots] = values.numpy()
+        return router
+
+    def _tensor(self, embeddings: ArrayLike) -> torch.Tensor:  # (N, D) float32
+        array = np.asarray(embeddings)
+        if array.ndim != 2 or array.shape[1] != self.gate.hidden_size or array.dtype.kind not in "fiu":
+            raise InvalidArgumentError(
+                f"embeddings must be numbers of shape (N, {self.gate.hidden_size}); got {array.dtype} of shape {array.shape}"
+            )
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+    def _explored(self, routing: Routing) -> NDArray[np.bool_]:  # -> (N,)
+        gate = self.gate
+        if gate.exploration == 0 and gate.score != "thompson":
+            return np.zeros(len(routing.cluster_ids), dtype=np.bool_)
+        gate.steps += 1  # the next draws are others, also before an outcome arrives
+        if gate.lazy:
+            gate.refresh_rows(routing.cluster_ids)
+        return (gate.topk_indices[routing.cluster_ids] != routing.expert_indices).any(dim=1).numpy()
+
+    def _remember(self, ids: NDArray, clusters: NDArray, experts: NDArray, distance: NDArray) -> None:
+        slots = ids % self.max_pending
+        self._pending_id[slots] = ids
+        self._pending_cluster[slots] = np.where(np.isinf(distance), -1, clusters)
+        self._pending_experts[slots] = experts
+        self._pending_tenure[slots] = self._tenure[experts]
+
+    def _require_pending(self, ids: NDArray, slots: NDArray) -> None:
+        unknown = self._pending_id[slots] != ids
+        unknown |= ids < 0
+        if unknown.any():
+            first = int(ids[unknown][0])
+            reason = "was never given" if not 0 <= first < self._next_id else "is resolved already or too old"
+            raise InvalidArgumentError(f"decision {first} {reason}; ids must be pending decisions of this router")
+        if len(ids) > 1 and len(np.unique(ids)) < len(ids):
+            raise InvalidArgumentError("ids must not repeat: a decision is resolved once")
+        experts = self._pending_experts[slots]
+        left = self._pending_tenure[slots] != self._tenure[experts]
+        if left.any():
+            row, slot = np.argwhere(left)[0]
+            raise InvalidArgumentError(
+                f"decision {int(ids[row])} went to expert {int(experts[row, slot])}, which has left or been replaced since"
+            )
