@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo cifar10h test test-slow check format clean
@@ -28,16 +27,16 @@ cifar10h: $(INSTALLED)  ## the README's CIFAR-10H run: 12 epochs, both gates (ab
 	$(BIN)/moe-posterior evaluate --run runs/cifar10h --copy-to results/cifar10h
 
 test: $(INSTALLED)  ## run the whole test suite but what is marked slow
-	$(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
 test-slow: $(INSTALLED)  ## run what is marked slow
-	$(BIN)/python -m pytest -q -m slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
 
 check: $(INSTALLED)  ## ruff, mypy and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p moe_posterior
-	$(BIN)/python -m pytest -q tests/test_imports.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_imports.py
 
 format: $(INSTALLED)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

@@ -16,8 +16,7 @@ _ROUTE_BY_TABLE: dict[str, Callable[..., tuple[reference.Assignment, reference.S
 
 def route_by_table(
     hidden: Tensor,  # (N, D)
-    centroids: Tensor,  # (C, D)
-    half_norms: Tensor,  # (C,)
+    centroids: reference.Centroids,
     topk_indices: Tensor,  # (C, k)
     topk_weights: Tensor,  # (C, k)
     topk_scores: Tensor,  # (C, k)
@@ -35,4 +34,4 @@ def route_by_table(
     chosen = "eager" if backend == "auto" else backend
     if chosen not in _ROUTE_BY_TABLE:
         raise InvalidArgumentError(f"backend must be one of {['auto', *_ROUTE_BY_TABLE]}; got {backend!r}")
-    return _ROUTE_BY_TABLE[chosen](hidden, centroids, half_norms, topk_indices, topk_weights, topk_scores)
+    return _ROUTE_BY_TABLE[chosen](hidden, centroids, topk_indices, topk_weights, topk_scores)

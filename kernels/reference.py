@@ -28,29 +28,43 @@ class Selection(NamedTuple):
     scores: Tensor  # (N, k)
 
 
-def half_squared_norms(centroids: Tensor) -> Tensor:  # (C, D) -> (C,)
-    """``‖c‖² / 2``: the constant of the nearest-centroid search, worth keeping between calls."""
-    return centroids.float().square().sum(dim=-1) / 2
+class Centroids(NamedTuple):
+    """Centroids and what the search for the nearest one wants to have at hand; see :func:`prepare_centroids`."""
+
+    points: Tensor  # (C, D) float32
+    directions: Tensor  # (C, D) float32, points less their mean
+    offsets: Tensor  # (C,) float32
 
 
-def assign(
-    hidden: Tensor,  # (N, D)
-    centroids: Tensor,  # (C, D)
-    half_norms: Tensor,  # (C,)
-) -> Assignment:
-    """Nearest centroid of every token: ``argmax_c x·c - ‖c‖²/2``, since ‖x‖² is the same for every c.
+def prepare_centroids(points: Tensor) -> Centroids:  # (C, D)
+    """What depends on the centroids alone, worth keeping between calls.
 
-    Equal distances go to the lower cluster. A row that holds NaN or inf, or overflows float32, has no nearest centroid: it
-    goes to cluster 0 at distance inf, so that its index is valid and it reads as infinitely novel.
+    With m the centroids' mean and d = c - m, the nearest centroid maximises ``x·d - (m·d + ‖d‖²/2)``. Against the plain
+    ``x·c - ‖c‖²/2`` this costs nothing and does not drown the differences between clusters in an offset that they share, such as
+    the massive activations of language models.
     """
-    tokens = hidden.float()
-    similarity = tokens @ centroids.float().T - half_norms
-    best, cluster_ids = similarity.max(dim=-1)
-    valid = torch.isfinite(best)
-    # ‖x - c‖² = ‖x‖² - 2 (x·c - ‖c‖²/2); rounding can push it below zero next to a centroid.
-    squared = (tokens.square().sum(dim=-1) - 2 * best).clamp(min=0)
-    distance = torch.where(valid, squared.sqrt(), torch.inf)
-    return Assignment(torch.where(valid, cluster_ids, 0), distance)
+    exact = points.double()
+    mean = exact.mean(dim=0)
+    directions = exact - mean
+    offsets = directions @ mean + directions.square().sum(dim=-1) / 2
+    return Centroids(points.float(), directions.float(), offsets.float())
+
+
+def assign(hidden: Tensor, centroids: Centroids) -> Assignment:  # (N, D)
+    """Nearest centroid of every token and the Euclidean distance to it, in float32 also under autocast.
+
+    Equal distances go to the lower cluster. A row that holds NaN or inf has no nearest centroid: it goes to cluster 0 at distance
+    inf, so that its index is valid and it reads as infinitely novel. A finite row too large for float32 arithmetic keeps some
+    valid cluster, and distance inf.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        tokens = hidden.float()
+        similarity = tokens @ centroids.directions.T - centroids.offsets
+        best, cluster_ids = similarity.max(dim=-1)
+        cluster_ids = torch.where(torch.isfinite(best), cluster_ids, 0)
+        # Directly: ‖x‖² - 2 x·c + ‖c‖² would leave nothing but rounding for data far from the origin.
+        distance = torch.linalg.vector_norm(tokens - centroids.points[cluster_ids], dim=-1)
+    return Assignment(cluster_ids, torch.where(torch.isnan(distance), torch.inf, distance))
 
 
 def select(
@@ -86,7 +100,7 @@ def route(
     temperature: float,
 ) -> tuple[Assignment, Selection, Tensor]:  # weights (N, k)
     """The full path in one call: nearest centroid, lower confidence bound, top-k, weights."""
-    assignment = assign(hidden, centroids, half_squared_norms(centroids))
+    assignment = assign(hidden, prepare_centroids(centroids))
     scores = beta_functions.lcb(alpha, beta, risk_aversion)[assignment.cluster_ids]
     selection = select(scores, assignment.cluster_ids, top_k)
     return assignment, selection, weigh(selection.scores, temperature)
@@ -94,13 +108,12 @@ def route(
 
 def route_by_table(
     hidden: Tensor,  # (N, D)
-    centroids: Tensor,  # (C, D)
-    half_norms: Tensor,  # (C,)
+    centroids: Centroids,
     topk_indices: Tensor,  # (C, k)
     topk_weights: Tensor,  # (C, k)
     topk_scores: Tensor,  # (C, k)
 ) -> tuple[Assignment, Selection, Tensor]:  # weights (N, k)
     """The fast path: score, choice and weights depend on the cluster alone, so a token only looks up its cluster's row."""
-    assignment = assign(hidden, centroids, half_norms)
+    assignment = assign(hidden, centroids)
     rows = assignment.cluster_ids
     return assignment, Selection(topk_indices[rows], topk_scores[rows]), topk_weights[rows]

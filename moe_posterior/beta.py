@@ -62,8 +62,9 @@ def cdf(alpha: Tensor, beta: Tensor, value: Tensor) -> Tensor:  # (C, E), (C, E)
     a, b, x = torch.broadcast_tensors(alpha.double(), beta.double(), value.double())
     swap = x > (a + 1) / (a + b + 2)
     a, b, x = torch.where(swap, b, a), torch.where(swap, a, b), torch.where(swap, 1 - x, x)
-    below = torch.exp(_log_density(a, b, x) + torch.log1p(-x) + torch.log(x) - torch.log(a))
-    below = below * _incomplete_beta_fraction(a, b, x)
+    inside = x.clamp(min=torch.finfo(torch.float64).tiny)  # at 0 the density of alpha < 1 is infinite, the answer is 0
+    below = torch.exp(_log_density(a, b, inside) + torch.log1p(-inside) + torch.log(inside) - torch.log(a))
+    below = torch.where(x > 0, below * _incomplete_beta_fraction(a, b, inside), 0.0)
     return torch.where(swap, 1 - below, below).to(alpha.dtype)
 
 

@@ -41,7 +41,8 @@ class Clusterer(FixedPrecision):
 
     centroids: Tensor  # (C, D) float32; NaN until fitted
     radius: Tensor  # (C,) float32; NaN until fitted
-    half_norms: Tensor  # (C,) float32, derived
+    directions: Tensor  # (C, D) float32, derived
+    offsets: Tensor  # (C,) float32, derived
 
     def __init__(self, num_clusters: int, hidden_size: int) -> None:
         super().__init__()
@@ -49,12 +50,11 @@ class Clusterer(FixedPrecision):
             if size < 1:
                 raise InvalidArgumentError(f"{name} must be at least 1; got {size}")
         self.num_clusters, self.hidden_size = num_clusters, hidden_size
-        self.fitted = False
+        self._fitted = False
         self.register_buffer("centroids", torch.full((num_clusters, hidden_size), torch.nan, dtype=torch.float32))
         self.register_buffer("radius", torch.full((num_clusters,), torch.nan, dtype=torch.float32))
-        self.register_buffer(
-            "half_norms", torch.full((num_clusters,), torch.nan, dtype=torch.float32), persistent=False
-        )
+        self.register_buffer("directions", self.centroids.clone(), persistent=False)
+        self.register_buffer("offsets", self.radius.clone(), persistent=False)
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
     def forward(self, hidden: Tensor) -> reference.Assignment:  # (N, D) -> (N,), (N,)
@@ -69,7 +69,19 @@ class Clusterer(FixedPrecision):
         self.require_fitted()
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
             raise InvalidArgumentError(f"hidden must have shape (N, {self.hidden_size}); got {tuple(hidden.shape)}")
-        return reference.assign(hidden, self.centroids, self.half_norms)
+        return reference.assign(hidden, self.prepared)
+
+    @property
+    def prepared(self) -> reference.Centroids:
+        """The centroids as :mod:`moe_posterior.kernels` takes them."""
+        return reference.Centroids(self.centroids, self.directions, self.offsets)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there are centroids, also ones that arrived by a broadcast of buffers."""
+        if not self._fitted and self.centroids.device.type != "meta" and bool(torch.isfinite(self.centroids).all()):
+            self._refresh()
+        return self._fitted
 
     def require_fitted(self) -> None:
         """Raise NotFittedError unless there are centroids."""
@@ -91,7 +103,8 @@ class Clusterer(FixedPrecision):
     ) -> "Clusterer":
         """Find the centroids: k-means++ seeding, then Lloyd's iterations or mini-batches.
 
-        Every cluster owns at least one of the points after the fit.
+        Every cluster owns at least one of the points after the fit. Under torch.distributed this is a collective call, and all
+        ranks end with rank 0's clusters; give each a sample of the whole data.
 
         Args:
             hidden: at least C distinct finite rows; float32 is used inside.
@@ -115,7 +128,12 @@ class Clusterer(FixedPrecision):
         else:
             centroids = _mini_batches(points, centroids, batch_size, max_iterations, tolerance * scale, generator)
         centroids, assignment = _without_empty_clusters(points, centroids)
-        return self.set_centroids(centroids, radius=_radius(assignment, self.num_clusters))
+        radius = _radius(assignment, self.num_clusters)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Evidence is summed over ranks: cluster c must be the same cluster on all of them.
+            torch.distributed.broadcast(centroids, src=0)
+            torch.distributed.broadcast(radius, src=0)
+        return self.set_centroids(centroids, radius=radius)
 
     @torch.no_grad()
     def set_centroids(self, centroids: Tensor, radius: Tensor | None = None) -> "Clusterer":  # (C, D), (C,)
@@ -128,6 +146,10 @@ class Clusterer(FixedPrecision):
         if tuple(centroids.shape) != expected or not torch.isfinite(centroids).all():
             raise InvalidArgumentError(
                 f"centroids must be finite and of shape {expected}; got {tuple(centroids.shape)}"
+            )
+        if radius is not None and (tuple(radius.shape) != expected[:1] or not (radius >= 0).all()):
+            raise InvalidArgumentError(
+                f"radius must be non-negative and of shape {expected[:1]}; got {tuple(radius.shape)}"
             )
         self.centroids.copy_(centroids)
         self.radius.copy_(torch.full_like(self.radius, torch.inf) if radius is None else radius)
@@ -153,8 +175,9 @@ class Clusterer(FixedPrecision):
         return points
 
     def _refresh(self) -> None:
-        self.half_norms.copy_(reference.half_squared_norms(self.centroids))
-        self.fitted = bool(torch.isfinite(self.centroids).all())
+        # Replaced, not copied into: after a load with assign=True they may still be on the meta device.
+        _, self.directions, self.offsets = reference.prepare_centroids(self.centroids)
+        self._fitted = self.centroids.device.type != "meta" and bool(torch.isfinite(self.centroids).all())
 
 
 def _refresh_after_load(module: torch.nn.Module, incompatible_keys: object) -> None:
@@ -189,8 +212,8 @@ def _seed_centroids(points: Tensor, num_clusters: int, generator: torch.Generato
 
 
 def _assign(points: Tensor, centroids: Tensor) -> reference.Assignment:
-    half_norms = reference.half_squared_norms(centroids)
-    parts = [reference.assign(chunk, centroids, half_norms) for chunk in points.split(_CHUNK)]
+    prepared = reference.prepare_centroids(centroids)
+    parts = [reference.assign(chunk, prepared) for chunk in points.split(_CHUNK)]
     return reference.Assignment(torch.cat([p.cluster_ids for p in parts]), torch.cat([p.distance for p in parts]))
 
 

@@ -205,7 +205,7 @@ def read_outcomes(
         InvalidArgumentError: wrong shape, an index out of range, an outcome outside [0, 1], or such a threshold.
     """
     num_clusters, num_experts = shape
-    if cluster_ids.ndim != 1 or cluster_ids.is_floating_point():
+    if cluster_ids.ndim != 1 or not _is_integer(cluster_ids):
         raise InvalidArgumentError(
             f"cluster_ids must be integers of shape (N,); got {cluster_ids.dtype} of shape {tuple(cluster_ids.shape)}"
         )
@@ -217,6 +217,8 @@ def read_outcomes(
         expert_indices = torch.arange(num_experts, device=outcome.device).expand(expected)
     elif tuple(expert_indices.shape) != expected:
         raise InvalidArgumentError(f"expert_indices must have shape {expected}; got {tuple(expert_indices.shape)}")
+    if not _is_integer(expert_indices):
+        raise InvalidArgumentError(f"expert_indices must be integers; got {expert_indices.dtype}")
     _require_range("expert_indices", expert_indices, num_experts)
     _require_range("cluster_ids", cluster_ids, num_clusters)
     if threshold is not None and not 0.0 <= threshold <= 1.0:
@@ -227,11 +229,18 @@ def read_outcomes(
         raise InvalidArgumentError(
             f"outcome must lie in [0, 1] or be NaN (not observed); got {outcome[row, column].item():g} at ({row}, {column})"
         )
-    signal = outcome.reshape(-1).to(torch.float64)
-    observed = ~torch.isnan(signal)
-    cells = (cluster_ids[:, None] * num_experts + expert_indices).reshape(-1)[observed]
-    signal = signal[observed]
-    return Observation(cells, signal if threshold is None else (signal >= threshold).to(torch.float64))
+    flat = outcome.reshape(-1)
+    observed = ~torch.isnan(flat)
+    # Small integer types would overflow in the product.
+    cells = (cluster_ids.long()[:, None] * num_experts + expert_indices.long()).reshape(-1)[observed]
+    flat = flat[observed]
+    # Compared in the outcome's own dtype: float32's 0.7 lies below float64's.
+    signal = flat if threshold is None else flat >= threshold
+    return Observation(cells, signal.to(torch.float64))
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _require_range(name: str, indices: Tensor, size: int) -> None:

@@ -23,7 +23,7 @@ class ExpertsFFN(nn.Module):
         num_experts, hidden_size, intermediate_size: E, D, F.
         activation: ``"swiglu"`` (default; a gate and an up projection, as in Mixtral) or ``"gelu"``.
         implementation: ``"loop"`` multiplies expert by expert; ``"grouped_mm"`` runs all experts in one call; ``"auto"`` (default)
-            takes grouped_mm on an accelerator and the loop on a CPU, where it was the faster one.
+            takes grouped_mm on an accelerator if D and F fit its alignment (multiples of 16 bytes), else the loop.
         generator: source of the initial weights, uniform in ±1/sqrt(fan in) like ``nn.Linear``; None uses torch's default one.
 
     Raises:
@@ -69,13 +69,21 @@ class ExpertsFFN(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:  # (N, D), (E,) -> (N, D)
         """Run each expert on its rows: the first ``counts[0]`` belong to expert 0, and so on."""
-        grouped = self.implementation == "grouped_mm" or (self.implementation == "auto" and rows.device.type != "cpu")
+        grouped = self.implementation == "grouped_mm" or (
+            self.implementation == "auto" and rows.device.type != "cpu" and self._aligned(rows.dtype)
+        )
         return self._grouped(rows, counts) if grouped else self._loop(rows, counts)
 
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, activation={self.activation!r}"
+        )
+
+    def _aligned(self, dtype: torch.dtype) -> bool:
+        """grouped_mm wants rows of a multiple of 16 bytes."""
+        return all(
+            size * dtype.itemsize % 16 == 0 for size in (self.hidden_size, self.up.shape[2], self.intermediate_size)
         )
 
     def _activate(self, projected: Tensor) -> Tensor:  # (n, F or 2F) -> (n, F)

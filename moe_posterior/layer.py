@@ -70,7 +70,8 @@ class MixtureOfExperts(nn.Module):
         num_experts = self.gate.num_experts
         if isinstance(self.experts, ExpertsFFN):
             counts = torch.full((num_experts,), len(tokens), device=tokens.device)
-            outputs = self.experts(tokens.repeat(num_experts, 1), counts).reshape(num_experts, len(tokens), -1)
+            outputs = self.experts(tokens.repeat(num_experts, 1), counts)
+            outputs = outputs.reshape(num_experts, len(tokens), outputs.shape[-1])
         else:
             outputs = torch.stack([expert(tokens) for expert in self.experts])
         outputs = outputs.transpose(0, 1)

@@ -160,14 +160,24 @@ class BetaPosterior(FixedPrecision):
         With a half-life, a batch equals its observations one after the other, row by row; over several ranks it is their sum.
 
         Raises:
-            InvalidArgumentError: wrong shape, an index out of range, or an outcome outside [0, 1]; nothing has changed.
+            InvalidArgumentError: wrong shape, an index out of range, or an outcome outside [0, 1], here or on another rank; nothing
+                has changed.
         """
-        seen = self._observations(cluster_ids, outcome, expert_indices, threshold)
+        together = sync and torch.distributed.is_available() and torch.distributed.is_initialized()
+        mistake: InvalidArgumentError | None = None
+        try:
+            seen = self._observations(cluster_ids, outcome, expert_indices, threshold)
+        except InvalidArgumentError as error:
+            mistake = error
+        if together:
+            _agree(mistake, self.successes.device)
+        if mistake is not None:
+            raise mistake
         fading = None if self.half_life is None else evidence_functions.retention(self.half_life)
         cells, sums = evidence_functions.total_by_cell(seen, self.noise, fading)  # (U,), (3, U)
         alarm = self._alarm(seen) if self.surprise is not None else None
         touched: Tensor | None = cluster_ids
-        if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if together:
             cells, sums = self._over_ranks(cells, sums)
             if alarm is not None:
                 torch.distributed.all_reduce(alarm)
@@ -185,12 +195,14 @@ class BetaPosterior(FixedPrecision):
         """Add another replica's evidence (not its prior) to this one.
 
         Raises:
-            InvalidArgumentError: the shapes differ.
+            InvalidArgumentError: the shapes differ, or there are counts that are negative, NaN or inf; nothing has changed.
         """
         expected = tuple(self.successes.shape)
         for name, counts in (("successes", other.successes), ("failures", other.failures)):
             if tuple(counts.shape) != expected:
                 raise InvalidArgumentError(f"other.{name} must have shape {expected}; got {tuple(counts.shape)}")
+            if not bool(torch.isfinite(counts).all()) or (self.noise is None and bool((counts < 0).any())):
+                raise InvalidArgumentError(f"other.{name} must be finite counts of at least 0")
         with torch.no_grad():
             self.successes += other.successes.to(self.successes)
             self.failures += other.failures.to(self.failures)
@@ -427,3 +439,11 @@ def _notify_after_load(module: torch.nn.Module, incompatible_keys: object) -> No
     if isinstance(module, BetaPosterior):
         with torch.no_grad():
             module._changed()
+
+
+def _agree(mistake: InvalidArgumentError | None, device: torch.device) -> None:
+    """Raise on every rank if any has made a mistake: the others would wait for it in the next collective for ever."""
+    mistakes = torch.tensor(float(mistake is not None), device=device)
+    torch.distributed.all_reduce(mistakes)
+    if mistake is None and mistakes > 0:
+        raise InvalidArgumentError("another rank's outcomes were refused, so nothing has changed on this one")

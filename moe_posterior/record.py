@@ -1,6 +1,6 @@
 """Collect the routings of a forward pass and observe them once outcomes are known."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,8 @@ class Trace:
     def __init__(self, gates: dict[str, Gate]) -> None:
         self.gates = gates
         self.routings: list[tuple[str, Routing]] = []
+        self.recording = True  # inside the block
+        self._handles = [gate.register_forward_hook(self._hook(name)) for name, gate in gates.items()]
 
     def __len__(self) -> int:
         return len(self.routings)
@@ -51,7 +53,7 @@ class Trace:
         for name, routing in self.routings:
             slots = flat[:, None].expand(routing.expert_indices.shape)
             self.gates[name].observe(routing, slots, dense=False)
-        self.routings = []
+        self._done()
 
     def observe_gradients(self) -> None:
         """Credit each slot with its own sign, after the loss's backward: did this expert's share lower this token's loss?
@@ -78,7 +80,13 @@ class Trace:
             )
         for (name, routing), outcome in zip(self.routings, outcomes, strict=True):
             self.gates[name].observe(routing, outcome, dense=False)
-        self.routings = []
+        self._done()
+
+    def close(self) -> None:
+        """Take the hooks off the gates. Observing does it too; until then they stay, for a recomputation in the backward pass."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _require_routings(self) -> None:
         if not self.routings:
@@ -86,16 +94,50 @@ class Trace:
                 "this trace holds no routings: run a forward inside record(), and observe it once"
             )
 
+    def _done(self) -> None:
+        self.routings = []
+        self.close()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Routing], Routing]:
+        def keep(gate: nn.Module, inputs: Any, routing: Routing) -> Routing:
+            # Activation checkpointing runs the forward again inside the backward pass: the same tokens, not new ones.
+            recomputed = torch._C._current_graph_task_id() != -1
+            if not (self.recording or recomputed):
+                return routing
+            if torch.is_grad_enabled():
+                weights = routing.routing_weights
+                if weights.requires_grad:
+                    weights.retain_grad()
+                else:
+                    routing = routing._replace(routing_weights=weights.detach().requires_grad_())
+            if recomputed:
+                self._replace_gradless(name, routing)
+            else:
+                self.routings.append((name, routing))
+            return routing
+
+        return keep
+
+    def _replace_gradless(self, name: str, routing: Routing) -> None:
+        """Reentrant checkpointing records without gradients first; the recomputed routing is the one that will have them."""
+        for place in reversed(range(len(self.routings))):
+            known, before = self.routings[place]
+            if known == name and not before.routing_weights.requires_grad and routing.routing_weights.requires_grad:
+                self.routings[place] = (name, routing)
+                return
+
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[Trace]:
     """Record the routing of every gate of ``model`` in the forward passes inside the block.
 
     Where gradients are enabled, recorded routing weights take part in the graph, so that a later backward leaves their
-    gradient for :meth:`Trace.observe_gradients`.
+    gradient for :meth:`Trace.observe_gradients`. Under activation checkpointing every token is still recorded once. Record in
+    one thread at a time.
 
     Raises:
-        InvalidArgumentError: the model holds no gate.
+        InvalidArgumentError: the model holds no gate, or was compiled: a compiled graph runs no hooks. Record the original
+            module instead.
 
     >>> from moe_posterior import PosteriorMoE
     >>> hidden = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -108,27 +150,18 @@ def record(model: nn.Module) -> Iterator[Trace]:
     >>> float((moe.gate.posterior.successes + moe.gate.posterior.failures).sum())
     128.0
     """
+    if any(hasattr(module, "_orig_mod") for module in model.modules()):
+        raise InvalidArgumentError(
+            "model must not be compiled: a compiled graph runs no hooks; record the original module"
+        )
     gates = {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
     if not gates:
         raise InvalidArgumentError(f"model must hold at least one Gate; {type(model).__name__} holds none")
     trace = Trace(gates)
-
-    def hook_of(name: str) -> Any:
-        def keep(gate: nn.Module, inputs: Any, routing: Routing) -> Routing:
-            if torch.is_grad_enabled():
-                weights = routing.routing_weights
-                if weights.requires_grad:
-                    weights.retain_grad()
-                else:
-                    routing = routing._replace(routing_weights=weights.detach().requires_grad_())
-            trace.routings.append((name, routing))
-            return routing
-
-        return keep
-
-    handles = [gate.register_forward_hook(hook_of(name)) for name, gate in gates.items()]
     try:
         yield trace
+    except BaseException:
+        trace.close()
+        raise
     finally:
-        for handle in handles:
-            handle.remove()
+        trace.recording = False

@@ -126,3 +126,49 @@ def test_fit_refuses_bad_points(points: torch.Tensor, message: str) -> None:
 def test_fit_accepts_leading_dimensions() -> None:
     flat, shaped = Clusterer(5, 64).fit(DIGITS[:1000]), Clusterer(5, 64).fit(DIGITS[:1000].reshape(10, 100, 64))
     assert torch.equal(flat.centroids, shaped.centroids)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
+def test_data_far_from_the_origin_is_clustered_as_well_as_at_it(offset: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = 8 * torch.randn(8, 16, generator=generator)
+    points = centres.repeat_interleave(100, dim=0) + torch.randn(800, 16, generator=generator) + offset
+    clusterer = Clusterer(8, 16).fit(points)
+    reference = KMeans(8, n_init=1, random_state=0).fit(points.double().numpy()).inertia_
+    assert inertia(points, clusterer.centroids) < 1.05 * reference
+    ids, distance = clusterer(points)
+    expected = nearest_centroid(points, clusterer.centroids)
+    assert (ids == torch.tensor([c for c, _ in expected])).double().mean() > 0.995
+    torch.testing.assert_close(distance, torch.tensor([d for _, d in expected]), rtol=1e-3, atol=1e-3 + 1e-6 * offset)
+
+
+def test_one_massive_dimension_does_not_swallow_the_distances() -> None:
+    points = DIGITS.clone()
+    points[:, 0] += 3000
+    clusterer = Clusterer(10, 64).fit(points)
+    expected = nearest_centroid(points[:200], clusterer.centroids)
+    torch.testing.assert_close(
+        clusterer(points[:200]).distance, torch.tensor([d for _, d in expected]), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_assignment_is_the_same_under_autocast() -> None:
+    clusterer = Clusterer(32, 64).fit(DIGITS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ids, distance = clusterer(DIGITS)
+    assert torch.equal(ids, clusterer(DIGITS).cluster_ids)
+    assert torch.equal(distance, clusterer(DIGITS).distance)
+
+
+@pytest.mark.parametrize("radius", [torch.ones(7), torch.tensor([-1.0, 1.0]), torch.tensor([torch.nan, 1.0])])
+def test_a_refused_radius_changes_nothing(radius: torch.Tensor) -> None:
+    clusterer = Clusterer(2, 3).set_centroids(torch.eye(2, 3))
+    with pytest.raises(InvalidArgumentError, match="radius"):
+        clusterer.set_centroids(torch.zeros(2, 3), radius=radius)
+    assert torch.equal(clusterer.centroids, torch.eye(2, 3))
+
+
+def test_centroids_that_arrive_by_a_broadcast_of_buffers_count_as_fitted() -> None:
+    source, target = Clusterer(5, 64).fit(DIGITS), Clusterer(5, 64)
+    target.centroids.copy_(source.centroids)
+    assert torch.equal(target(DIGITS).cluster_ids, source(DIGITS).cluster_ids)

@@ -1,5 +1,7 @@
 """A wheel built from the checkout works in a fresh environment outside it."""
 
+import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,7 +26,11 @@ print(moe_posterior.__file__, tuple(moe(hidden).shape))
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    source = folder / "source"  # a build leaves files behind, which the next wheel could pick up
+    shutil.copytree(
+        ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "runs", "results", "build", "*.egg-info")
+    )
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
     subprocess.run(build, check=True, capture_output=True, text=True)
     (wheel,) = folder.glob("*.whl")
     venv.create(folder / "venv", with_pip=False)
@@ -38,7 +44,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_outside(environment: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     python = environment / "bin" / "python"
-    return subprocess.run([str(python), *arguments], cwd=environment, capture_output=True, text=True)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([str(python), *arguments], cwd=environment, capture_output=True, text=True, env=clean)
 
 
 def test_the_wheel_routes_a_batch_outside_the_checkout(environment: Path) -> None:

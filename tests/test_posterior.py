@@ -201,3 +201,32 @@ def test_sizes_below_one_are_refused(arguments: tuple[int, int]) -> None:
 def test_an_improper_prior_is_refused(prior: float) -> None:
     with pytest.raises(InvalidArgumentError, match="prior_beta must be positive and finite"):
         BetaPosterior(1, 1, prior_beta=prior)
+
+
+def test_an_outcome_equal_to_the_threshold_is_a_success_in_every_dtype() -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for threshold in (0.1, 0.7, 0.9):
+            posterior = BetaPosterior(1, 1)
+            posterior.observe(torch.tensor([0]), torch.tensor([[threshold]], dtype=dtype), threshold=threshold)
+            assert posterior.successes.item() == 1.0, (dtype, threshold)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_small_integer_types_find_their_cells(dtype: torch.dtype) -> None:
+    posterior = BetaPosterior(64, 32)
+    posterior.observe(torch.tensor([63], dtype=dtype), torch.ones(1, 1), torch.tensor([[31]], dtype=dtype))
+    assert posterior.successes[63, 31] == posterior.successes.sum() == 1
+
+
+def test_indices_that_are_no_integers_are_refused() -> None:
+    for clusters, experts in ((torch.tensor([True]), torch.tensor([[0]])), (torch.tensor([0]), torch.tensor([[0.0]]))):
+        with pytest.raises(InvalidArgumentError, match="must be integers"):
+            BetaPosterior(C, E).observe(clusters, torch.ones(1, 1), experts)
+
+
+@pytest.mark.parametrize("counts", [-1.0, math.nan, math.inf])
+def test_impossible_evidence_is_not_merged(counts: float) -> None:
+    posterior = BetaPosterior(1, 1)
+    with pytest.raises(InvalidArgumentError, match="must be finite counts of at least 0"):
+        posterior.merge(Evidence(torch.tensor([[counts]]), torch.tensor([[0.0]])))
+    assert posterior.successes.item() == 0.0

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_posterior import InvalidArgumentError, MixtureOfExperts, PosteriorMoE, SoftmaxGate, record
 
@@ -89,6 +90,44 @@ def test_gradients_before_a_backward_are_an_error_that_says_what_to_do() -> None
         model(data(4))
     with pytest.raises(InvalidArgumentError, match=r"call loss.backward\(\)"):
         trace.observe_gradients()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("by_gradient", [True, False])
+def test_activation_checkpointing_records_every_token_once(reentrant: bool, inside: bool, by_gradient: bool) -> None:
+    model, plain, hidden = moe(), moe(), data(40)
+    plain.load_state_dict(model.state_dict())
+    with record(plain) as reference:
+        plain(hidden).square().sum().backward()
+    with record(model) as trace:
+        loss = checkpoint(model, hidden.clone().requires_grad_(), use_reentrant=reentrant).square().sum()
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    if by_gradient:
+        trace.observe_gradients()
+        reference.observe_gradients()
+        assert torch.equal(model.gate.posterior.successes, plain.gate.posterior.successes)
+    else:
+        trace.observe(torch.ones(40))
+    assert evidence(model) == 80
+
+
+def test_a_later_forward_is_not_recorded_while_the_trace_waits() -> None:
+    model = moe()
+    with record(model) as trace:
+        model(data(10))
+    model(data(20)).sum().backward()
+    assert len(trace) == 1
+    trace.observe(torch.ones(10))
+    assert not model.gate._forward_hooks
+
+
+def test_a_compiled_model_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="must not be compiled"), record(torch.compile(moe())):
+        pass
 
 
 def test_recording_changes_no_output() -> None:

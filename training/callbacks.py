@@ -22,15 +22,16 @@ class CompetenceUpdates(lightning.Callback):
 
     After ``warmup_epochs`` epochs with all experts weighing the same, the features of the training rows are clustered, and the
     evidence is counted by a pass over them: outcome 1 where an expert's own top label is right, for every expert on every row.
-    Evidence is never carried over to other clusters: a refit starts it anew. Between refits every training batch is observed as
-    well. Gates without clusters are left alone.
+    Evidence is never carried over to other clusters: a refit starts it anew. Gates without clusters are left alone.
 
     Args:
         warmup_epochs: epochs before the first fit.
         refit_every: epochs between refits; each costs a pass over the training rows without gradients.
         fit_rows: at most this many rows, drawn with the run's seed, go into k-means; the evidence uses all.
         evidence: rows that the pass counts. ``"train"`` (default) are many, and experts look better there than they are;
-            ``"val"`` are few and unseen, and training batches are then not observed.
+            ``"val"`` are few and unseen.
+        observe_batches: also observe every training batch between refits. The belief then follows the experts more closely, and is
+            surer than it may be: it counts the same rows again every epoch. Off by default.
         seed: of the draw and the k-means seeding, together with the epoch.
 
     Raises:
@@ -43,6 +44,7 @@ class CompetenceUpdates(lightning.Callback):
         refit_every: int = 1,
         fit_rows: int = 20_000,
         evidence: EvidenceSplit = "train",
+        observe_batches: bool = False,
         seed: int = 42,
     ) -> None:
         for name, value, least in (
@@ -55,7 +57,7 @@ class CompetenceUpdates(lightning.Callback):
         if evidence not in get_args(EvidenceSplit):
             raise InvalidArgumentError(f"evidence must be one of {list(get_args(EvidenceSplit))}; got {evidence!r}")
         self.warmup_epochs, self.refit_every, self.fit_rows = warmup_epochs, refit_every, fit_rows
-        self.evidence, self.seed = evidence, seed
+        self.evidence, self.observe_batches, self.seed = evidence, observe_batches, seed
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         since_warmup = trainer.current_epoch - self.warmup_epochs
@@ -71,7 +73,7 @@ class CompetenceUpdates(lightning.Callback):
         batch_idx: int,
     ) -> None:
         gate, routing = _classifier(pl_module).moe.gate, outputs["routing"]
-        if self.evidence == "train" and routing is not None and isinstance(gate, PosteriorGate):
+        if self.observe_batches and routing is not None and isinstance(gate, PosteriorGate):
             gate.observe(routing, outputs["expert_correct"].double(), dense=True)
 
     @torch.no_grad()

@@ -1,6 +1,8 @@
 """``moe-posterior fit``: train the arms of an experiment through LightningCLI."""
 
 import argparse
+import os
+import pickle
 import tempfile
 import time
 import warnings
@@ -19,7 +21,7 @@ from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.training.callbacks import CompetenceUpdates
 from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.module import MoEClassifier
-from moe_posterior.training.runs import Arm, Experiment, Run, merge, read_experiment
+from moe_posterior.training.runs import Arm, Experiment, Run, merge, read_experiment, require_folder_name
 
 FIT_HELP = """
 Train the arms of an experiment, one after the other, from the same seed.
@@ -91,6 +93,7 @@ def fit(arguments: list[str]) -> int:
         description=FIT_HELP,
         epilog=FIT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="experiment file (YAML)")
     parser.add_argument("--name", help="folder of the run, instead of the experiment's own name")
@@ -102,10 +105,16 @@ def fit(arguments: list[str]) -> int:
 
     experiment = read_experiment(options.config).override(parse_settings(settings))
     arms = chosen(options.arms, list(experiment.arms))
+    if options.name is not None:
+        require_folder_name(options.name, "--name")
     run = Run(Path(options.run_dir) / (options.name or experiment.name))
     if options.print_config:
         return print_config(experiment, arms[0])
     console = Console()
+    if is_launched_rank():
+        for name in arms:
+            train(run.arm(name), console)
+        return 0
     with run.locked():
         run.prepare(experiment, overwrite=options.overwrite)
         for name in arms:
@@ -114,21 +123,38 @@ def fit(arguments: list[str]) -> int:
     return 0
 
 
+def is_launched_rank() -> bool:
+    """Whether this process is one of several that a launcher started beside the first, which holds the lock and the folder."""
+    return any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+
+
 def train(arm: Arm, console: Console) -> None:
-    """Train one arm to its end, from its last checkpoint if there is one."""
+    """Train one arm to its end, from its last checkpoint if there is one.
+
+    Raises:
+        InvalidArgumentError: the last checkpoint cannot be read. KeyboardInterrupt: training was stopped before its end.
+    """
     if arm.finished:
         console.print(f"{arm.folder} is trained already")
         return
     args = ["fit", "--config", str(arm.config)]
     if arm.checkpoint.is_file():
+        read_checkpoint(arm)
         console.print(f"{arm.folder} goes on from {arm.checkpoint}")
         args += ["--ckpt_path", str(arm.checkpoint)]
     else:
         console.print(f"{arm.folder} starts")
     started = time.monotonic()
-    trainer = ExperimentCLI(arm, args, run=True).trainer
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer = ExperimentCLI(arm, args, run=True).trainer
+    except SystemExit as stop:
+        if stop.code == 2:  # a mistake in the configuration, already explained
+            raise
+        raise KeyboardInterrupt from stop  # Lightning leaves like this on Ctrl-C and on SIGTERM
+    if trainer.interrupted or is_launched_rank():
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        return
     seconds = time.monotonic() - started
     arm.finish(
         {
@@ -139,6 +165,20 @@ def train(arm: Arm, console: Console) -> None:
             "lightning": version("lightning"),
         }
     )
+
+
+def read_checkpoint(arm: Arm) -> dict[str, Any]:
+    """The arm's last checkpoint, opened without running code from it.
+
+    Raises:
+        InvalidArgumentError: it is missing or damaged.
+    """
+    try:
+        return torch.load(arm.checkpoint, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InvalidArgumentError(
+            f"{arm.checkpoint} cannot be read ({type(error).__name__}); delete it, or train anew with --overwrite"
+        ) from error
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -157,7 +197,10 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         value = text if equals else next(words, None)
         if not word.startswith("--") or not key or value is None:
             raise InvalidArgumentError(f"settings must read --key value or --key=value; got {word!r}")
-        leaf: Any = yaml.safe_load(value)
+        try:
+            leaf: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InvalidArgumentError(f"{word} must have a YAML value; got {value!r}") from error
         for part in reversed(key.split(".")):
             leaf = {part: leaf}
         nested = merge(nested, leaf)

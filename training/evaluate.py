@@ -17,7 +17,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.gates import PosteriorGate
-from moe_posterior.training.cli import ExperimentCLI, chosen
+from moe_posterior.training.cli import ExperimentCLI, chosen, read_checkpoint
 from moe_posterior.training.data import ClassificationData, EvaluationSet
 from moe_posterior.training.module import MoEClassifier
 from moe_posterior.training.report import (
@@ -31,11 +31,13 @@ from moe_posterior.training.report import (
 )
 from moe_posterior.training.runs import Arm, Run
 
+LEAST_RESAMPLES = 100
+
 HELP = """
 Evaluate a run: accuracy, NLL, Brier score and expected calibration error of the routed aggregate, for every arm, on the clean
 test rows and under each shift at each severity, over all rows and over the hard and the easy ones, with bootstrap intervals.
 
-Writes report.json (everything), table.md, reliability.png and, for a posterior gate, posterior.png into RUN/report, and prints
+Writes report.json (everything), table.md, reliability.png and, for each posterior gate, competence-ARM.png into RUN/report, and prints
 the table.
 """
 
@@ -82,9 +84,7 @@ def evaluate(arguments: list[str]) -> int:
 def load_model(arm: Arm) -> MoEClassifier:
     """The trained classifier of an arm, in evaluation mode, as its last checkpoint has it."""
     model = ExperimentCLI(arm, ["--config", str(arm.config)], run=False).model
-    # weights_only keeps a checkpoint from running code when it is opened.
-    state = torch.load(arm.checkpoint, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["state_dict"])
+    model.load_state_dict(read_checkpoint(arm)["state_dict"])
     return model.eval()
 
 
@@ -120,14 +120,26 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms")
     parser.add_argument("--shifts", nargs="*", metavar="SHIFT", help="only these shifts; none given: clean alone")
     parser.add_argument(
-        "--severities", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="S", help="1 (mild) to 5 (default: all)"
+        "--severities",
+        nargs="+",
+        type=int,
+        choices=range(1, 6),
+        default=[1, 2, 3, 4, 5],
+        metavar="S",
+        help="1 (mild) to 5 (default: all)",
     )
     parser.add_argument(
         "--resamples", type=int, default=1000, metavar="R", help="bootstrap resamples (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the resamples (default: %(default)s)")
     parser.add_argument("--copy-to", type=Path, metavar="DIR", help="also copy the report there")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.severities = sorted(set(options.severities))
+    if options.resamples < LEAST_RESAMPLES:
+        raise InvalidArgumentError(
+            f"--resamples must be at least {LEAST_RESAMPLES}, fewer say nothing about a 95 % interval; got {options.resamples}"
+        )
+    return options
 
 
 def _load_data(arms: Sequence[Arm]) -> ClassificationData:
@@ -164,7 +176,9 @@ def _provenance(
     return {
         "command": shlex.join(command),
         "data": data.name,
-        "gates": {name: repr(model.moe.gate).splitlines()[0] for name, model in models.items()},
+        "gates": {
+            name: f"{type(model.moe.gate).__name__}({model.moe.gate.extra_repr()})" for name, model in models.items()
+        },
         "experiment": {"name": experiment.name, "arms": experiment.arms, **experiment.base},
         "versions": {name: version(name) for name in ("moe-posterior", "torch", "lightning", "torchmetrics")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {'GPU' if torch.cuda.is_available() else 'no GPU'}",
@@ -172,13 +186,15 @@ def _provenance(
 
 
 def _write(folder: Path, report: dict, models: dict[str, MoEClassifier]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    """A whole report: what an earlier evaluation left is gone, so that tables and figures belong together."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     write_json(report, folder / "report.json")
-    (folder / "table.md").write_text(to_markdown(report) + "\n")
+    (folder / "table.md").write_text(to_markdown(report).rstrip() + "\n")
     reliability_diagram(report, folder / "reliability.png")
-    for model in models.values():
+    for name, model in models.items():
         gate = model.moe.gate
         if isinstance(gate, PosteriorGate):
             observed = gate.posterior.successes + gate.posterior.failures
-            posterior_heatmap(gate.posterior.mean(), observed, folder / "posterior.png")
+            posterior_heatmap(gate.posterior.mean(), observed, folder / f"competence-{name}.png")
     return folder

@@ -18,7 +18,10 @@ import yaml
 
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 
-__all__ = ["Arm", "Experiment", "Run", "merge", "read_experiment"]
+__all__ = ["Arm", "Experiment", "Run", "merge", "read_experiment", "require_folder_name"]
+
+EXPERIMENT, MARKER, REPORT = "experiment.yaml", ".moe-posterior-run", "report"
+RESERVED = {EXPERIMENT, REPORT}
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,24 @@ def read_experiment(path: str | Path) -> Experiment:
         raise MissingDataError(f"there is no experiment file {path}; the shipped ones are in configs/")
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidArgumentError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise InvalidArgumentError(f"{path} must hold a mapping of settings; got {type(content).__name__}")
     name = content.pop("name", path.stem)
     arms = content.pop("arms", None) or {"model": {}}
+    if not isinstance(arms, dict) or not all(isinstance(overlay, dict) for overlay in arms.values()):
+        raise InvalidArgumentError(f"arms must map names to settings; got {arms!r} in {path}")
     for word in (name, *arms):
-        if not isinstance(word, str) or not word or word.startswith(".") or set(word) & set("/\\"):
-            raise InvalidArgumentError(f"name and arms become folders and must be plain words; got {word!r} in {path}")
+        require_folder_name(word, str(path))
     return Experiment(name, arms, content)
+
+
+def require_folder_name(word: Any, where: str) -> None:
+    """Raise InvalidArgumentError unless ``word`` can be the name of a run or an arm."""
+    plain = isinstance(word, str) and word and not word.startswith(".") and not set(word) & set("/\\|")
+    if not plain or word in RESERVED:
+        raise InvalidArgumentError(f"name and arms become folders and must be plain words; got {word!r} in {where}")
 
 
 def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
@@ -134,20 +145,23 @@ class Run:
         Raises:
             InvalidArgumentError: the folder holds a run with other settings, or something that is no run.
         """
-        file = self.folder / "experiment.yaml"
+        file = self.folder / EXPERIMENT
         content = yaml.safe_dump({"name": experiment.name, "arms": experiment.arms, **experiment.base}, sort_keys=False)
-        others = [path for path in self.folder.glob("*") if path.name != ".lock"] if self.folder.is_dir() else []
-        if others and not file.is_file():
+        others = list(self.folder.glob("[!.]*")) if self.folder.is_dir() else []
+        if others and not (self.folder / MARKER).is_file():
             raise InvalidArgumentError(
                 f"{self.folder} holds something else than a run; choose another --name or --run-dir"
             )
+        made = self.experiment().arms if file.is_file() else {}
+        trained = any(self.arm(name).checkpoint.is_file() for name in made)
         if overwrite:
-            for path in others:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif file.is_file() and file.read_text() != content:
+            for name in (*made, REPORT):  # what a run made, and nothing that was put beside it
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+        elif trained and file.read_text() != content:
             raise InvalidArgumentError(
                 f"{self.folder} was made with other settings (see {file}); --overwrite replaces it, --name makes another run"
             )
+        (self.folder / MARKER).touch()
         _write_atomically(file, content)
         for name in experiment.arms:
             arm = self.arm(name)
@@ -160,7 +174,7 @@ class Run:
         Raises:
             MissingDataError: the folder holds no run.
         """
-        file = self.folder / "experiment.yaml"
+        file = self.folder / EXPERIMENT
         if not file.is_file():
             raise MissingDataError(f"there is no run in {self.folder}: moe-posterior fit --config FILE makes one")
         return read_experiment(file)

@@ -45,7 +45,7 @@ class SoftmaxGate(Gate):
     def forward(self, hidden: Tensor) -> Routing:  # (N, D)
         """Choose by the largest router probabilities; a row that holds NaN or inf has NaN weights, as in any softmax router."""
         self.validate_hidden(hidden)
-        probabilities = torch.softmax(self.router(hidden), dim=-1)
+        probabilities = torch.softmax(self.router(hidden).float(), dim=-1)
         scores, expert_indices = probabilities.topk(self.top_k, dim=-1)
         cluster_ids = expert_indices.new_zeros(len(hidden))
         distance = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)

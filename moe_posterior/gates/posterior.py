@@ -172,9 +172,12 @@ class PosteriorGate(Gate, FixedPrecision):
         return self.clusterer.fitted
 
     def fit(self, hidden: Tensor, *, generator: torch.Generator | None = None) -> None:  # (..., D)
-        """Find the clusters by k-means and forget all evidence: it spoke of other clusters. Errors as Clusterer.fit."""
+        """Find the clusters by k-means and forget all evidence and any warm start: they spoke of other clusters.
+
+        A Routing made before a fit must not be observed after it. Errors as :meth:`Clusterer.fit`.
+        """
         self.clusterer.fit(hidden, generator=generator)
-        self.posterior.reset()
+        self.posterior.reset(prior=True)
 
     def warm_start(
         self,
@@ -203,8 +206,7 @@ class PosteriorGate(Gate, FixedPrecision):
             return Routing(self.topk_indices[ids], self.topk_weights[ids], ids, self.topk_scores[ids], distance)
         assignment, selection, weights = dispatch.route_by_table(
             hidden,
-            self.clusterer.centroids,
-            self.clusterer.half_norms,
+            self.clusterer.prepared,
             self.topk_indices,
             self.topk_weights,
             self.topk_scores,
@@ -325,9 +327,16 @@ class PosteriorGate(Gate, FixedPrecision):
     @torch.no_grad()
     def _refresh(self, cluster_ids: Tensor | None) -> None:
         """Rewrite the tables of the given clusters (None: of all), or, if lazy, mark them to be rewritten."""
-        clusters = torch.arange(self.num_clusters, device=self.topk_indices.device)
+        device = self.posterior.successes.device
+        if device.type == "meta":
+            return
+        if self.topk_indices.device != device:  # a load with assign=True leaves derived buffers where they were
+            for name in ("topk_indices", "topk_weights", "topk_scores", "stale"):
+                setattr(self, name, torch.zeros_like(getattr(self, name), device=device))
+            self.stale.fill_(True)
+        clusters = torch.arange(self.num_clusters, device=device)
         if cluster_ids is not None and len(cluster_ids) < self.num_clusters:
-            clusters = cluster_ids.to(clusters.device)
+            clusters = cluster_ids.to(device)
         if self.lazy:
             self.stale[clusters] = True
         else:

@@ -156,3 +156,13 @@ def test_compiles_to_one_graph_and_routes_alike(name: str) -> None:
 def test_low_precision_hidden_states_are_routed(name: str) -> None:
     gate = fitted(name).to(torch.bfloat16)
     assert_valid(gate(data(20).to(torch.bfloat16)), 20, 2)
+
+
+@pytest.mark.parametrize("name", [name for name in GATES if name.startswith(("softmax", "posterior"))])
+def test_a_gate_built_on_the_meta_device_loads_and_routes_alike(name: str) -> None:
+    gate = fitted(name)
+    gate.observe(gate(data(30)), torch.ones(30, 2))
+    with torch.device("meta"):
+        restored = GATES[name](2)
+    restored.load_state_dict(gate.state_dict(), assign=True)
+    assert_equal(restored(data(20)), gate(data(20)))

@@ -15,7 +15,7 @@ from moe_posterior.kernels import reference
 def test_assign_finds_the_nearest_centroid(num_tokens, clusters, size, generator) -> None:
     hidden = torch.randn(num_tokens, size, generator=generator)
     centroids = torch.randn(clusters, size, generator=generator)
-    ids, distance = reference.assign(hidden, centroids, reference.half_squared_norms(centroids))
+    ids, distance = reference.assign(hidden, reference.prepare_centroids(centroids))
     expected = nearest_centroid(hidden, centroids)
     assert ids.tolist() == [cluster for cluster, _ in expected]
     torch.testing.assert_close(distance, torch.tensor([d for _, d in expected]), rtol=1e-4, atol=1e-3)
@@ -23,9 +23,7 @@ def test_assign_finds_the_nearest_centroid(num_tokens, clusters, size, generator
 
 def test_equal_distances_go_to_the_lower_cluster() -> None:
     centroids = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    ids, _ = reference.assign(
-        torch.tensor([[1.0, 1.0], [2.0, 0.0]]), centroids, reference.half_squared_norms(centroids)
-    )
+    ids, _ = reference.assign(torch.tensor([[1.0, 1.0], [2.0, 0.0]]), reference.prepare_centroids(centroids))
     assert ids.tolist() == [0, 0]
 
 
@@ -56,7 +54,7 @@ def test_the_table_path_equals_the_full_path(generator) -> None:
     clusters = torch.arange(5)
     table = reference.select(beta.lcb(alpha, b, 0.7), clusters, 3)
     tables = (table.expert_indices, reference.weigh(table.scores, 0.3), table.scores)
-    by_table = reference.route_by_table(hidden, centroids, reference.half_squared_norms(centroids), *tables)
+    by_table = reference.route_by_table(hidden, reference.prepare_centroids(centroids), *tables)
     assert torch.equal(by_table[0].cluster_ids, assignment.cluster_ids)
     assert torch.equal(by_table[1].expert_indices, selection.expert_indices)
     assert torch.equal(by_table[2], weights)

@@ -75,6 +75,9 @@ def test_evidence_from_validation_rows_counts_those_alone() -> None:
 def test_refits_happen_when_they_should() -> None:
     model, data, _ = trained("posterior", 5, warmup_epochs=1, refit_every=3)
     posterior = model.moe.gate.posterior
+    assert (posterior.successes + posterior.failures).sum(dim=0).tolist() == [1.0 * len(data.split("train"))] * 4
+    model, data, _ = trained("posterior", 5, warmup_epochs=1, refit_every=3, observe_batches=True)
+    posterior = model.moe.gate.posterior
     # Refit at the start of epochs 1 and 4: one pass and one epoch of batches since.
     assert (posterior.successes + posterior.failures).sum(dim=0).tolist() == [2.0 * len(data.split("train"))] * 4
 

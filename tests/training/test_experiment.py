@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 import yaml
 
 from moe_posterior.cli import main
+from moe_posterior.training.runs import Run, read_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -36,6 +38,12 @@ def refused(capsys: pytest.CaptureFixture[str]):
     return message_of
 
 
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 def weights(run: Path, arm: str) -> dict[str, torch.Tensor]:
     return torch.load(run / arm / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
@@ -49,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_fit_then_evaluate_makes_a_report_of_both_gates(runs: Path) -> None:
-    result = moe_posterior("evaluate", "--run", runs / "demo", "--resamples", "50", "--severities", "3")
+    result = moe_posterior("evaluate", "--run", runs / "demo", "--resamples", "100", "--severities", "3")
     assert result.returncode == 0, result.stderr
     assert "softmax" in result.stdout
     assert "report.json" in result.stdout
@@ -60,7 +68,7 @@ def test_fit_then_evaluate_makes_a_report_of_both_gates(runs: Path) -> None:
         assert of[arm, "clean", "overall", "accuracy"] > 0.75  # five short epochs
         assert of[arm, "clean", "hard", "accuracy"] < of[arm, "clean", "easy", "accuracy"]
         assert of[arm, "all shifts", "overall", "accuracy"] < of[arm, "clean", "overall", "accuracy"]
-    for picture in ("reliability.png", "posterior.png"):
+    for picture in ("reliability.png", "competence-posterior.png"):
         assert (runs / "demo" / "report" / picture).read_bytes().startswith(b"\x89PNG")
     assert "| softmax" in (runs / "demo" / "report" / "table.md").read_text()
 
@@ -68,8 +76,7 @@ def test_fit_then_evaluate_makes_a_report_of_both_gates(runs: Path) -> None:
 def test_the_trained_posterior_gate_has_seen_every_expert_on_every_training_row(runs: Path) -> None:
     state = weights(runs / "demo", "posterior")
     observed = state["moe.gate.posterior.successes"] + state["moe.gate.posterior.failures"]
-    # Epochs 2-4 train; the last refit is at the start of epoch 4: one pass over 898 rows and one epoch of batches.
-    assert observed.sum(dim=0).tolist() == [2 * 898.0] * 4
+    assert observed.sum(dim=0).tolist() == [898.0] * 4
     assert observed.sum(dim=1).min() > 0
     assert state["moe.gate.posterior.successes"].dtype == torch.float64
 
@@ -94,9 +101,7 @@ def test_a_killed_run_goes_on_and_ends_like_an_undisturbed_one(runs: Path, tmp_p
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_for(checkpoint, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "demo" / "posterior" / "finished.json").exists(), "it was too fast to be killed"
@@ -118,6 +123,7 @@ def test_two_processes_do_not_write_to_one_run(tmp_path: Path, refused) -> None:
 def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path, refused) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "thesis.txt").write_text("years of work")
+    (tmp_path / "demo" / "experiment.yaml").write_text("my: own")
     message = refused("fit", "--config", DEMO, "--run-dir", tmp_path, "--overwrite")
     assert "holds something else than a run" in message
     assert (tmp_path / "demo" / "thesis.txt").exists()
@@ -159,3 +165,79 @@ def test_shipped_configs_are_complete(config: Path, capsys: pytest.CaptureFixtur
         main(["fit", "--config", str(config), "--print_config"])
     assert stop.value.code == 0
     assert yaml.safe_load(capsys.readouterr().out)["model"]["num_experts"] == 4
+
+
+def test_overwriting_a_run_leaves_what_was_put_beside_it(tmp_path: Path, refused) -> None:
+    run = Run(tmp_path / "demo")
+    run.folder.mkdir()
+    run.prepare(read_experiment(DEMO))
+    (run.folder / "notes.txt").write_text("mine")
+    (run.arm("softmax").folder / "old.txt").write_text("of the run")
+    run.prepare(read_experiment(DEMO), overwrite=True)
+    assert (run.folder / "notes.txt").exists()
+    assert not (run.arm("softmax").folder / "old.txt").exists()
+
+
+def test_a_first_attempt_that_failed_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    run = Run(tmp_path / "demo")
+    run.folder.mkdir()
+    experiment = read_experiment(DEMO)
+    run.prepare(experiment.override({"modle": {"lr": 3}}))
+    run.prepare(experiment)
+    assert "modle" not in run.arm("softmax").config.read_text()
+
+
+def test_a_damaged_checkpoint_is_named(runs: Path, tmp_path: Path, refused) -> None:
+    shutil.copytree(runs / "demo", tmp_path / "demo")
+    checkpoint = tmp_path / "demo" / "posterior" / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert f"{checkpoint} cannot be read" in refused("evaluate", "--run", tmp_path / "demo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "../evil"], "must be plain words; got '../evil' in --name"),
+        (["--name", "report"], "got 'report'"),
+        (["--model.lr", "["], "--model.lr must have a YAML value"),
+        (["--arms", "x"], "arms must be among"),
+        (["stray"], "settings must read --key value"),
+    ],
+)
+def test_wrong_command_lines_are_answered_with_a_sentence(
+    tmp_path: Path, arguments: list, message: str, refused
+) -> None:
+    assert message in refused("fit", "--config", DEMO, "--run-dir", tmp_path, *arguments)
+
+
+def test_a_place_that_cannot_be_written_is_named(refused) -> None:
+    assert "/dev/null" in refused("fit", "--config", DEMO, "--run-dir", "/dev/null")
+
+
+def test_too_few_resamples_are_refused_before_anything_is_predicted(runs: Path, refused) -> None:
+    assert "--resamples must be at least 100" in refused("evaluate", "--run", runs / "demo", "--resamples", "1")
+
+
+def test_being_told_to_stop_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    arguments = ["fit", "--config", DEMO, "--run-dir", tmp_path, "--arms", "posterior", "--trainer.max_epochs", "500"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moe_posterior.cli", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    wait_for(tmp_path / "demo" / "posterior" / "checkpoints" / "last.ckpt", process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert b"interrupted" in errors
+    assert not (tmp_path / "demo" / "posterior" / "finished.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run(tmp_path: Path) -> None:
+    settings = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    result = moe_posterior("fit", "--config", DEMO, "--run-dir", tmp_path, "--arms", "posterior", *SHORT, *settings)
+    assert result.returncode == 0, result.stderr
+    state = weights(tmp_path / "demo", "posterior")
+    observed = state["moe.gate.posterior.successes"] + state["moe.gate.posterior.failures"]
+    assert observed.sum(dim=0).tolist() == [898.0] * 4  # each training row once, whichever process saw it
