@@ -34,6 +34,7 @@ class Centroids(NamedTuple):
     points: Tensor  # (C, D) float32
     directions: Tensor  # (C, D) float32, points less their mean
     offsets: Tensor  # (C,) float32
+    radius: Tensor | None = None  # (C,) float32; given, a token farther than its centroid's radius belongs to cluster C
 
 
 def prepare_centroids(points: Tensor) -> Centroids:  # (C, D)
@@ -55,7 +56,8 @@ def assign(hidden: Tensor, centroids: Centroids) -> Assignment:  # (N, D)
 
     Equal distances go to the lower cluster. A row that holds NaN or inf has no nearest centroid: it goes to cluster 0 at distance
     inf, so that its index is valid and it reads as infinitely novel. A finite row too large for float32 arithmetic keeps some
-    valid cluster, and distance inf.
+    valid cluster, and distance inf. Where the centroids come with a radius, whatever lies outside it, broken rows too, forms one more
+    class, with index C.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         tokens = hidden.float()
@@ -64,7 +66,10 @@ def assign(hidden: Tensor, centroids: Centroids) -> Assignment:  # (N, D)
         cluster_ids = torch.where(torch.isfinite(best), cluster_ids, 0)
         # Directly: ‖x‖² - 2 x·c + ‖c‖² would leave nothing but rounding for data far from the origin.
         distance = torch.linalg.vector_norm(tokens - centroids.points[cluster_ids], dim=-1)
-    return Assignment(cluster_ids, torch.where(torch.isnan(distance), torch.inf, distance))
+    distance = torch.where(torch.isnan(distance), torch.inf, distance)
+    if centroids.radius is not None:
+        cluster_ids = torch.where(distance > centroids.radius[cluster_ids], len(centroids.points), cluster_ids)
+    return Assignment(cluster_ids, distance)
 
 
 def select(

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import NamedTuple
 
 from moe_posterior.errors import MissingDependencyError, MoEPosteriorError
@@ -17,6 +18,12 @@ class _Command(NamedTuple):
 
 COMMANDS = {
     "fit": _Command("moe_posterior.training.cli", "fit", "train", "train the arms of an experiment"),
+    "benchmark": _Command(
+        "moe_posterior.benchmarks.cli",
+        "benchmark",
+        "train",
+        "measure routing gates on streams of queries, and their latency",
+    ),
     "evaluate": _Command(
         "moe_posterior.training.evaluate",
         "evaluate",
@@ -31,7 +38,7 @@ def usage() -> str:
     lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: moe-posterior COMMAND [options]",
+            "usage: moe-posterior COMMAND [options] | --version",
             "",
             "Mixtures of experts that route by proven competence, and how well calibrated they are.",
             "",
@@ -49,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if arguments[0] == "--version":
+        print(version("moe-posterior"))
+        return 0
     name, *rest = arguments
     if name not in COMMANDS:
         print(f"moe-posterior: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
@@ -56,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     try:
         return getattr(_load(command), command.function)(rest)
-    except MoEPosteriorError as error:
+    except (MoEPosteriorError, OSError) as error:
         print(f"moe-posterior {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"moe-posterior {name}: interrupted", file=sys.stderr)
+        print(f"moe-posterior {name}: interrupted; the same command goes on where it can", file=sys.stderr)
         return 1
 
 

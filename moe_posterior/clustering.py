@@ -31,6 +31,8 @@ class Clusterer(FixedPrecision):
     Args:
         num_clusters: C, at least 1.
         hidden_size: D, at least 1.
+        outliers: if True, tokens outside their cluster's radius are assigned to one more class, with index C: what is unlike
+            anything seen is then learned about together, instead of being mistaken for the nearest known thing.
 
     >>> points = torch.tensor([[0.0, 0.0], [0.0, 1.0], [9.0, 9.0], [9.0, 8.0]])
     >>> clusterer = Clusterer(num_clusters=2, hidden_size=2).fit(points)
@@ -44,12 +46,12 @@ class Clusterer(FixedPrecision):
     directions: Tensor  # (C, D) float32, derived
     offsets: Tensor  # (C,) float32, derived
 
-    def __init__(self, num_clusters: int, hidden_size: int) -> None:
+    def __init__(self, num_clusters: int, hidden_size: int, *, outliers: bool = False) -> None:
         super().__init__()
         for name, size in (("num_clusters", num_clusters), ("hidden_size", hidden_size)):
             if size < 1:
                 raise InvalidArgumentError(f"{name} must be at least 1; got {size}")
-        self.num_clusters, self.hidden_size = num_clusters, hidden_size
+        self.num_clusters, self.hidden_size, self.outliers = num_clusters, hidden_size, outliers
         self._fitted = False
         self.register_buffer("centroids", torch.full((num_clusters, hidden_size), torch.nan, dtype=torch.float32))
         self.register_buffer("radius", torch.full((num_clusters,), torch.nan, dtype=torch.float32))
@@ -74,7 +76,13 @@ class Clusterer(FixedPrecision):
     @property
     def prepared(self) -> reference.Centroids:
         """The centroids as :mod:`moe_posterior.kernels` takes them."""
-        return reference.Centroids(self.centroids, self.directions, self.offsets)
+        radius = self.radius if self.outliers else None
+        return reference.Centroids(self.centroids, self.directions, self.offsets, radius)
+
+    @property
+    def num_classes(self) -> int:
+        """How many ids there are: C, and one more with ``outliers``."""
+        return self.num_clusters + self.outliers
 
     @property
     def fitted(self) -> bool:
@@ -176,7 +184,8 @@ class Clusterer(FixedPrecision):
 
     def _refresh(self) -> None:
         # Replaced, not copied into: after a load with assign=True they may still be on the meta device.
-        _, self.directions, self.offsets = reference.prepare_centroids(self.centroids)
+        prepared = reference.prepare_centroids(self.centroids)
+        self.directions, self.offsets = prepared.directions, prepared.offsets
         self._fitted = self.centroids.device.type != "meta" and bool(torch.isfinite(self.centroids).all())
 
 

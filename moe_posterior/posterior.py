@@ -3,22 +3,22 @@
 Dimensions: N tokens, C clusters, E experts, k experts per token.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from moe_posterior import beta as beta_functions
 from moe_posterior import evidence as evidence_functions
+from moe_posterior.churn import ChangingPool
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import Evidence, Observation, ProxyNoise
-from moe_posterior.precision import FixedPrecision
 
 _KEPT_AFTER_SURPRISE = 0.1  # share of prior strength and evidence an expert keeps once it has surprised
 _DEGRADED_SHARE = 0.5  # the change that surprise looks for: competence fell to half of what was believed
 
 
-class BetaPosterior(FixedPrecision):
+class BetaPosterior(ChangingPool):
     """Beta posterior over the competence of each (cluster, expert): ``alpha = prior alpha + successes``, likewise beta.
 
     Prior and evidence are kept apart so that evidence stays additive: it merges by a sum, is rebuilt from a log, and can be
@@ -280,56 +280,6 @@ class BetaPosterior(FixedPrecision):
         self.failures[:, columns] *= keep
         self._changed()
 
-    @torch.no_grad()
-    def add_expert(self, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0) -> int:
-        """Make room for another expert and return its index; the others' belief is unchanged.
-
-        Args:
-            prior_from: donors and how much their domains overlap with the new expert's (any positive weights): in each
-                cluster its prior mean is their weighted posterior mean. None starts it from the initial prior.
-            strength: pseudo-observations the inherited prior is worth; few, since the newcomer has proved nothing itself.
-
-        Raises:
-            InvalidArgumentError: an unknown donor, a weight or strength that is not positive.
-
-        Source: *Bayesian Posterior Routing in Multi-Agent Systems*, "Dynamic Expert Pool Management".
-        """
-        alpha, beta = self._inherited(prior_from, strength)
-        nothing = torch.zeros_like(alpha)
-        columns = {"prior_alpha": alpha, "prior_beta": beta, "successes": nothing, "failures": nothing}
-        for name, column in columns.items():
-            setattr(self, name, torch.cat([getattr(self, name), column[:, None]], dim=1))
-        for name, start in (("trust", 1.0), ("suspicion", 0.0), ("active", True), ("odds", 1.0)):
-            setattr(self, name, torch.cat([getattr(self, name), getattr(self, name).new_full((1,), start)]))
-        self.num_experts += 1
-        self._changed()
-        return self.num_experts - 1
-
-    @torch.no_grad()
-    def remove_expert(self, expert: int) -> None:
-        """Never choose this expert again; its index is not given to another, so delayed outcomes cannot be misattributed.
-
-        Raises:
-            InvalidArgumentError: there is no such active expert, or it is the last one.
-        """
-        self._require_active(expert)
-        if int(self.active.sum()) == 1:
-            raise InvalidArgumentError(f"expert {expert} is the last active one and cannot be removed")
-        self.active[expert] = False
-        self._notify(None)
-
-    @torch.no_grad()
-    def replace_expert(
-        self, expert: int, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0
-    ) -> None:
-        """A retrained or exchanged expert in the same place: its evidence is dropped; arguments as :meth:`add_expert`."""
-        self._require_active(expert)
-        alpha, beta = self._inherited(prior_from, strength)
-        self.prior_alpha[:, expert], self.prior_beta[:, expert] = alpha, beta
-        self.successes[:, expert], self.failures[:, expert] = 0.0, 0.0
-        self.trust[expert], self.suspicion[expert] = 1.0, 0.0
-        self._changed()
-
     def subscribe(self, listener: Callable[[Tensor | None], None]) -> None:
         """Call ``listener(cluster_ids)`` after every change of the belief; None instead of ids means any cluster changed."""
         self._listeners.append(listener)
@@ -407,24 +357,6 @@ class BetaPosterior(FixedPrecision):
         torch.distributed.all_reduce(dense)
         cells = (dense[2] > 0).nonzero().flatten()
         return cells, dense[:, cells]
-
-    def _inherited(self, prior_from: Mapping[int, float] | None, strength: float) -> tuple[Tensor, Tensor]:  # 2 x (C,)
-        if prior_from is None:
-            return tuple(self.prior_alpha.new_full((self.num_clusters,), value) for value in self.initial_prior)  # type: ignore[return-value]
-        if not prior_from or not strength > 0:
-            raise InvalidArgumentError(f"prior_from needs donors and a positive strength; got {prior_from}, {strength}")
-        for donor, weight in prior_from.items():
-            if not 0 <= donor < self.num_experts or not weight > 0:
-                raise InvalidArgumentError(
-                    f"prior_from must map experts in [0, {self.num_experts}) to positive weights; got {donor}: {weight}"
-                )
-        weights = self.prior_alpha.new_tensor(list(prior_from.values()))
-        mean = self.mean()[:, list(prior_from)] @ (weights / weights.sum())
-        return strength * mean, strength * (1 - mean)
-
-    def _require_active(self, expert: int) -> None:
-        if not 0 <= expert < self.num_experts or not bool(self.active[expert]):
-            raise InvalidArgumentError(f"expert must be an active index below {self.num_experts}; got {expert}")
 
     def _changed(self) -> None:
         self._pool(None)

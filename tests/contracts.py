@@ -45,6 +45,7 @@ GATES: dict[str, Callable[[int], Gate]] = {
     "posterior lcb": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k),
     "posterior mean": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="mean", threshold=0.5),
     "posterior quantile": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="quantile"),
+    "posterior outliers": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, novelty="class"),
     "posterior thompson": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="thompson"),
     "expert threshold": lambda k: ExpertThresholdGate(HIDDEN_SIZE, NUM_EXPERTS, k),
     "bandit ucb1": lambda k: BanditGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k),

@@ -14,7 +14,7 @@ ORDER = [
     ["errors", "precision"],
     ["beta", "evidence"],
     ["kernels"],
-    ["posterior", "clustering"],
+    ["churn", "posterior", "clustering"],
     ["gates"],
     ["dispatch", "experts"],
     ["layer", "router"],

@@ -151,7 +151,7 @@ def test_abstention_below_the_threshold_and_on_broken_embeddings() -> None:
 
 
 def test_novelty_makes_far_queries_abstain() -> None:
-    router = fitted_router(abstain_below=0.8, novelty=True, risk_aversion=2.0)
+    router = fitted_router(abstain_below=0.8, novelty="discount", risk_aversion=2.0)
     router.warm_start(EMBEDDINGS, np.full((200, E), 0.95))
     batch = router.route_batch(np.concatenate([EMBEDDINGS[:100], 40 + EMBEDDINGS[:100]]))
     assert batch.abstain[:100].mean() < 0.1

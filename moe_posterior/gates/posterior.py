@@ -19,6 +19,7 @@ from moe_posterior.posterior import BetaPosterior
 from moe_posterior.precision import FixedPrecision
 
 Score = Literal["lcb", "mean", "quantile", "thompson"]
+Novelty = Literal["off", "discount", "class"]
 
 
 class PosteriorGate(Gate, FixedPrecision):
@@ -40,8 +41,10 @@ class PosteriorGate(Gate, FixedPrecision):
         threshold: None counts outcomes fractionally; τ in [0, 1] binarises them (the paper).
         exploration: share of tokens, in [0, 1), whose last slot goes to a random other expert, so that no expert is locked out
             for ever; default 0. To explore without touching the output, keep it 0 and ask :meth:`shadow`.
-        novelty: if True, a token farther than its cluster's radius relies less on the cluster's evidence and more on the
-            experts' pooled record, see :func:`~moe_posterior.evidence.novelty_weight`: its scores fall and ``abstain`` fires.
+        novelty: what a token farther than its cluster's radius is taken for. ``"off"`` (default): any other member. ``"discount"``: it
+            relies less on the cluster's evidence and more on the experts' pooled record, see
+            :func:`~moe_posterior.evidence.novelty_weight`, so that its scores fall and ``abstain`` fires. ``"class"``: all such tokens
+            form a class of their own, one more row of the belief, so that which experts cope with the unknown is learned at once.
         prior_alpha, prior_beta, half_life, shrinkage, surprise: of the belief, see :class:`BetaPosterior`.
         false_positive_rate, false_negative_rate: known error rates of the outcomes; counts are de-biased by them.
         lazy: refresh a cluster's row of the tables when it is next needed instead of when the belief changes: for many
@@ -73,7 +76,7 @@ class PosteriorGate(Gate, FixedPrecision):
     credible_level: float
     temperature: float
     exploration: float
-    novelty: bool
+    novelty: Novelty
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class PosteriorGate(Gate, FixedPrecision):
         temperature: float = 0.1,
         threshold: float | None = None,
         exploration: float = 0.0,
-        novelty: bool = False,
+        novelty: Novelty = "off",
         prior_alpha: float = 1.0,
         prior_beta: float = 1.0,
         half_life: float | None = None,
@@ -102,9 +105,11 @@ class PosteriorGate(Gate, FixedPrecision):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k)
         noisy = false_positive_rate != 0 or false_negative_rate != 0
-        self.clusterer = Clusterer(num_clusters, hidden_size)
+        if novelty not in get_args(Novelty):
+            raise InvalidArgumentError(f"novelty must be one of {list(get_args(Novelty))}; got {novelty!r}")
+        self.clusterer = Clusterer(num_clusters, hidden_size, outliers=novelty == "class")
         self.posterior = BetaPosterior(
-            num_clusters,
+            self.clusterer.num_classes,
             num_experts,
             prior_alpha=prior_alpha,
             prior_beta=prior_beta,
@@ -115,12 +120,13 @@ class PosteriorGate(Gate, FixedPrecision):
         )
         if threshold is not None and not 0.0 <= threshold <= 1.0:
             raise InvalidArgumentError(f"threshold must lie in [0, 1] or be None; got {threshold}")
+        self.novelty = novelty
         self.threshold, self.lazy, self.seed, self.backend = threshold, lazy, seed, backend
-        table = (num_clusters, top_k)
+        table = (self.clusterer.num_classes, top_k)
         self.register_buffer("topk_indices", torch.zeros(table, dtype=torch.int64), persistent=False)
         self.register_buffer("topk_weights", torch.zeros(table, dtype=torch.float32), persistent=False)
         self.register_buffer("topk_scores", torch.zeros(table, dtype=torch.float32), persistent=False)
-        self.register_buffer("stale", torch.ones(num_clusters, dtype=torch.bool), persistent=False)
+        self.register_buffer("stale", torch.ones(table[0], dtype=torch.bool), persistent=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.configure(
             score=score,
@@ -128,7 +134,6 @@ class PosteriorGate(Gate, FixedPrecision):
             credible_level=credible_level,
             temperature=temperature,
             exploration=exploration,
-            novelty=novelty,
         )
         self.posterior.subscribe(self._refresh)
 
@@ -140,7 +145,6 @@ class PosteriorGate(Gate, FixedPrecision):
         credible_level: float | None = None,
         temperature: float | None = None,
         exploration: float | None = None,
-        novelty: bool | None = None,
     ) -> None:
         """Change how competence becomes a decision, on the same belief; what is None stays as it is.
 
@@ -153,7 +157,6 @@ class PosteriorGate(Gate, FixedPrecision):
             "credible_level": credible_level,
             "temperature": temperature,
             "exploration": exploration,
-            "novelty": novelty,
         }
         given = {name: value for name, value in given.items() if value is not None}
         _validate_knobs(given)
@@ -163,8 +166,8 @@ class PosteriorGate(Gate, FixedPrecision):
 
     @property
     def num_clusters(self) -> int:
-        """C."""
-        return self.clusterer.num_clusters
+        """Rows of the belief: C, and one more for the unlike with ``novelty="class"``."""
+        return self.clusterer.num_classes
 
     @property
     def fitted(self) -> bool:
@@ -198,7 +201,7 @@ class PosteriorGate(Gate, FixedPrecision):
         """
         self.validate_hidden(hidden)
         self.clusterer.require_fitted()
-        if self.score == "thompson" or self.exploration > 0 or self.novelty:
+        if self.score == "thompson" or self.exploration > 0 or self.novelty == "discount":
             return self._forward_per_token(hidden)
         if self.lazy:
             ids, distance = self.clusterer(hidden)
@@ -288,7 +291,7 @@ class PosteriorGate(Gate, FixedPrecision):
     def _forward_per_token(self, hidden: Tensor) -> Routing:
         assignment = self.clusterer(hidden)
         generator = self._generator(hidden.device, "route")
-        if self.novelty:
+        if self.novelty == "discount":
             alpha, beta = self._with_novelty(assignment)
         else:
             alpha, beta = self.posterior.parameters_of(assignment.cluster_ids)

@@ -145,6 +145,8 @@ def test_casting_the_gate_changes_no_choice_and_no_weight() -> None:
         {"temperature": 0.0},
         {"credible_level": 1.0},
         {"threshold": 1.1},
+        {"novelty": True},
+        {"exploration": 1.0},
         {"num_clusters": 0},
         {"prior_beta": 0.0},
     ],
@@ -189,7 +191,7 @@ def test_a_shadow_expert_is_another_one_and_leaves_the_routing_alone() -> None:
 
 
 def test_novelty_lowers_the_scores_of_far_tokens_alone() -> None:
-    gate, plain = fitted_gate(novelty=True), fitted_gate()
+    gate, plain = fitted_gate(novelty="discount"), fitted_gate()
     for one in (gate, plain):
         one.observe(one(data(100)), torch.ones(100, NUM_EXPERTS), dense=True)
     near, far = data(100), data(100) + 50
@@ -232,3 +234,16 @@ def test_a_lazy_gate_decides_like_an_eager_one() -> None:
         assert_equal(lazy(hidden), eager(hidden))
         for gate in (lazy, eager):
             gate.observe(gate(hidden), torch.rand(10, 2, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_outliers_are_learned_about_together_and_apart_from_the_clusters() -> None:
+    gate = fitted_gate(top_k=1, novelty="class")
+    far = data(30) + torch.where(torch.arange(30)[:, None] < 15, 50.0, -50.0)  # in opposite directions
+    routing = gate(far)
+    assert (routing.cluster_ids == CLUSTERS).all()
+    near = gate(data(100)).cluster_ids
+    assert (near < CLUSTERS).double().mean() > 0.9
+    before = gate.topk_indices[:CLUSTERS].clone()
+    gate.observe(routing, (torch.arange(NUM_EXPERTS) == 3).double().expand(30, -1))
+    assert (gate(far).expert_indices == 3).all()
+    assert torch.equal(gate.topk_indices[:CLUSTERS], before)

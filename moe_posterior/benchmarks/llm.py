@@ -1,0 +1,204 @@
+"""Routing among nine real language models on real queries, scores known for each.
+
+Dimensions: n queries, D = 384 (MiniLM), E = 9 models, C clusters, H nearest clusters.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_posterior.benchmarks.banks import data_folder
+from moe_posterior.benchmarks.environments import Environment, Stream, affected_classes, bernoulli, degrade
+from moe_posterior.benchmarks.measures import calibration_error, debiased_calibration_error, noise_floor
+from moe_posterior.clustering import Clusterer
+from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+from moe_posterior.gates import PosteriorGate
+
+STREAMS = ("degraded", "task shift")
+NUM_CLASSES = 20  # query classes of the streams: k-means on the embeddings; the 14 tasks are not labelled
+FOLDS = 5
+CLUSTERINGS = 5  # k-means runs whose estimates are averaged: one run's accident moves the test score by two points
+CHANCE = 0.1
+SPACE: dict[str, tuple[Any, ...]] = {  # what cross-validation chooses from
+    "num_clusters": (32, 64, 128),
+    "neighbours": (1, 2, 4, 8),
+    "bandwidth": (0.05, 0.1),
+    "pooling": (0.0, 10.0),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Queries with every model's graded score."""
+
+    hidden: Tensor  # (n, D) float32
+    score: Tensor  # (n, E) float64 in [0, 1]
+    models: tuple[str, ...]
+
+
+@lru_cache(maxsize=2)
+def load(part: str) -> Scores:
+    """``train`` or ``test`` of the routing set.
+
+    Raises:
+        MissingDataError: the files are absent. MissingDependencyError: without pyarrow.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingDependencyError("pyarrow", "train") from error
+    table = pyarrow.parquet.read_table(data_folder("llm_routing", f"{part}.parquet") / f"{part}.parquet")
+    columns = [name for name in table.column_names if name.startswith("score_")]
+    flat = table["embedding"].combine_chunks().flatten().to_numpy()
+    hidden = torch.as_tensor(flat.astype("float32")).view(table.num_rows, -1)
+    score = torch.stack([torch.as_tensor(table[name].to_numpy().copy()).double() for name in columns], dim=1)
+    return Scores(hidden, score, tuple(name.removeprefix("score_") for name in columns))
+
+
+def mixed_estimate(
+    gate: PosteriorGate,
+    hidden: Tensor,  # (N, D)
+    neighbours: int,
+    bandwidth: float,
+    pooling: float,
+) -> Tensor:  # (N, E) float64
+    """Posterior means of a query's nearest clusters, averaged by softmax(−distance² / bandwidth).
+
+    A cell's mean is first drawn to its expert's pooled mean with ``pooling`` pseudo-observations. One neighbour and no pooling is the
+    gate's own posterior mean.
+    """
+    posterior, centroids = gate.posterior, gate.clusterer.centroids
+    alpha, beta = posterior.alpha, posterior.beta
+    overall = alpha.sum(dim=0) / (alpha + beta).sum(dim=0)  # (E,)
+    mean = (alpha + pooling * overall) / (alpha + beta + pooling)  # (C, E)
+    squared = torch.cdist(hidden, centroids).square().double()
+    nearest = squared.topk(min(neighbours, len(centroids)), dim=1, largest=False)
+    weight = torch.softmax(-nearest.values / bandwidth, dim=1)  # (N, H)
+    return torch.einsum("nh,nhe->ne", weight, mean[nearest.indices])
+
+
+def fit_posterior(hidden: Tensor, score: Tensor, num_clusters: int, seed: int) -> PosteriorGate:
+    """A posterior gate that has seen these scores, as its warm start."""
+    gate = PosteriorGate(hidden.shape[1], score.shape[1], num_clusters, top_k=1)
+    gate.clusterer.set_centroids(_centroids(hidden, num_clusters, seed))
+    gate.posterior.warm_start(gate(hidden).cluster_ids, score)
+    return gate
+
+
+_CENTROIDS: dict[tuple[int, int, int, float], Tensor] = {}
+
+
+def _centroids(hidden: Tensor, num_clusters: int, seed: int) -> Tensor:
+    """Centroids of the same rows, count and seed are found once: a search tries many knobs on the same folds."""
+    key = (len(hidden), num_clusters, seed, float(hidden.double().sum()))
+    if key not in _CENTROIDS:
+        generator = torch.Generator().manual_seed(seed)
+        _CENTROIDS[key] = Clusterer(num_clusters, hidden.shape[1]).fit(hidden, generator=generator).centroids.clone()
+    return _CENTROIDS[key]
+
+
+def out_of_fold(data: Scores, options: Sequence[Mapping[str, Any]], seed: int) -> list[float]:
+    """Mean score of the chosen models over five folds of the training queries, for each of the options."""
+    order = torch.randperm(len(data.hidden), generator=torch.Generator().manual_seed(seed))
+    totals = [0.0] * len(options)
+    for fold in range(FOLDS):
+        held = torch.zeros(len(order), dtype=torch.bool).index_fill_(0, order[fold::FOLDS], True)
+        train_hidden, train_score = data.hidden[~held], data.score[~held]
+        for index, chosen in enumerate(options):
+            estimate = estimate_with(train_hidden, train_score, data.hidden[held], chosen, seed)
+            totals[index] += float(data.score[held].gather(1, estimate.argmax(dim=1, keepdim=True)).sum())
+    return [total / len(order) for total in totals]
+
+
+def estimate_with(
+    train_hidden: Tensor, train_score: Tensor, hidden: Tensor, options: Mapping[str, Any], seed: int
+) -> Tensor:  # (N, E)
+    """Estimated scores of queries, averaged over posterior gates on ``clusterings`` k-means runs."""
+    runs = options.get("clusterings", CLUSTERINGS)
+    total = torch.zeros(len(hidden), train_score.shape[1], dtype=torch.float64)
+    for run in range(runs):
+        gate = fit_posterior(train_hidden, train_score, options["num_clusters"], 1000 * seed + run)
+        total += mixed_estimate(gate, hidden, options["neighbours"], options["bandwidth"], options["pooling"])
+    return total / runs
+
+
+def grid() -> list[dict[str, Any]]:
+    """Every combination of :data:`SPACE` that differs from the others: one neighbour has no bandwidth."""
+    everything = [dict(zip(SPACE, values, strict=True)) for values in product(*SPACE.values())]
+    return [options for options in everything if options["neighbours"] > 1 or options["bandwidth"] == 0.05]
+
+
+def search(data: Scores, seed: int) -> tuple[dict[str, Any], float]:
+    """The options with the best cross-validated score inside the training queries, and that score."""
+    options = grid()
+    scores = out_of_fold(data, options, seed)
+    best = max(range(len(options)), key=scores.__getitem__)
+    _CENTROIDS.clear()
+    return options[best], scores[best]
+
+
+def measure_static(estimate: Tensor, score: Tensor) -> dict[str, float]:  # (N, E), (N, E)
+    """Mean score of the chosen model and how well the estimate foretold it."""
+    confidence, chosen = estimate.max(dim=1)
+    got = score.gather(1, chosen[:, None])[:, 0]
+    return {
+        "score": float(got.mean()),
+        "score_error": float(got.std() / len(got) ** 0.5),  # of the test sample, which is small
+        "regret": float((score.amax(dim=1) - got).mean()),
+        "ece": calibration_error(confidence, got),
+        "ece_debiased": debiased_calibration_error(confidence, got),
+        "ece_floor": noise_floor(confidence),
+        "mean_confidence": float(confidence.mean()),
+    }
+
+
+def baselines(train: Scores, hidden: Tensor) -> dict[str, Tensor]:  # name -> (N, E)
+    """Estimates of the two routers every other must beat: the best single model, and 40 nearest neighbours by cosine."""
+    nearest = (hidden @ train.hidden.T).topk(40, dim=1).indices
+    return {
+        "best single": train.score.mean(dim=0).expand(len(hidden), -1),
+        "40 nearest neighbours": train.score[nearest].mean(dim=1),
+    }
+
+
+def stream(name: str, seed: int, *, num_queries: int = 1000) -> Environment:
+    """The training queries as a stream.
+
+    - ``degraded``: after half of the stream the model with the best mean score answers a random 60 % of the query classes (k-means, 20)
+      at chance (.1).
+    - ``task shift``: a random half of the query classes is all that the warm start and the first half of the stream hold; the second
+      half of the stream holds the others alone.
+
+    Raises:
+        InvalidArgumentError: another name.
+    """
+    if name not in STREAMS:
+        raise InvalidArgumentError(f"environment must be one of {list(STREAMS)}; got {name!r}")
+    data, generator = load("train"), torch.Generator().manual_seed(15_485_863 * (seed + 1))
+    classes = Clusterer(NUM_CLASSES, data.hidden.shape[1]).set_centroids(_centroids(data.hidden, NUM_CLASSES, 0))
+    query_class = classes(data.hidden).cluster_ids
+    order = torch.randperm(len(data.hidden), generator=generator)
+    half = num_queries // 2
+    if name == "degraded":
+        rows, warm = order[:num_queries], order[num_queries:]
+    else:
+        late = torch.randperm(NUM_CLASSES, generator=generator)[: NUM_CLASSES // 2]
+        is_late = torch.isin(query_class[order], late)
+        early_rows, late_rows = order[~is_late], order[is_late]
+        rows, warm = torch.cat([early_rows[:half], late_rows[: num_queries - half]]), early_rows[half:]
+    score, warm_score = data.score[rows], data.score[warm]
+    affected, degraded, outcomes = torch.zeros(len(rows), dtype=torch.bool), None, score
+    if name == "degraded":
+        degraded = int(warm_score.mean(dim=0).argmax())
+        affected = affected_classes(NUM_CLASSES, generator)[query_class[rows]]
+        affected[:half] = False
+        score = degrade(score, affected, degraded, CHANCE)
+        guesses = bernoulli(torch.full((len(rows),), CHANCE), generator)
+        outcomes = torch.where(affected[:, None] & (torch.arange(score.shape[1]) == degraded), guesses[:, None], score)
+    parts = Stream(data.hidden[rows], score, outcomes, query_class[rows], affected)
+    return Environment("llm", name, seed, data.hidden[warm], warm_score, parts, degraded, half)

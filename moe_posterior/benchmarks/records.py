@@ -1,0 +1,99 @@
+"""Tidy records of what was measured: one figure a record, in a JSON file that is whole or absent."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_posterior.errors import InvalidArgumentError, MissingDataError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One figure of one run. ``paper`` is the published figure it stands beside, None where there is none."""
+
+    benchmark: str
+    environment: str
+    gate: str
+    options: Mapping[str, Any]
+    seed: int
+    metric: str
+    value: float | int | list[float] | None
+    paper: float | None = None
+
+    @property
+    def case(self) -> str:
+        """What was run; records of one run share it."""
+        return case_key(self.benchmark, self.environment, self.gate, self.options, self.seed)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Records and how they came about."""
+
+    records: list[Record]
+    about: dict[str, Any] = field(default_factory=dict)  # command, versions, processors
+
+
+def case_key(benchmark: str, environment: str, gate: str, options: Mapping[str, Any], seed: int) -> str:
+    """A run's identity: the same for the same arguments whatever the order of the options.
+
+    >>> case_key("b", "synthetic", "softmax", {"y": 1, "x": 2}, 0)
+    '["b", "synthetic", "softmax", {"x": 2, "y": 1}, 0]'
+    """
+    return json.dumps([benchmark, environment, gate, dict(options), seed], sort_keys=True)
+
+
+def write(results: Results, path: str | os.PathLike[str]) -> None:
+    """Write strict JSON, one record a line, whole or not at all.
+
+    Raises:
+        InvalidArgumentError: the folder does not exist, or a value that strict JSON cannot hold.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InvalidArgumentError(f"--out must lie in an existing folder; there is no {path.parent}")
+    try:
+        lines = [json.dumps(asdict(record), allow_nan=False) for record in results.records]
+        about = json.dumps(results.about, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"records must be strict JSON: {error}") from error
+    text = f'{{"format": {FORMAT},\n"about": {about},\n"records": [\n' + ",\n".join(lines) + "\n]}\n"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
+        part.write(text)
+    os.replace(part.name, path)
+
+
+def read(path: str | os.PathLike[str]) -> Results:
+    """Read what :func:`write` wrote.
+
+    Raises:
+        MissingDataError: no such file. InvalidArgumentError: not a file of benchmark records.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingDataError(f"there is no {path}; make one with: moe-posterior benchmark b --out {path}")
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise InvalidArgumentError(f"{path} must be of format {FORMAT}; got {content['format']!r}")
+        return Results([Record(**record) for record in content["records"]], content["about"])
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise InvalidArgumentError(f"{path} must hold benchmark records (JSON from --out); {error!r}") from error
+
+
+def select(records: Iterable[Record], **wanted: Any) -> list[Record]:
+    """The records whose named fields equal what is wanted.
+
+    >>> one = Record("b", "synthetic", "softmax", {}, 0, "error", 0.3)
+    >>> select([one], gate="softmax") == [one], select([one], gate="posterior")
+    (True, [])
+    """
+    return [record for record in records if all(getattr(record, name) == value for name, value in wanted.items())]

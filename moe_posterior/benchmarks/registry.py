@@ -1,0 +1,200 @@
+"""The gates a benchmark compares, each built from the same warm-start data, with the knobs that may be tuned.
+
+Dimensions: W warm-start queries, D hidden size, E experts.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_posterior.benchmarks.environments import Environment
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.gates import (
+    BanditGate,
+    ExpertThresholdGate,
+    FixedGate,
+    Gate,
+    NearestNeighbourGate,
+    PosteriorGate,
+    SoftmaxGate,
+)
+
+Options = Mapping[str, Any]
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A gate: how to build it, what its knobs are by default, and where a search may look."""
+
+    build: Callable[[Environment, Options, int], Gate]
+    space: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build_posterior(environment: Environment, options: Options, seed: int) -> Gate:
+    """PosteriorGate with clusters and prior from the warm-start data.
+
+    Options: ``num_clusters``; ``warm`` False keeps the uniform prior (the clusters are still fitted); ``strength`` of the warm start;
+    anything else is a keyword of :class:`PosteriorGate`.
+    """
+    keywords = dict(options)
+    strength, warm = keywords.pop("strength", None), keywords.pop("warm", True)
+    num_clusters = keywords.pop("num_clusters", 32)
+    keywords = {name: value for name, value in keywords.items() if value is not None}
+    unknown = keywords.keys() - posterior_keywords()
+    if unknown:
+        raise InvalidArgumentError(
+            f"options of a posterior gate must be among {sorted(posterior_keywords())}; got {sorted(unknown)}"
+        )
+    gate = PosteriorGate(
+        environment.hidden_size, environment.num_experts, num_clusters, 1, **{"seed": seed, **keywords}
+    )
+    gate.fit(environment.warm_hidden, generator=_generator(seed))
+    if warm:
+        clusters = gate(environment.warm_hidden).cluster_ids
+        gate.posterior.warm_start(clusters, environment.warm_outcomes, strength=strength)
+    return gate
+
+
+def posterior_keywords() -> set[str]:
+    """What PosteriorGate accepts beyond its sizes."""
+    return set(inspect.signature(PosteriorGate).parameters) - {"hidden_size", "num_experts", "num_clusters", "top_k"}
+
+
+def build_softmax(environment: Environment, options: Options, seed: int) -> Gate:
+    """SoftmaxGate trained on the warm-start data; ``weight_decay`` and ``epochs`` of the training."""
+    gate = SoftmaxGate(environment.hidden_size, environment.num_experts, top_k=1)
+    gate.warm_start(environment.warm_hidden, environment.warm_outcomes, generator=_generator(seed), **options)
+    return gate
+
+
+def build_threshold(environment: Environment, options: Options, seed: int) -> Gate:
+    """ExpertThresholdGate on the same training; ``decay`` and ``window`` of the thresholds, the rest as for softmax."""
+    keywords = dict(options)
+    own = {name: keywords.pop(name) for name in ("decay", "window") if name in keywords}
+    gate = ExpertThresholdGate(environment.hidden_size, environment.num_experts, top_k=1, **own)
+    gate.warm_start(environment.warm_hidden, environment.warm_outcomes, generator=_generator(seed), **keywords)
+    return gate
+
+
+def build_bandit(environment: Environment, options: Options, seed: int) -> Gate:
+    """BanditGate, contextual, its arms warm-started with ``strength``; anything else is a keyword of :class:`BanditGate`."""
+    keywords = dict(options)
+    strength, num_clusters = keywords.pop("strength", None), keywords.pop("num_clusters", 32)
+    gate = BanditGate(environment.hidden_size, environment.num_experts, num_clusters, 1, seed=seed, **keywords)
+    gate.fit(environment.warm_hidden, generator=_generator(seed))
+    gate.warm_start(environment.warm_hidden, environment.warm_outcomes, strength=strength)
+    return gate
+
+
+def build_neighbours(environment: Environment, options: Options, seed: int) -> Gate:
+    """NearestNeighbourGate over the warm-start data, which it remembers as they were."""
+    gate = NearestNeighbourGate(environment.hidden_size, environment.num_experts, 1, **options)
+    gate.warm_start(environment.warm_hidden, environment.warm_outcomes)
+    return gate
+
+
+def build_fixed(environment: Environment, options: Options, seed: int) -> Gate:
+    """FixedGate: the expert that is best on the warm-start data."""
+    gate = FixedGate(environment.hidden_size, environment.num_experts, 1, **options)
+    gate.warm_start(environment.warm_hidden, environment.warm_outcomes)
+    return gate
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+_CLUSTERS = (16, 32, 64)
+_STRENGTHS = (5.0, 10.0, 20.0, 50.0, 100.0)
+_TRAINING = {"weight_decay": (1e-3, 1e-2, 1e-1), "epochs": (30, 100, 300)}
+_BANDIT = {"num_clusters": _CLUSTERS, "strength": _STRENGTHS}
+_EXPLORATION = (0.0, 0.05, 0.1, 0.2, 0.4)
+
+GATES: dict[str, Entry] = {
+    "posterior": Entry(
+        build_posterior,
+        space={
+            "num_clusters": _CLUSTERS,
+            "strength": _STRENGTHS,
+            "risk_aversion": (0.0, 0.25, 0.5, 1.0),
+            "half_life": (None, 50.0, 100.0, 200.0),
+            "shrinkage": (None, 5.0, 10.0, 20.0, 50.0),
+            "surprise": (None, 4.0, 5.0, 6.0, 8.0),
+            "novelty": ("off", "class"),
+        },
+        defaults={
+            "num_clusters": 16,
+            "strength": 100.0,
+            "risk_aversion": 1.0,
+            "half_life": 50.0,
+            "shrinkage": 10.0,
+            "surprise": 5.0,
+        },
+    ),
+    "posterior of the paper": Entry(
+        build_posterior,
+        space={"num_clusters": _CLUSTERS, "strength": _STRENGTHS, "risk_aversion": (0.0, 0.25, 0.5, 1.0)},
+        defaults={"num_clusters": 32, "strength": 20.0, "risk_aversion": 1.0},
+    ),
+    "softmax": Entry(build_softmax, space=_TRAINING),
+    "expert threshold": Entry(build_threshold, space={**_TRAINING, "decay": (0.5, 0.9, 0.99), "window": (16, 64, 256)}),
+    "ucb1": Entry(
+        build_bandit, space={**_BANDIT, "exploration": _EXPLORATION}, defaults={"policy": "ucb1", "exploration": 0.2}
+    ),
+    "discounted ucb": Entry(
+        build_bandit,
+        space={**_BANDIT, "exploration": _EXPLORATION, "discount": (0.9, 0.97, 0.99, 0.997)},
+        defaults={"policy": "discounted_ucb", "exploration": 0.2, "discount": 0.99},
+    ),
+    "thompson bandit": Entry(build_bandit, space=_BANDIT, defaults={"policy": "thompson"}),
+    "neighbours": Entry(
+        build_neighbours, space={"num_neighbours": (10, 20, 40, 80), "metric": ("euclidean", "cosine")}
+    ),
+    "best single": Entry(build_fixed),
+}
+TABLE_ONE = (
+    "posterior",
+    "softmax",
+    "expert threshold",
+    "ucb1",
+)  # the paper's four methods, as far as they are registered
+
+
+def build(name: str, environment: Environment, options: Options, seed: int) -> Gate:
+    """A gate by name, warm-started on the environment's held-out data.
+
+    Raises:
+        InvalidArgumentError: an unknown gate, or options it does not have.
+    """
+    if name not in GATES:
+        raise InvalidArgumentError(f"gate must be one of {sorted(GATES)}; got {name!r}")
+    try:
+        return GATES[name].build(environment, options, seed)
+    except TypeError as error:
+        raise InvalidArgumentError(f"options of gate {name!r} must suit it; got {dict(options)}: {error}") from error
+
+
+def options_of(name: str, overrides: Options | None = None, tuned: Options | None = None) -> dict[str, Any]:
+    """The knobs of a gate: its defaults, then what tuning found, then the overrides.
+
+    Raises:
+        InvalidArgumentError: an unknown gate.
+    """
+    if name not in GATES:
+        raise InvalidArgumentError(f"gate must be one of {sorted(GATES)}; got {name!r}")
+    found = (shipped_knobs() if tuned is None else tuned).get(name, {})
+    return {**GATES[name].defaults, **found, **(overrides or {})}
+
+
+@lru_cache(maxsize=1)
+def shipped_knobs() -> dict[str, dict[str, Any]]:
+    """What ``--tune`` once found for every gate on the validation seeds; empty if there is no such file."""
+    return json.loads(TUNED.read_text())["knobs"] if TUNED.is_file() else {}

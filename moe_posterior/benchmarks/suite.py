@@ -1,0 +1,184 @@
+"""What a benchmark runs: cases (environment, gate, options, seed), played one by one, resumable.
+
+A case is known by what is in its records, so a file that already holds it need not run it again.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+from moe_posterior.benchmarks import llm
+from moe_posterior.benchmarks.environments import Benchmark, Environment, synthetic
+from moe_posterior.benchmarks.evaluate import figures_of
+from moe_posterior.benchmarks.paper import published
+from moe_posterior.benchmarks.real import real
+from moe_posterior.benchmarks.records import Record, case_key
+from moe_posterior.benchmarks.registry import GATES, TABLE_ONE, build, options_of, posterior_keywords
+from moe_posterior.benchmarks.stream import play, play_oracle
+
+CLUSTER_COUNTS = (8, 16, 32, 64)  # Table 4
+ABLATION: dict[str, dict[str, Any]] = {  # name -> what differs from the gate's tuned knobs
+    "no half-life": {"half_life": None},
+    "half-life 50": {"half_life": 50.0},
+    "half-life 200": {"half_life": 200.0},
+    "no pooling": {"shrinkage": None},
+    "no surprise": {"surprise": None},
+    "outliers as members": {"novelty": "off"},
+    "outliers discounted": {"novelty": "discount"},
+    "outliers as a class": {"novelty": "class"},
+    "no exploration": {"exploration": 0.0},
+    "exploration 5 %": {"exploration": 0.05},
+    "mean (λ = 0)": {"score": "lcb", "risk_aversion": 0.0},
+    "λ = 2": {"score": "lcb", "risk_aversion": 2.0},
+    "quantile 5 %": {"score": "quantile"},
+    "thompson": {"score": "thompson"},
+    "strength 5": {"strength": 5.0},
+    "strength 100": {"strength": 100.0},
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run."""
+
+    benchmark: str
+    environments: Sequence[str]
+    gates: Sequence[str]
+    seeds: Sequence[int]
+    num_experts: int = 16
+    num_queries: int = 1000
+    ablation: bool = False
+    batch_size: int = 1
+    delay: int = 0
+    knobs: Mapping[str, Mapping[str, Any]] | None = None  # gate -> options; None: the shipped ones
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    benchmark: str
+    environment: str
+    gate: str
+    knobs: Mapping[str, Any]  # for the gate
+    setting: Mapping[str, Any]  # of the environment and the stream
+    seed: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything that distinguishes this run, as it is recorded."""
+        return {**self.setting, **self.knobs}
+
+    @property
+    def key(self) -> str:
+        """As :attr:`Record.case`."""
+        return case_key(self.benchmark, self.environment, self.gate, self.options, self.seed)
+
+
+def cases_of(plan: Plan) -> Iterator[Case]:
+    """Every run of a plan: the gates, then the variants that tables 4, 5 and the ablation need."""
+    setting = {"experts": plan.num_experts, "queries": plan.num_queries}
+    if plan.batch_size != 1 or plan.delay:
+        setting |= {"batch_size": plan.batch_size, "delay": plan.delay}
+    for environment in plan.environments:
+        for seed in plan.seeds:
+            for gate, knobs in _variants(plan, environment):
+                yield Case(plan.benchmark, environment, gate, knobs, setting, seed)
+
+
+def _variants(plan: Plan, environment: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "oracle", {}
+    for gate in plan.gates:
+        yield gate, options_of(gate, None, plan.knobs)
+    if "posterior" not in plan.gates:
+        return
+    base = options_of("posterior", None, plan.knobs)
+    if plan.benchmark in ("b", "c"):
+        yield "posterior, uniform prior", {**base, "warm": False}
+    if plan.benchmark == "c":
+        for gate in (
+            "posterior",
+            *(name for name in TABLE_ONE[1:] if name in plan.gates and "num_clusters" in GATES[name].space),
+        ):
+            for count in CLUSTER_COUNTS:
+                yield f"{gate}, K = {count}", {**options_of(gate, None, plan.knobs), "num_clusters": count}
+    if plan.ablation:
+        yield from ablation_variants(base)
+
+
+def ablation_variants(base: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The posterior gate with one thing changed; changes whose option the gate does not have, or that change nothing, are left out."""
+    known = posterior_keywords() | {"strength", "num_clusters"}
+    for name, change in ABLATION.items():
+        changed = {**base, **change}
+        if set(change) <= known and any(base.get(key, _DEFAULTS.get(key)) != value for key, value in change.items()):
+            yield f"posterior, {name}", changed
+
+
+_DEFAULTS: dict[str, Any] = {
+    "half_life": None,
+    "shrinkage": None,
+    "surprise": None,
+    "novelty": "off",
+    "exploration": 0.0,
+}
+
+
+def run(plan: Plan, done: set[str], report: Callable[[list[Record]], None]) -> None:
+    """Play every case that is not done yet and hand its records over, case by case.
+
+    Args:
+        plan: what to run.
+        done: keys of the cases that need not run.
+        report: called with the records of each finished case; an empty list for one that was done before.
+    """
+    for case in cases_of(plan):
+        report([] if case.key in done else play_case(case))
+
+
+def play_case(case: Case) -> list[Record]:
+    """Build the environment and the gate, play the stream, measure."""
+    environment = environment_of(
+        case.benchmark, case.environment, case.seed, case.setting["experts"], case.setting["queries"]
+    )
+    if case.gate == "oracle":
+        trace = play_oracle(environment)
+    else:
+        gate = build(base_name(case.gate), environment, case.knobs, case.seed)
+        trace = play(
+            gate, environment, batch_size=case.setting.get("batch_size", 1), delay=case.setting.get("delay", 0)
+        )
+    return [
+        Record(
+            case.benchmark,
+            case.environment,
+            case.gate,
+            case.options,
+            case.seed,
+            metric,
+            value,
+            published(case.benchmark, case.gate, metric),
+        )
+        for metric, value in figures_of(trace, environment).items()
+    ]
+
+
+def base_name(gate: str) -> str:
+    """The registered gate that a variant is of.
+
+    >>> base_name("posterior, K = 8")
+    'posterior'
+    """
+    return gate.split(",")[0]
+
+
+@lru_cache(maxsize=16)  # all that one configuration is tuned on
+def environment_of(benchmark: str, name: str, seed: int, num_experts: int, num_queries: int) -> Environment:
+    """Any environment by name; kept for the next gate on the same one."""
+    if benchmark == "llm":
+        return llm.stream(name, seed, num_queries=num_queries)
+    letter = cast(Benchmark, benchmark)
+    if name == "synthetic":
+        return synthetic(letter, seed, num_experts, num_queries=num_queries)
+    return real(name, letter, seed, num_experts, num_queries=num_queries)

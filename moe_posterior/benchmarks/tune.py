@@ -1,0 +1,95 @@
+"""The same search for every gate: n random configurations on validation seeds that no report uses."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_posterior.benchmarks.measures import debiased_calibration_error
+from moe_posterior.benchmarks.registry import GATES, build, options_of
+from moe_posterior.benchmarks.stream import play
+from moe_posterior.benchmarks.suite import environment_of
+from moe_posterior.errors import InvalidArgumentError
+
+FIRST_SEED = 1000  # validation seeds start here; reports use 0, 1, 2 …
+BENCHMARKS = ("a", "b", "c")
+
+
+def candidates(gate: str, count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """The defaults, then ``count - 1`` random draws from the gate's search space; no more than one for a gate without knobs."""
+    yield options_of(gate, tuned={})
+    space = GATES[gate].space
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count - 1 if space else 0):
+        drawn = {
+            name: values[int(torch.randint(len(values), (), generator=generator))] for name, values in space.items()
+        }
+        yield options_of(gate, drawn, tuned={})
+
+
+def objective(
+    gate: str, options: Mapping[str, Any], environments: Sequence[str], seeds: Sequence[int], queries: int
+) -> float:
+    """Mean true success less debiased ECE, over benchmarks A, B and C alike.
+
+    One setting for all three, since nobody knows which will come; and the paper claims both low error and low ECE.
+    """
+    total, runs = 0.0, 0
+    for benchmark in BENCHMARKS:
+        for name in environments:
+            for seed in seeds:
+                environment = environment_of(benchmark, name, seed, 16, queries)
+                trace = play(build(gate, environment, options, seed), environment)
+                total += float(trace.expected.mean()) - debiased_calibration_error(trace.confidence, trace.outcome)
+                runs += 1
+    return total / runs
+
+
+def tune(
+    gates: Sequence[str],
+    count: int,
+    *,
+    environments: Sequence[str] = ("synthetic",),
+    num_seeds: int = 2,
+    queries: int = 1000,
+    report: Callable[[str, float], None] | None = None,
+) -> dict[str, Any]:
+    """Search every gate with the same budget.
+
+    Args:
+        gates: names from the registry.
+        count: configurations a gate, its defaults among them.
+        environments, num_seeds, queries: what each is tried on, in each of benchmarks A, B and C.
+        report: called after each configuration with the gate and its objective.
+
+    Returns:
+        ``{"knobs": {gate: options}, "objective": {gate: value}, "count": …, "seeds": […], "environments": […]}``.
+    """
+    if count < 1:
+        raise InvalidArgumentError(f"--tune must be at least 1; got {count}")
+    seeds = list(range(FIRST_SEED, FIRST_SEED + num_seeds))
+    knobs, reached = {}, {}
+    for gate in gates:
+        best: tuple[float, dict[str, Any]] = (-2.0, {})
+        for options in candidates(gate, count):
+            value = objective(gate, options, environments, seeds, queries)
+            best = max(best, (value, options), key=lambda pair: pair[0])
+            if report is not None:
+                report(gate, value)
+        reached[gate], knobs[gate] = best
+    return {"knobs": knobs, "objective": reached, "count": count, "seeds": seeds, "environments": list(environments)}
+
+
+def write_knobs(found: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Store what :func:`tune` found, adding to what the file already holds for other gates."""
+    path = Path(path)
+    old = json.loads(path.read_text()) if path.is_file() else {"knobs": {}, "objective": {}}
+    merged = {**old, **found}
+    for name in ("knobs", "objective"):
+        merged[name] = {**old[name], **found[name]}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(merged, indent=1) + "\n")
+    os.replace(part, path)

@@ -1,0 +1,44 @@
+"""Intervals and permutation tests against scipy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from moe_posterior.benchmarks.statistics import sign_flip_p, summarise
+from moe_posterior.errors import InvalidArgumentError
+
+
+def test_summarise_is_the_t_interval_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values = [0.3, 0.5, 0.45, 0.2, 0.6]
+    low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    mean, half_width, runs = summarise(values)
+    assert (mean - half_width, mean + half_width, runs) == (pytest.approx(low), pytest.approx(high), 5)
+
+
+def test_one_seed_has_no_interval_and_none_is_an_error() -> None:
+    assert math.isnan(summarise([0.5]).half_width)
+    with pytest.raises(InvalidArgumentError, match="at least one"):
+        summarise([])
+
+
+@pytest.mark.parametrize("count", [2, 5, 11])
+def test_few_pairs_are_enumerated_as_scipy_does(count: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    differences = np.random.default_rng(0).normal(0.3, 1, count)
+    exact = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    assert sign_flip_p(torch.tensor(differences)) == pytest.approx(exact.pvalue)
+
+
+def test_many_pairs_are_sampled_and_agree_with_the_normal_limit(generator: torch.Generator) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    differences = torch.randn(2000, dtype=torch.float64, generator=generator) + 0.04
+    z = float(differences.sum() / differences.square().sum().sqrt())
+    assert sign_flip_p(differences) == pytest.approx(2 * stats.norm.sf(abs(z)), abs=0.02)
+    assert sign_flip_p(differences) == sign_flip_p(differences)
+
+
+def test_pairs_without_difference_prove_nothing() -> None:
+    assert sign_flip_p(torch.zeros(100)) == 1.0
