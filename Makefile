@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo cifar10h test test-slow check format clean
+.PHONY: help install demo cifar10h benchmarks latency test test-slow check format clean
 
 help:  ## say what can be made
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -25,6 +25,20 @@ demo: $(INSTALLED)  ## train both gates on scikit-learn's digits, evaluate under
 cifar10h: $(INSTALLED)  ## the README's CIFAR-10H run: 12 epochs, both gates (about 40 minutes on 2 cores), resumable
 	$(BIN)/moe-posterior fit --config configs/cifar10h.yaml
 	$(BIN)/moe-posterior evaluate --run runs/cifar10h --copy-to results/cifar10h
+
+benchmarks: $(INSTALLED)  ## the routing benchmarks of results/benchmarks (about 10 minutes on 2 cores), resumable
+	mkdir -p results/benchmarks
+	for name in a b c; do \
+	  $(BIN)/moe-posterior benchmark $$name --first-seed 100 --environments synthetic --ablation \
+	    --out results/benchmarks/$$name.json --markdown results/benchmarks/$$name.md --figures results/benchmarks || exit; \
+	  $(BIN)/moe-posterior benchmark $$name --first-seed 100 --environments digits \
+	    --gates posterior softmax "expert threshold" ucb1 \
+	    --out results/benchmarks/$${name}_digits.json --markdown results/benchmarks/$${name}_digits.md || exit; \
+	done
+
+latency: $(INSTALLED)  ## how long a decision takes, written to results/benchmarks (2 minutes on an idle machine)
+	mkdir -p results/benchmarks
+	$(BIN)/moe-posterior benchmark latency --out results/benchmarks/latency.json --markdown results/benchmarks/latency.md
 
 test: $(INSTALLED)  ## run the whole test suite but what is marked slow
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,9 +63,9 @@ def write(results: Results, path: str | os.PathLike[str]) -> None:
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"records must be strict JSON: {error}") from error
     text = f'{{"format": {FORMAT},\n"about": {about},\n"records": [\n' + ",\n".join(lines) + "\n]}\n"
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
-        part.write(text)
-    os.replace(part.name, path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def read(path: str | os.PathLike[str]) -> Results:
