@@ -40,8 +40,41 @@ class Trace:
     log_alarm: int | None  # queries until the degraded expert stands two posterior stds below the pool on some cluster
 
 
+@dataclass(frozen=True)
+class Feedback:
+    """How outcomes come back: late, not at all, or wrong.
+
+    Args:
+        delay: batches that pass before an outcome arrives; 0 is right after the decision.
+        missing: share of outcomes that never arrive (NaN).
+        false_positive, false_negative: probability that a failure is reported as a success, and the reverse.
+
+    Raises:
+        InvalidArgumentError: a negative delay or a share outside [0, 1].
+    """
+
+    delay: int = 0
+    missing: float = 0.0
+    false_positive: float = 0.0
+    false_negative: float = 0.0
+
+    def __post_init__(self) -> None:
+        shares = (self.missing, self.false_positive, self.false_negative)
+        if self.delay < 0 or not all(0 <= share <= 1 for share in shares):
+            raise InvalidArgumentError(f"feedback needs delay ≥ 0 and shares in [0, 1]; got {self}")
+
+    def of(self, outcome: Tensor, generator: torch.Generator) -> Tensor:  # (N, 1) -> (N, 1)
+        """What is reported of these outcomes."""
+        wrong = torch.rand(outcome.shape, generator=generator, dtype=outcome.dtype)
+        lost = torch.rand(outcome.shape, generator=generator, dtype=outcome.dtype) < self.missing
+        flipped = wrong < outcome * self.false_negative + (1 - outcome) * self.false_positive
+        return torch.where(flipped, 1 - outcome, outcome).masked_fill(lost, torch.nan)
+
+
 @torch.no_grad()
-def play(gate: Gate, environment: Environment, *, batch_size: int = 1, delay: int = 0) -> Trace:
+def play(
+    gate: Gate, environment: Environment, *, batch_size: int = 1, delay: int = 0, feedback: Feedback | None = None
+) -> Trace:
     """Route the environment's stream with bandit feedback: only the chosen experts' outcomes are ever observed.
 
     Args:
@@ -49,6 +82,7 @@ def play(gate: Gate, environment: Environment, *, batch_size: int = 1, delay: in
         environment: what to route.
         batch_size: queries decided together, before any of their outcomes is known.
         delay: batches that pass before an outcome arrives; 0 is right after the decision.
+        feedback: more ways in which outcomes can come back, its delay in place of ``delay``.
 
     Raises:
         InvalidArgumentError: ``batch_size`` below 1, ``delay`` below 0, or a gate with ``top_k`` above 1.
@@ -57,6 +91,8 @@ def play(gate: Gate, environment: Environment, *, batch_size: int = 1, delay: in
         raise InvalidArgumentError(
             f"batch_size must be ≥ 1, delay ≥ 0, the gate's top_k 1; got {batch_size}, {delay} and {gate.top_k}"
         )
+    feedback = Feedback(delay) if feedback is None else feedback
+    generator = torch.Generator().manual_seed(environment.seed)
     stream = environment.stream
     watch = _Watch(gate, environment)
     pending: deque[tuple[Routing, Tensor]] = deque()
@@ -65,13 +101,14 @@ def play(gate: Gate, environment: Environment, *, batch_size: int = 1, delay: in
         watch.before(start)
         rows = slice(start, start + batch_size)
         routing = gate(stream.hidden[rows])
-        pending.append((routing, stream.outcomes[rows].gather(1, routing.expert_indices)))
+        outcome = stream.outcomes[rows].gather(1, routing.expert_indices)
+        pending.append((routing, feedback.of(outcome, generator)))
         chosen.append(routing.expert_indices[:, 0])
         score.append(routing.scores[:, 0].double())
         confidence.append(success_estimate(gate, routing))
         if isinstance(gate, ExpertThresholdGate):
             gate.adapt(stream.hidden[rows])
-        if len(pending) > delay:
+        if len(pending) > feedback.delay:
             gate.observe(*pending.popleft(), dense=False)
     return _trace(environment, torch.cat(chosen), torch.cat(score), torch.cat(confidence), watch)
 

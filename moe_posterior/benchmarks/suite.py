@@ -15,7 +15,7 @@ from moe_posterior.benchmarks.paper import published
 from moe_posterior.benchmarks.real import real
 from moe_posterior.benchmarks.records import Record, case_key
 from moe_posterior.benchmarks.registry import GATES, TABLE_ONE, build, options_of, posterior_keywords
-from moe_posterior.benchmarks.stream import play, play_oracle
+from moe_posterior.benchmarks.stream import Feedback, play, play_oracle
 
 CLUSTER_COUNTS = (8, 16, 32, 64)  # Table 4
 ABLATION: dict[str, dict[str, Any]] = {  # name -> what differs from the gate's tuned knobs
@@ -35,7 +35,17 @@ ABLATION: dict[str, dict[str, Any]] = {  # name -> what differs from the gate's 
     "thompson": {"score": "thompson"},
     "strength 5": {"strength": 5.0},
     "strength 100": {"strength": 100.0},
+    "outcomes 20 queries late": {"feedback_delay": 20},
+    "half of the outcomes missing": {"feedback_missing": 0.5},
+    "outcomes wrong 20 %": {"feedback_false_positive": 0.2, "feedback_false_negative": 0.2},
+    "outcomes wrong 20 %, de-biased": {
+        "feedback_false_positive": 0.2,
+        "feedback_false_negative": 0.2,
+        "false_positive_rate": 0.2,
+        "false_negative_rate": 0.2,
+    },
 }
+FEEDBACK = {f"feedback_{name}" for name in ("delay", "missing", "false_positive", "false_negative")}
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ def _variants(plan: Plan, environment: str) -> Iterator[tuple[str, dict[str, Any
 
 def ablation_variants(base: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The posterior gate with one thing changed; changes whose option the gate does not have, or that change nothing, are left out."""
-    known = posterior_keywords() | {"strength", "num_clusters"}
+    known = posterior_keywords() | FEEDBACK | {"strength", "num_clusters"}
     for name, change in ABLATION.items():
         changed = {**base, **change}
         if set(change) <= known and any(base.get(key, _DEFAULTS.get(key)) != value for key, value in change.items()):
@@ -145,10 +155,11 @@ def play_case(case: Case) -> list[Record]:
     if case.gate == "oracle":
         trace = play_oracle(environment)
     else:
-        gate = build(base_name(case.gate), environment, case.knobs, case.seed)
-        trace = play(
-            gate, environment, batch_size=case.setting.get("batch_size", 1), delay=case.setting.get("delay", 0)
-        )
+        knobs = {name: value for name, value in case.knobs.items() if name not in FEEDBACK}
+        gate = build(base_name(case.gate), environment, knobs, case.seed)
+        told = {name.removeprefix("feedback_"): case.knobs[name] for name in case.knobs if name in FEEDBACK}
+        feedback = Feedback(**{"delay": case.setting.get("delay", 0), **told})
+        trace = play(gate, environment, batch_size=case.setting.get("batch_size", 1), feedback=feedback)
     return [
         Record(
             case.benchmark,

@@ -7,6 +7,7 @@ from torch import Tensor
 from moe_posterior.benchmarks import play, play_oracle, synthetic
 from moe_posterior.benchmarks.evaluate import figures_of
 from moe_posterior.benchmarks.registry import GATES, build, options_of
+from moe_posterior.benchmarks.stream import Feedback
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
 
@@ -93,3 +94,20 @@ def test_mistakes_are_refused(environment) -> None:
     for name in ("posterior", "softmax"):
         with pytest.raises(InvalidArgumentError, match="colour"):
             build(name, environment, {"colour": 3}, 0)
+
+
+def test_feedback_distorts_about_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outcome = (torch.rand(20_000, 1, generator=generator, dtype=torch.float64) < 0.7).double()
+    told = Feedback(missing=0.25, false_positive=0.3, false_negative=0.1).of(outcome, generator)
+    arrived = ~told.isnan()
+    assert abs(float(arrived.double().mean()) - 0.75) < 0.02
+    assert abs(float(told[arrived & (outcome == 0)].mean()) - 0.3) < 0.02
+    assert abs(float(told[arrived & (outcome == 1)].mean()) - 0.9) < 0.02
+    assert torch.equal(Feedback().of(outcome, generator), outcome)
+
+
+@pytest.mark.parametrize("wrong", [{"delay": -1}, {"missing": 1.1}, {"false_positive": -0.1}])
+def test_impossible_feedback_is_refused(wrong: dict) -> None:
+    with pytest.raises(InvalidArgumentError, match="feedback needs"):
+        Feedback(**wrong)
