@@ -165,13 +165,18 @@ def degraded_log_likelihood_ratio(
     signal: Tensor,  # (M,) in [0, 1]
     expected: Tensor,  # (M,) competence believed so far
     degraded_share: float,
+    noise: ProxyNoise | None = None,
 ) -> Tensor:  # (M,)
     """log P(signal | competence fell to ``degraded_share * expected``) - log P(signal | as expected): what CUSUM adds up.
+
+    A noisy signal is taken as it comes: both probabilities are those of the signal, ``fp + (1 - fp - fn) θ``.
 
     Source: Page 1954, *Continuous Inspection Schemes*.
     """
     healthy = expected.clamp(1e-3, 1 - 1e-3)
     degraded = degraded_share * healthy
+    if noise is not None:
+        healthy, degraded = (noise.false_positive + noise.contrast * theta for theta in (healthy, degraded))
     return signal * torch.log(degraded / healthy) + (1 - signal) * torch.log((1 - degraded) / (1 - healthy))
 
 

@@ -321,11 +321,8 @@ class BetaPosterior(ChangingPool):
         tables = (self.prior_alpha, self.prior_beta, self.successes, self.failures)
         seen_cells = [table.view(-1)[cells] for table in tables]
         alpha, beta = self._combined(seen_cells, self.trust[experts], self.odds[experts])
-        signal = seen.signal
-        if self.noise is not None:
-            signal = evidence_functions.debias(signal, self.noise)[0] / self.noise.contrast**2
         believed = beta_functions.mean(alpha, beta)
-        step = evidence_functions.degraded_log_likelihood_ratio(signal, believed, _DEGRADED_SHARE)
+        step = evidence_functions.degraded_log_likelihood_ratio(seen.signal, believed, _DEGRADED_SHARE, self.noise)
         return torch.zeros_like(self.suspicion).index_put_((experts,), step, accumulate=True)
 
     def _suspect(self, alarm: Tensor) -> bool:  # (E,)

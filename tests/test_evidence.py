@@ -145,6 +145,18 @@ def test_cusum_steps_match_bernoulli_likelihoods() -> None:
     assert step.tolist() == pytest.approx([math.log(0.4 / 0.8), math.log(0.6 / 0.2)])
 
 
+def test_a_noisy_signal_raises_no_more_false_alarms_than_a_clean_one() -> None:
+    generator, alarms = torch.Generator().manual_seed(0), 0
+    for _ in range(20):
+        noise = ProxyNoise(0.2, 0.2)
+        posterior = BetaPosterior(1, 1, prior_alpha=80.0, prior_beta=20.0, surprise=5.0, noise=noise)
+        signal = torch.rand(200, generator=generator) < noise.false_positive + noise.contrast * 0.8
+        for outcome in signal.double():
+            posterior.observe(torch.tensor([0]), outcome.reshape(1, 1))
+        alarms += int(posterior.trust.item() < 1)
+    assert alarms <= 2
+
+
 @pytest.mark.parametrize(("false_positive", "false_negative"), [(0.3, 0.05), (0.0, 0.4), (0.3, 0.3)])
 def test_a_noisy_proxy_is_debiased(false_positive: float, false_negative: float) -> None:
     generator = torch.Generator().manual_seed(0)
