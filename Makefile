@@ -38,7 +38,7 @@ benchmarks: $(INSTALLED)  ## the routing benchmarks of results/benchmarks (about
 
 latency: $(INSTALLED)  ## how long a decision takes, written to results/benchmarks (2 minutes on an idle machine)
 	mkdir -p results/benchmarks
-	$(BIN)/moe-posterior benchmark latency --out results/benchmarks/latency.json --markdown results/benchmarks/latency.md
+	$(BIN)/moe-posterior benchmark latency --seeds 3 --out results/benchmarks/latency.json --markdown results/benchmarks/latency.md
 
 test: $(INSTALLED)  ## run the whole test suite but what is marked slow
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q

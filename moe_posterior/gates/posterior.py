@@ -47,8 +47,8 @@ class PosteriorGate(Gate, FixedPrecision):
             form a class of their own, one more row of the belief, so that which experts cope with the unknown is learned at once.
         prior_alpha, prior_beta, half_life, shrinkage, surprise: of the belief, see :class:`BetaPosterior`.
         false_positive_rate, false_negative_rate: known error rates of the outcomes; counts are de-biased by them.
-        lazy: refresh a cluster's row of the tables when it is next needed instead of when the belief changes: for many
-            clusters and experts and few tokens at a time. Such a gate cannot be compiled to one graph.
+        lazy: where a change of the belief touches every cluster, as under ``shrinkage``, refresh a row of the tables when it is next
+            needed: for many clusters and experts and few tokens at a time. Such a gate cannot be compiled to one graph.
         seed: start of the draws. They depend on (seed, number of ``observe`` calls) alone: a forward run twice, as under
             activation checkpointing, draws the same.
         backend: ``"auto"`` or a backend of :mod:`moe_posterior.kernels.dispatch`.
@@ -329,7 +329,7 @@ class PosteriorGate(Gate, FixedPrecision):
 
     @torch.no_grad()
     def _refresh(self, cluster_ids: Tensor | None) -> None:
-        """Rewrite the tables of the given clusters (None: of all), or, if lazy, mark them to be rewritten."""
+        """Rewrite the tables of the given clusters (None: of all, or, if lazy, mark all to be rewritten)."""
         device = self.posterior.successes.device
         if device.type == "meta":
             return
@@ -340,10 +340,11 @@ class PosteriorGate(Gate, FixedPrecision):
         clusters = torch.arange(self.num_clusters, device=device)
         if cluster_ids is not None and len(cluster_ids) < self.num_clusters:
             clusters = cluster_ids.to(device)
-        if self.lazy:
+        if self.lazy and cluster_ids is None:
             self.stale[clusters] = True
-        else:
-            self._write_rows(clusters)
+            return
+        self._write_rows(clusters)
+        self.stale[clusters] = False
 
     @torch.no_grad()
     def refresh_rows(self, cluster_ids: Tensor) -> None:  # (M,)
