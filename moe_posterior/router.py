@@ -3,6 +3,7 @@
 Dimensions: N queries, D embedding size, C clusters, E experts, k experts per query.
 """
 
+import math
 import threading
 from collections.abc import Mapping
 from os import PathLike
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import PosteriorGate, Routing
+from moe_posterior.kernels.reference import Centroids
 
 
 class Decision(NamedTuple):
@@ -41,6 +43,27 @@ class Decisions(NamedTuple):
     abstain: NDArray[np.bool_]  # (N,)
     explored: NDArray[np.bool_]  # (N,)
     weights: NDArray[np.float32]  # (N, k)
+
+
+_Choice = tuple[
+    int, float, list[int], list[float], list[float], bool
+]  # cluster, distance, experts, scores, weights, explored
+
+
+@np.errstate(over="ignore", invalid="ignore")  # a broken row is reported by its distance
+def assign_one(vector: NDArray, centroids: Centroids) -> tuple[int, float]:  # (D,) float32
+    """Cluster and distance of one query: :func:`moe_posterior.kernels.reference.assign` in numpy, equal up to rounding."""
+    similarity = centroids.directions.numpy() @ vector
+    similarity -= centroids.offsets.numpy()
+    cluster = int(similarity.argmax())
+    if not math.isfinite(similarity[cluster]):
+        cluster = 0
+    offset = vector - centroids.points.numpy()[cluster]
+    squared = float(offset @ offset)
+    distance = math.sqrt(squared) if squared < math.inf else math.inf  # NaN is no distance either
+    if centroids.radius is not None and distance > centroids.radius.numpy()[cluster]:
+        cluster = len(centroids.points)
+    return cluster, distance
 
 
 class PosteriorRouter:
@@ -140,17 +163,14 @@ class PosteriorRouter:
             InvalidArgumentError: the embedding is not (D,). NotFittedError: before :meth:`fit`.
         """
         vector = np.asarray(embedding)
-        if vector.ndim != 1:
-            raise InvalidArgumentError(f"embedding must have shape ({self.gate.hidden_size},); got {vector.shape}")
-        hidden = self._tensor(vector[None])
-        with torch.inference_mode(), self._lock:
-            routing = self.gate(hidden)
-            explored = bool(self._explored(routing)[0])
-            experts, cluster, distance = (
-                routing.expert_indices[0].tolist(),
-                int(routing.cluster_ids),
-                float(routing.distance),
+        if vector.shape != (self.gate.hidden_size,) or vector.dtype.kind not in "fiu":
+            raise InvalidArgumentError(
+                f"embedding must be numbers of shape ({self.gate.hidden_size},); got {vector.dtype} of shape {vector.shape}"
             )
+        vector = np.ascontiguousarray(vector, dtype=np.float32)
+        with torch.inference_mode(), self._lock:
+            choose = self._choose_one_per_token if self.gate.chooses_per_token else self._choose_one_by_table
+            cluster, distance, experts, scores, weights, explored = choose(vector)
             decision_id = self._next_id
             self._next_id += 1
             slot = decision_id % self.max_pending
@@ -158,7 +178,6 @@ class PosteriorRouter:
             self._pending_cluster[slot] = cluster if distance < np.inf else -1
             self._pending_experts[slot] = experts
             self._pending_tenure[slot] = self._tenure[experts]
-        scores, weights = routing.scores[0].tolist(), routing.routing_weights[0].tolist()
         below = self.abstain_below is not None and not scores[0] >= self.abstain_below
         abstain = below or distance == np.inf
         return Decision(
@@ -282,6 +301,25 @@ class PosteriorRouter:
                 f"embeddings must be numbers of shape (N, {self.gate.hidden_size}); got {array.dtype} of shape {array.shape}"
             )
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+    def _choose_one_by_table(self, vector: NDArray) -> "_Choice":  # (D,)
+        """One query in numpy: torch's overhead a call would be most of the time it takes."""
+        gate = self.gate
+        gate.clusterer.require_fitted()
+        cluster, distance = assign_one(vector, gate.clusterer.prepared)
+        if gate.lazy and gate.stale.numpy()[cluster]:
+            gate.refresh_rows(torch.tensor([cluster]))
+        experts, scores, weights = (
+            table.numpy()[cluster].tolist() for table in (gate.topk_indices, gate.topk_scores, gate.topk_weights)
+        )
+        return cluster, distance, experts, scores, weights, False
+
+    def _choose_one_per_token(self, vector: NDArray) -> "_Choice":  # (D,)
+        routing = self.gate(torch.from_numpy(vector[None]))
+        explored = bool(self._explored(routing)[0])
+        cluster, distance = int(routing.cluster_ids), float(routing.distance)
+        experts, scores, weights = routing.expert_indices, routing.scores, routing.routing_weights
+        return cluster, distance, experts[0].tolist(), scores[0].tolist(), weights[0].tolist(), explored
 
     def _explored(self, routing: Routing) -> NDArray[np.bool_]:  # -> (N,)
         gate = self.gate

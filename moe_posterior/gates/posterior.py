@@ -170,6 +170,11 @@ class PosteriorGate(Gate, FixedPrecision):
         return self.clusterer.num_classes
 
     @property
+    def chooses_per_token(self) -> bool:
+        """Whether a choice depends on more than the cluster, so that the tables cannot answer it."""
+        return self.score == "thompson" or self.exploration > 0 or self.novelty == "discount"
+
+    @property
     def fitted(self) -> bool:
         """Whether there are centroids."""
         return self.clusterer.fitted
@@ -201,7 +206,7 @@ class PosteriorGate(Gate, FixedPrecision):
         """
         self.validate_hidden(hidden)
         self.clusterer.require_fitted()
-        if self.score == "thompson" or self.exploration > 0 or self.novelty == "discount":
+        if self.chooses_per_token:
             return self._forward_per_token(hidden)
         if self.lazy:
             ids, distance = self.clusterer(hidden)
