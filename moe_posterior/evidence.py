@@ -103,7 +103,7 @@ def pooled_odds(
     successes: Tensor,  # (E, C)
     failures: Tensor,  # (E, C)
     expected: Tensor,  # (E, C) prior mean competence
-    strength: float,
+    strength: Tensor | float,  # (E,), or one for all
 ) -> Tensor:  # (E,)
     """By what factor each expert's odds of success, over all clusters together, differ from what its prior means expect.
 
@@ -125,8 +125,8 @@ def pooled_odds(
         strength * centre + (total * expected).sum(1),
         strength * (1 - centre) + (total * (1 - expected)).sum(1),
     ]
-    tiny = 1e-6 * strength + 1e-12
-    won, lost = (h.clamp(min=tiny) / f.clamp(min=tiny) for h, f in zip(happened, foreseen, strict=True))
+    tiny = torch.as_tensor(1e-6 * strength + 1e-12, dtype=centre.dtype, device=centre.device)
+    won, lost = (torch.maximum(h, tiny) / torch.maximum(f, tiny) for h, f in zip(happened, foreseen, strict=True))
     return won / lost
 
 

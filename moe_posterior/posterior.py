@@ -32,8 +32,8 @@ class BetaPosterior(ChangingPool):
         half_life: observations of a cell after which what was seen there before counts half; the prior does not fade, nor
             does a cell that is not observed. None (default) never forgets.
         shrinkage: how strongly an expert's clusters inform each other, as the number of observations after which the expert's
-            pooled record moves its prior means half-way; smaller is stronger. None (default) keeps cells apart. See
-            :func:`~moe_posterior.evidence.pooled_odds`.
+            pooled record moves its prior means half-way; smaller is stronger, and it shrinks with the trust that an expert has
+            lost. None (default) keeps cells apart. See :func:`~moe_posterior.evidence.pooled_odds`.
         surprise: threshold in nats of a CUSUM on each expert's log-likelihood ratio "competence has halved" against "as
             believed". When it is crossed, the expert keeps a tenth of its prior strength and evidence, so that what is seen
             from then on decides. About ln(observations between false alarms); None (default) never does this.
@@ -346,7 +346,9 @@ class BetaPosterior(ChangingPool):
         # One contiguous row an expert: a sum then takes the same steps however many experts are brought up to date.
         alpha, beta, successes, failures = (table.T[columns].contiguous() for table in tables)
         expected = beta_functions.mean(alpha, beta)
-        self.odds[columns] = evidence_functions.pooled_odds(successes, failures, expected, self.shrinkage)
+        # An expert whose prior has lost its weight is judged by its record sooner, by as much.
+        strength = self.shrinkage * self.trust[columns]
+        self.odds[columns] = evidence_functions.pooled_odds(successes, failures, expected, strength)
 
     def _over_ranks(self, cells: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
         dense = sums.new_zeros(3, self.successes.numel())

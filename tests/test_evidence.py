@@ -130,6 +130,17 @@ def test_surprise_fires_soon_after_a_collapse_and_lets_new_evidence_decide() -> 
     assert calm.mean()[0, 0] > 0.95
 
 
+def test_an_expert_that_surprised_is_judged_by_its_record_in_clusters_where_it_was_not_seen_since() -> None:
+    posterior = BetaPosterior(3, 2, prior_alpha=45.0, prior_beta=5.0, surprise=4.0, shrinkage=50.0)
+    before = posterior.mean()[2, 0]
+    for _ in range(3):
+        for cluster in (0, 1):
+            repeat(posterior, cluster, 0, 0.0, 1)
+    assert posterior.trust[0] < 1
+    assert posterior.mean()[2, 0] < before - 0.2
+    assert posterior.mean()[2, 1] == before
+
+
 def test_surprise_hardly_ever_fires_while_competence_is_as_believed() -> None:
     generator, alarms = torch.Generator().manual_seed(0), 0
     for _ in range(20):
