@@ -192,28 +192,31 @@ def _about(command: str) -> dict[str, Any]:
     }
 
 
-def _knobs(path: str | None) -> dict[str, dict[str, Any]] | None:
+def _knobs(path: str | None) -> dict[str, dict[str, dict[str, Any]]] | None:
     if path is None:
         return None
     if not Path(path).is_file():
         raise MissingDataError(f"there is no {path}; make one with: moe-posterior benchmark a --tune 20 --knobs {path}")
-    return json.loads(Path(path).read_text())["knobs"]
+    found = json.loads(Path(path).read_text())
+    return {environment: entry["knobs"] for environment, entry in found.items()}
 
 
 def _tune(asked: argparse.Namespace) -> int:
     gates = asked.gates or list(GATES)
     path = asked.knobs or str(TUNED)
-    total = sum(len(list(tune.candidates(gate, asked.tune))) for gate in gates)
+    names = asked.environments or ["synthetic"]
+    total = len(names) * sum(len(list(tune.candidates(gate, asked.tune))) for gate in gates)
     with progress(total, asked.quiet) as advance:
-        for gate in gates:
-            found = tune.tune(
-                [gate],
-                asked.tune,
-                environments=[name for name in asked.environments or ["synthetic"]],
-                queries=asked.queries,
-                report=lambda name, value: advance(),
-            )
-            tune.write_knobs(found, path)
+        for environment in names:
+            for gate in gates:
+                found = tune.tune(
+                    [gate],
+                    asked.tune,
+                    environment=environment,
+                    queries=asked.queries,
+                    report=lambda name, value: advance(),
+                )
+                tune.write_knobs(found, path, environment)
     print(f"knobs: {path}")
     return 0
 

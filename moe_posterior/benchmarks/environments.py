@@ -7,7 +7,7 @@ environment are compared query by query; a gate is only ever shown the outcome o
 environment's own and hidden from the gates, which find their clusters themselves.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -106,6 +106,34 @@ def degrade(
     degraded = competence.clone()
     degraded[affected, expert] = chance
     return degraded
+
+
+def with_newcomer(environment: Environment, at: int) -> tuple[Environment, int]:
+    """The same queries, but one expert guesses until query ``at`` and is then exchanged; also returns which one.
+
+    Its successor is as good as the best of the pool on every query, so whoever does not try it forgoes a lot. It takes the last place,
+    or the one before if the last expert is the degraded one.
+    """
+    generator = torch.Generator().manual_seed(7919 * environment.seed + 17)
+    expert = environment.num_experts - 1
+    if expert == environment.degraded:
+        expert -= 1
+    warm, stream = environment.warm_outcomes.clone(), environment.stream
+    warm[:, expert] = bernoulli(torch.full((len(warm),), CHANCE), generator)
+    competence, outcomes = stream.competence.clone(), stream.outcomes.clone()
+    competence[at:, expert] = stream.competence[at:].amax(dim=1)
+    competence[:at, expert] = CHANCE
+    outcomes[:, expert] = bernoulli(competence[:, expert], generator)
+    changed = replace(stream, competence=competence, outcomes=outcomes)
+    return replace(environment, warm_outcomes=warm, stream=changed), expert
+
+
+def with_noisy_warm_start(environment: Environment, false_positive: float, false_negative: float) -> Environment:
+    """The same, with the warm-start outcomes reported by a judge that errs as often."""
+    generator = torch.Generator().manual_seed(7919 * environment.seed + 19)
+    outcomes = environment.warm_outcomes
+    flips = bernoulli(outcomes * false_negative + (1 - outcomes) * false_positive, generator)
+    return replace(environment, warm_outcomes=torch.where(flips > 0, 1 - outcomes, outcomes))
 
 
 def synthetic(

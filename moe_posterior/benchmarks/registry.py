@@ -36,6 +36,7 @@ class Entry:
     build: Callable[[Environment, Options, int], Gate]
     space: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    foretells: bool = True  # whether its scores mean to be probabilities of success; a share among experts does not
 
 
 def build_posterior(environment: Environment, options: Options, seed: int) -> Gate:
@@ -147,8 +148,12 @@ GATES: dict[str, Entry] = {
         space={"num_clusters": _CLUSTERS, "strength": _STRENGTHS, "risk_aversion": (0.0, 0.25, 0.5, 1.0)},
         defaults={"num_clusters": 32, "strength": 20.0, "risk_aversion": 1.0},
     ),
-    "softmax": Entry(build_softmax, space=_TRAINING),
-    "expert threshold": Entry(build_threshold, space={**_TRAINING, "decay": (0.5, 0.9, 0.99), "window": (16, 64, 256)}),
+    "softmax": Entry(build_softmax, space=_TRAINING, foretells=False),
+    "expert threshold": Entry(
+        build_threshold,
+        space={**_TRAINING, "decay": (0.5, 0.9, 0.99), "window": (16, 64, 256)},
+        foretells=False,
+    ),
     "ucb1": Entry(
         build_bandit, space={**_BANDIT, "exploration": _EXPLORATION}, defaults={"policy": "ucb1", "exploration": 0.2}
     ),
@@ -185,19 +190,22 @@ def build(name: str, environment: Environment, options: Options, seed: int) -> G
         raise InvalidArgumentError(f"options of gate {name!r} must suit it; got {dict(options)}: {error}") from error
 
 
-def options_of(name: str, overrides: Options | None = None, tuned: Options | None = None) -> dict[str, Any]:
-    """The knobs of a gate: its defaults, then what tuning found, then the overrides.
+def options_of(
+    name: str, overrides: Options | None = None, tuned: Options | None = None, environment: str = "synthetic"
+) -> dict[str, Any]:
+    """The knobs of a gate: its defaults, then what tuning found (None: as shipped for the environment), then the overrides.
 
     Raises:
         InvalidArgumentError: an unknown gate.
     """
     if name not in GATES:
         raise InvalidArgumentError(f"gate must be one of {sorted(GATES)}; got {name!r}")
-    found = (shipped_knobs() if tuned is None else tuned).get(name, {})
+    found = (shipped_knobs(environment) if tuned is None else tuned).get(name, {})
     return {**GATES[name].defaults, **found, **(overrides or {})}
 
 
-@lru_cache(maxsize=1)
-def shipped_knobs() -> dict[str, dict[str, Any]]:
-    """What ``--tune`` once found for every gate on the validation seeds; empty if there is no such file."""
-    return json.loads(TUNED.read_text())["knobs"] if TUNED.is_file() else {}
+@lru_cache(maxsize=8)
+def shipped_knobs(environment: str) -> dict[str, dict[str, Any]]:
+    """What ``--tune`` once found on validation seeds of the environment; of the synthetic one where it was not run."""
+    found = json.loads(TUNED.read_text())
+    return found.get(environment, found["synthetic"])["knobs"]

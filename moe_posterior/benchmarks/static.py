@@ -34,27 +34,35 @@ def play_static(seed: int, done: set[str]) -> list[Record]:
     train, test = llm.load("train"), llm.load("test")
     found = []
     for name, options in missing.items():
-        estimate, extra = _estimate(name, train, test, seed)
-        figures = {**llm.measure_static(estimate, test.score), **extra}
+        if name == "posterior":
+            figures = _posterior(train, test, seed)
+        else:
+            figures = llm.measure_static(_estimate(name, train, test, seed), test.score)
         found += [Record("llm", "static", name, options, seed, metric, value) for metric, value in figures.items()]
     return found
 
 
-def _estimate(name: str, train: llm.Scores, test: llm.Scores, seed: int) -> tuple[Tensor, dict[str, Any]]:
-    """(N, E) estimated scores, and further figures."""
+def _posterior(train: llm.Scores, test: llm.Scores, seed: int) -> dict[str, Any]:
+    """Knobs and the confidence's line by cross-validation inside the training queries, then the test queries once."""
+    options, validated = llm.search(train, seed)
+    line = llm.confidence_line(train, options, seed)
+    final = {**options, "clusterings": llm.FINAL_CLUSTERINGS}
+    estimate = llm.estimate_with(train.hidden, train.score, test.hidden, final, seed)
+    return {
+        **llm.measure_static(estimate, test.score, line),
+        "ece_before_line": llm.measure_static(estimate, test.score)["ece"],
+        **{f"knob_{knob}": value for knob, value in options.items()},
+        "validation_score": validated,
+    }
+
+
+def _estimate(name: str, train: llm.Scores, test: llm.Scores, seed: int) -> Tensor:  # (N, E) estimated scores
     if name == "oracle":
-        return test.score, {}
+        return test.score
     if name == "softmax":
         gate = SoftmaxGate(train.hidden.shape[1], train.score.shape[1], top_k=1)
         gate.warm_start(train.hidden, train.score.float())
-        return gate.router(test.hidden).softmax(dim=-1).detach().double(), {}
-    if name == "posterior":
-        options, validated = llm.search(train, seed)
-        extra: dict[str, Any] = {f"knob_{knob}": value for knob, value in options.items()}
-        return llm.estimate_with(train.hidden, train.score, test.hidden, options, seed), {
-            **extra,
-            "validation_score": validated,
-        }
+        return gate.router(test.hidden).softmax(dim=-1).detach().double()
     if name == "posterior of the paper":
-        return llm.estimate_with(train.hidden, train.score, test.hidden, PLAIN, seed), {}
-    return llm.baselines(train, test.hidden)[name], {}
+        return llm.estimate_with(train.hidden, train.score, test.hidden, PLAIN, seed)
+    return llm.baselines(train, test.hidden)[name]

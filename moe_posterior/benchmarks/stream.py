@@ -71,9 +71,36 @@ class Feedback:
         return torch.where(flipped, 1 - outcome, outcome).masked_fill(lost, torch.nan)
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """An expert leaves and another takes its place, and the gate is told.
+
+    Args:
+        expert: which.
+        at: before the decision on this query.
+        inherits: the newcomer's prior is the mean of the others' belief, cluster by cluster; else the initial prior.
+    """
+
+    expert: int
+    at: int
+    inherits: bool = False
+
+    def tell(self, gate: Gate) -> None:
+        """Tell a gate that can be told; others stay as they are."""
+        if isinstance(gate, PosteriorGate):
+            others = {other: 1.0 for other in range(gate.num_experts) if other != self.expert}
+            gate.replace_expert(self.expert, others if self.inherits else None)
+
+
 @torch.no_grad()
 def play(
-    gate: Gate, environment: Environment, *, batch_size: int = 1, delay: int = 0, feedback: Feedback | None = None
+    gate: Gate,
+    environment: Environment,
+    *,
+    batch_size: int = 1,
+    delay: int = 0,
+    feedback: Feedback | None = None,
+    exchange: Exchange | None = None,
 ) -> Trace:
     """Route the environment's stream with bandit feedback: only the chosen experts' outcomes are ever observed.
 
@@ -83,6 +110,7 @@ def play(
         batch_size: queries decided together, before any of their outcomes is known.
         delay: batches that pass before an outcome arrives; 0 is right after the decision.
         feedback: more ways in which outcomes can come back, its delay in place of ``delay``.
+        exchange: a change of the pool that the gate is told of.
 
     Raises:
         InvalidArgumentError: ``batch_size`` below 1, ``delay`` below 0, or a gate with ``top_k`` above 1.
@@ -99,6 +127,8 @@ def play(
     chosen, score, confidence = [], [], []
     for start in range(0, len(stream.hidden), batch_size):
         watch.before(start)
+        if exchange is not None and start <= exchange.at < start + batch_size:
+            exchange.tell(gate)
         rows = slice(start, start + batch_size)
         routing = gate(stream.hidden[rows])
         outcome = stream.outcomes[rows].gather(1, routing.expert_indices)

@@ -9,13 +9,19 @@ from functools import lru_cache
 from typing import Any, cast
 
 from moe_posterior.benchmarks import llm
-from moe_posterior.benchmarks.environments import Benchmark, Environment, synthetic
+from moe_posterior.benchmarks.environments import (
+    Benchmark,
+    Environment,
+    synthetic,
+    with_newcomer,
+    with_noisy_warm_start,
+)
 from moe_posterior.benchmarks.evaluate import figures_of
 from moe_posterior.benchmarks.paper import published
 from moe_posterior.benchmarks.real import real
 from moe_posterior.benchmarks.records import Record, case_key
 from moe_posterior.benchmarks.registry import GATES, TABLE_ONE, build, options_of, posterior_keywords
-from moe_posterior.benchmarks.stream import Feedback, play, play_oracle
+from moe_posterior.benchmarks.stream import Exchange, Feedback, play, play_oracle
 
 CLUSTER_COUNTS = (8, 16, 32, 64)  # Table 4
 ABLATION: dict[str, dict[str, Any]] = {  # name -> what differs from the gate's tuned knobs
@@ -44,8 +50,15 @@ ABLATION: dict[str, dict[str, Any]] = {  # name -> what differs from the gate's 
         "false_positive_rate": 0.2,
         "false_negative_rate": 0.2,
     },
+    "newcomer, not told": {"newcomer": "not told"},
+    "newcomer, flat prior": {"newcomer": "flat"},
+    "newcomer, inherited prior": {"newcomer": "inherited"},
+    "newcomer, flat prior, exploration 5 %": {"newcomer": "flat", "exploration": 0.05},
+    "newcomer, inherited prior, exploration 5 %": {"newcomer": "inherited", "exploration": 0.05},
+    "newcomer, flat prior, λ = 0": {"newcomer": "flat", "risk_aversion": 0.0},
 }
 FEEDBACK = {f"feedback_{name}" for name in ("delay", "missing", "false_positive", "false_negative")}
+NOT_OF_THE_GATE = FEEDBACK | {"newcomer"}  # options of the stream, though they stand among a variant's knobs
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,9 @@ class Plan:
     ablation: bool = False
     batch_size: int = 1
     delay: int = 0
-    knobs: Mapping[str, Mapping[str, Any]] | None = None  # gate -> options; None: the shipped ones
+    knobs: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = (
+        None  # environment -> gate -> options; None: the shipped ones
+    )
 
 
 @dataclass(frozen=True)
@@ -98,12 +113,13 @@ def cases_of(plan: Plan) -> Iterator[Case]:
 
 
 def _variants(plan: Plan, environment: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    tuned = None if plan.knobs is None else plan.knobs.get(environment, plan.knobs.get("synthetic", {}))
     yield "oracle", {}
     for gate in plan.gates:
-        yield gate, options_of(gate, None, plan.knobs)
+        yield gate, options_of(gate, None, tuned, environment)
     if "posterior" not in plan.gates:
         return
-    base = options_of("posterior", None, plan.knobs)
+    base = options_of("posterior", None, tuned, environment)
     if plan.benchmark in ("b", "c"):
         yield "posterior, uniform prior", {**base, "warm": False}
     if plan.benchmark == "c":
@@ -112,14 +128,14 @@ def _variants(plan: Plan, environment: str) -> Iterator[tuple[str, dict[str, Any
             *(name for name in TABLE_ONE[1:] if name in plan.gates and "num_clusters" in GATES[name].space),
         ):
             for count in CLUSTER_COUNTS:
-                yield f"{gate}, K = {count}", {**options_of(gate, None, plan.knobs), "num_clusters": count}
+                yield f"{gate}, K = {count}", {**options_of(gate, None, tuned, environment), "num_clusters": count}
     if plan.ablation:
         yield from ablation_variants(base)
 
 
 def ablation_variants(base: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The posterior gate with one thing changed; changes whose option the gate does not have, or that change nothing, are left out."""
-    known = posterior_keywords() | FEEDBACK | {"strength", "num_clusters"}
+    known = posterior_keywords() | NOT_OF_THE_GATE | {"strength", "num_clusters"}
     for name, change in ABLATION.items():
         changed = {**base, **change}
         if set(change) <= known and any(base.get(key, _DEFAULTS.get(key)) != value for key, value in change.items()):
@@ -155,11 +171,19 @@ def play_case(case: Case) -> list[Record]:
     if case.gate == "oracle":
         trace = play_oracle(environment)
     else:
-        knobs = {name: value for name, value in case.knobs.items() if name not in FEEDBACK}
-        gate = build(base_name(case.gate), environment, knobs, case.seed)
+        knobs = {name: value for name, value in case.knobs.items() if name not in NOT_OF_THE_GATE}
         told = {name.removeprefix("feedback_"): case.knobs[name] for name in case.knobs if name in FEEDBACK}
         feedback = Feedback(**{"delay": case.setting.get("delay", 0), **told})
-        trace = play(gate, environment, batch_size=case.setting.get("batch_size", 1), feedback=feedback)
+        if feedback.false_positive or feedback.false_negative:  # the judge errs on the held-out data as well
+            environment = with_noisy_warm_start(environment, feedback.false_positive, feedback.false_negative)
+        exchange, newcomer = None, case.knobs.get("newcomer")
+        if newcomer is not None:
+            half = case.setting["queries"] // 2
+            environment, expert = with_newcomer(environment, half)
+            exchange = None if newcomer == "not told" else Exchange(expert, half, newcomer == "inherited")
+        gate = build(base_name(case.gate), environment, knobs, case.seed)
+        batch_size = case.setting.get("batch_size", 1)
+        trace = play(gate, environment, batch_size=batch_size, feedback=feedback, exchange=exchange)
     return [
         Record(
             case.benchmark,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from moe_posterior.benchmarks import cli, llm, suite, tune
 from moe_posterior.benchmarks.cli import benchmark
@@ -78,7 +79,7 @@ def test_tuning_writes_knobs_that_a_run_takes(tmp_path) -> None:
     path = tmp_path / "knobs.json"
     arguments = ["a", "--gates", "softmax", "posterior", "--tune", "2", "--queries", "60", "--quiet", "--knobs"]
     assert benchmark([*arguments, str(path)]) == 0
-    stored = json.loads(path.read_text())
+    stored = json.loads(path.read_text())["synthetic"]
     assert set(stored["knobs"]) == {"softmax", "posterior"}
     assert min(stored["seeds"]) >= tune.FIRST_SEED
     out = tmp_path / "a.json"
@@ -145,3 +146,14 @@ def test_one_neighbour_without_pooling_is_the_gate_itself(train) -> None:
     gate = llm.fit_posterior(few.hidden, few.score, 8, seed=0)
     estimate = llm.mixed_estimate(gate, few.hidden, 1, 0.1, 0.0)
     assert (estimate == gate.posterior.mean()[gate(few.hidden).cluster_ids]).all()
+
+
+def test_the_confidence_line_says_how_much_too_high_the_best_of_nine_estimates_is(train) -> None:
+    order = torch.randperm(len(train.hidden), generator=torch.Generator().manual_seed(0))  # the file is sorted by task
+    few, rest = (Scores(train.hidden[rows], train.score[rows], train.models) for rows in (order[:600], order[600:]))
+    options = {"num_clusters": 64, "neighbours": 1, "bandwidth": 0.1, "pooling": 0.0, "clusterings": 1}
+    estimate = llm.estimate_with(few.hidden, few.score, rest.hidden, options, 0)
+    line = llm.confidence_line(few, options, seed=0)
+    plain, mended = llm.measure_static(estimate, rest.score), llm.measure_static(estimate, rest.score, line)
+    assert mended["score"] == plain["score"]
+    assert mended["ece"] < 0.7 * plain["ece"]

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from moe_posterior.benchmarks import play, play_oracle, synthetic
+from moe_posterior.benchmarks.environments import with_newcomer, with_noisy_warm_start
 from moe_posterior.benchmarks.evaluate import figures_of
 from moe_posterior.benchmarks.registry import GATES, build, options_of
-from moe_posterior.benchmarks.stream import Feedback
+from moe_posterior.benchmarks.stream import Exchange, Feedback
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
 
@@ -111,3 +112,32 @@ def test_feedback_distorts_about_as_often_as_it_says() -> None:
 def test_impossible_feedback_is_refused(wrong: dict) -> None:
     with pytest.raises(InvalidArgumentError, match="feedback needs"):
         Feedback(**wrong)
+
+
+def test_a_newcomer_guesses_until_it_is_exchanged_and_is_then_as_good_as_the_best(environment) -> None:
+    changed, expert = with_newcomer(environment, 60)
+    assert expert != environment.degraded
+    others = [index for index in range(5) if index != expert]
+    assert torch.equal(changed.stream.outcomes[:, others], environment.stream.outcomes[:, others])
+    assert (changed.stream.competence[:60, expert] == 0.1).all()
+    assert torch.equal(changed.stream.competence[60:, expert], environment.stream.competence[60:].amax(dim=1))
+    assert changed.warm_outcomes[:, expert].mean() < 0.2 < environment.warm_outcomes[:, expert].mean()
+
+
+@pytest.mark.parametrize("inherits", [False, True])
+def test_a_gate_that_is_told_of_an_exchange_drops_what_it_knew_of_the_predecessor(environment, inherits: bool) -> None:
+    changed, expert = with_newcomer(environment, 60)
+    told, untold = (build("posterior", changed, options_of("posterior"), 0) for _ in "12")
+    at_chance = float(told.posterior.mean()[:, expert].mean())
+    play(untold, changed)
+    play(told, changed, exchange=Exchange(expert, 60, inherits))
+    assert at_chance < 0.2
+    assert told.posterior.mean()[:, expert].mean() > untold.posterior.mean()[:, expert].mean() + 0.2
+
+
+def test_a_noisy_warm_start_errs_at_the_stated_rates(environment) -> None:
+    noisy = with_noisy_warm_start(environment, 0.3, 0.1)
+    right = environment.warm_outcomes == 1
+    assert abs(float(noisy.warm_outcomes[right].mean()) - 0.9) < 0.05
+    assert abs(float(noisy.warm_outcomes[~right].mean()) - 0.3) < 0.05
+    assert torch.equal(noisy.stream.outcomes, environment.stream.outcomes)
