@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BENCHMARK := $(BIN)/moe-posterior benchmark --first-seed 200
+BENCHMARK := $(BIN)/moe-posterior benchmark
+RESULTS := results/benchmarks
 COMPARED := --gates posterior "posterior of the paper" softmax "expert threshold" ucb1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo cifar10h benchmarks latency test test-slow check format clean
+.PHONY: help install demo cifar10h benchmarks benchmarks-data latency test test-slow check format clean
 
 help:  ## say what can be made
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -28,13 +29,22 @@ cifar10h: $(INSTALLED)  ## the README's CIFAR-10H run: 12 epochs, both gates (ab
 	$(BIN)/moe-posterior fit --config configs/cifar10h.yaml
 	$(BIN)/moe-posterior evaluate --run runs/cifar10h --copy-to results/cifar10h
 
-benchmarks: $(INSTALLED)  ## the routing benchmarks of results/benchmarks (about 15 minutes on 2 cores), resumable
-	mkdir -p results/benchmarks
-	$(BENCHMARK) b --environments synthetic --ablation --out results/benchmarks/b.json
-	$(BENCHMARK) c --environments synthetic $(COMPARED) --out results/benchmarks/c.json
-	$(BENCHMARK) a --environments synthetic $(COMPARED) --out results/benchmarks/a.json
-	$(BENCHMARK) b --environments digits $(COMPARED) --out results/benchmarks/b_digits.json
-	$(BENCHMARK) c --environments digits $(COMPARED) --out results/benchmarks/c_digits.json
+benchmarks: $(INSTALLED)  ## the routing benchmarks of results/benchmarks (about 30 minutes on 2 cores), resumable
+	mkdir -p $(RESULTS)
+	$(BENCHMARK) b --first-seed 300 --environments synthetic --seeds 10 --out $(RESULTS)/b.json --markdown $(RESULTS)/b.md --figures $(RESULTS)
+	$(BENCHMARK) c --first-seed 300 --environments synthetic --seeds 10 $(COMPARED) --out $(RESULTS)/c.json --markdown $(RESULTS)/c.md --figures $(RESULTS)
+	$(BENCHMARK) a --first-seed 300 --environments synthetic digits --seeds 10 $(COMPARED) --out $(RESULTS)/a.json --markdown $(RESULTS)/a.md
+	$(BENCHMARK) b --first-seed 300 --environments digits --seeds 10 $(COMPARED) --out $(RESULTS)/b_digits.json --markdown $(RESULTS)/b_digits.md
+	$(BENCHMARK) c --first-seed 300 --environments digits --seeds 10 $(COMPARED) --out $(RESULTS)/c_digits.json --markdown $(RESULTS)/c_digits.md
+	$(BENCHMARK) b --first-seed 300 --environments synthetic --ablation --gates posterior --out $(RESULTS)/b_ablation.json --markdown $(RESULTS)/b_ablation.md
+	$(BENCHMARK) c --first-seed 300 --environments synthetic --ablation --gates posterior --out $(RESULTS)/c_ablation.json --markdown $(RESULTS)/c_ablation.md
+	$(BENCHMARK) b --first-seed 300 --experts 8 --environments synthetic $(COMPARED) --out $(RESULTS)/b_8_experts.json --markdown $(RESULTS)/b_8_experts.md
+	$(BENCHMARK) b --first-seed 300 --experts 32 --environments synthetic $(COMPARED) --out $(RESULTS)/b_32_experts.json --markdown $(RESULTS)/b_32_experts.md
+
+benchmarks-data: $(INSTALLED)  ## the same on PACS, CIFAR-10 and nine language models, whose data must be at hand
+	$(BENCHMARK) b --first-seed 300 --environments pacs cifar10h $(COMPARED) --out $(RESULTS)/b_features.json --markdown $(RESULTS)/b_features.md
+	$(BENCHMARK) c --first-seed 300 --environments pacs cifar10h $(COMPARED) --out $(RESULTS)/c_features.json --markdown $(RESULTS)/c_features.md
+	$(BENCHMARK) llm --first-seed 300 $(COMPARED) --out $(RESULTS)/llm.json --markdown $(RESULTS)/llm.md
 
 latency: $(INSTALLED)  ## how long a decision takes, written to results/benchmarks (2 minutes on an idle machine)
 	mkdir -p results/benchmarks

@@ -56,6 +56,7 @@ ABLATION: dict[str, dict[str, Any]] = {  # name -> what differs from the gate's 
     "newcomer, flat prior, exploration 5 %": {"newcomer": "flat", "exploration": 0.05},
     "newcomer, inherited prior, exploration 5 %": {"newcomer": "inherited", "exploration": 0.05},
     "newcomer, flat prior, λ = 0": {"newcomer": "flat", "risk_aversion": 0.0},
+    "newcomer, flat prior, thompson": {"newcomer": "flat", "score": "thompson"},
 }
 FEEDBACK = {f"feedback_{name}" for name in ("delay", "missing", "false_positive", "false_negative")}
 NOT_OF_THE_GATE = FEEDBACK | {"newcomer"}  # options of the stream, though they stand among a variant's knobs
