@@ -24,7 +24,7 @@ ORDER = [
     ["training"],
     ["cli"],
 ]
-LEAVES = {"losses", "metrics", "calibrators"}  # may use errors alone, and be used by any room after the gates
+LEAVES = {"losses", "metrics", "calibrators", "page"}  # may use errors alone, and be used by any room after the gates
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 LIGHT = {"torch", "einops", "moe_posterior"}
 

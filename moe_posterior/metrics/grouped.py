@@ -23,7 +23,44 @@ except ImportError as error:
     raise MissingDependencyError("torchmetrics", "train") from error
 
 
-class GroupedCalibrationError(Metric):
+class BinSumMetric(Metric):
+    """A metric whose state is three ``(rows, n_bins + 1)`` float64 sums, whatever the data: what a :class:`BinSums` holds.
+
+    Args:
+        rows: groups, or classes.
+        n_bins: equal-width bins on [0, 1].
+        kwargs: passed to ``torchmetrics.Metric``.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    confidence_sum: Tensor  # (rows, n_bins + 1) float64
+    correct_sum: Tensor  # (rows, n_bins + 1) float64
+    count_sum: Tensor  # (rows, n_bins + 1) float64
+
+    def __init__(self, rows: int, n_bins: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.n_bins = n_bins
+        for name in ("confidence_sum", "correct_sum", "count_sum"):
+            zeros = torch.zeros(rows, n_bins + 1, dtype=torch.float64)
+            self.add_state(name, zeros, dist_reduce_fx="sum")
+
+    def bin_sums(self) -> BinSums:
+        """The collected sums, for reliability curves: ``curve_from_sums(metric.bin_sums(), group)``."""
+        return BinSums(self.confidence_sum, self.correct_sum, self.count_sum)
+
+    def _add(self, sums: BinSums) -> None:
+        self.confidence_sum += sums.confidence
+        self.correct_sum += sums.correct
+        self.count_sum += sums.count
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
+        # Casting the model that holds this metric (`.to(torch.bfloat16)`) must not round counts: follow devices only.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+
+
+class GroupedCalibrationError(BinSumMetric):
     """Top-label calibration error, accuracy, mean confidence and count of every group, in one pass.
 
     torchmetrics' own ``MulticlassCalibrationError`` gives the same number for one group, keeping every prediction;
@@ -54,13 +91,6 @@ class GroupedCalibrationError(Metric):
     {'calibration_error': [0.1, 0.7], 'accuracy': [1.0, 0.0], 'confidence': [0.9, 0.7], 'count': [1.0, 1.0]}
     """
 
-    is_differentiable = False
-    full_state_update = False
-
-    confidence_sum: Tensor  # (G, n_bins + 1) float64
-    correct_sum: Tensor  # (G, n_bins + 1) float64
-    count_sum: Tensor  # (G, n_bins + 1) float64
-
     def __init__(
         self,
         num_groups: int,
@@ -71,15 +101,11 @@ class GroupedCalibrationError(Metric):
         **kwargs: Any,
     ) -> None:
         validate_arguments(num_groups, n_bins, norm, min_count)
-        super().__init__(**kwargs)
+        super().__init__(num_groups, n_bins, **kwargs)
         self.num_groups = num_groups
-        self.n_bins = n_bins
         self.norm = norm
         self.min_count = min_count
         self.validate_args = validate_args
-        for name in ("confidence_sum", "correct_sum", "count_sum"):
-            zeros = torch.zeros(num_groups, n_bins + 1, dtype=torch.float64)
-            self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def update(
         self,
@@ -91,22 +117,11 @@ class GroupedCalibrationError(Metric):
         if self.validate_args:
             validate_predictions(preds, target)
             validate_groups(groups, self.num_groups, len(preds))
-        sums = bin_sums(*top_label(preds, target), groups, self.num_groups, self.n_bins)
-        self.confidence_sum += sums.confidence
-        self.correct_sum += sums.correct
-        self.count_sum += sums.count
+        self._add(bin_sums(*top_label(preds, target), groups, self.num_groups, self.n_bins))
 
     def compute(self) -> dict[str, Tensor]:
         """Calibration of each group over everything seen, on all processes."""
         return vars(calibration_from_sums(self.bin_sums(), self.norm, self.min_count))
-
-    def bin_sums(self) -> BinSums:
-        """The collected sums, for reliability curves: ``curve_from_sums(metric.bin_sums(), group)``."""
-        return BinSums(self.confidence_sum, self.correct_sum, self.count_sum)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
-        # Casting the model that holds this metric (`.to(torch.bfloat16)`) must not round counts: follow devices only.
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
 
     def extra_repr(self) -> str:
         return f"num_groups={self.num_groups}, n_bins={self.n_bins}, norm={self.norm!r}, min_count={self.min_count}"

@@ -15,10 +15,10 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from moe_posterior import InvalidArgumentError
+from moe_posterior.metrics import centred_interval
 from moe_posterior.training.report import (
     Predictions,
     bootstrap_sums,
-    centred_interval,
     evaluate_predictions,
     posterior_heatmap,
     reliability_diagram,

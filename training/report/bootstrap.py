@@ -58,26 +58,3 @@ def bootstrap_sums(
     # predict the same would differ by 1e-17 with an interval that excludes 0.
     chunks = [[counts @ block for block in columns] for counts in resample_counts(len(columns[0]), resamples, seed)]
     return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
-
-
-def centred_interval(
-    value: Tensor,  # (...) the statistic of the data
-    statistics: Tensor,  # (R, ...) of the resamples
-    level: float = 0.95,
-) -> tuple[Tensor, Tensor]:  # (...), (...)
-    """Percentile bootstrap interval, moved by the bootstrap's own estimate of bias; NaN wherever a resample is.
-
-    A binned calibration error is biased upwards, and more so on resampled rows: its plain percentile interval sits too high and
-    can exclude the value it belongs to. Subtracting ``mean(statistics) - value`` from both ends takes that excess off. For a mean
-    of rows (accuracy, NLL, Brier score) the shift is nothing but resampling noise. What remains is the bias of the value itself.
-
-    Source: Efron & Tibshirani 1993, *An Introduction to the Bootstrap*, chapters 10 and 13.
-
-    >>> low, high = centred_interval(torch.tensor(40.0), torch.arange(101.0))
-    >>> low.item(), high.item()
-    (-7.5, 87.5)
-    """
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=statistics.dtype)
-    low, high = torch.quantile(statistics, tails, dim=0)
-    bias = statistics.mean(dim=0) - value
-    return low - bias, high - bias

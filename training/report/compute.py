@@ -19,12 +19,13 @@ from moe_posterior.metrics import (
     bin_sums,
     brier_score,
     calibration_from_sums,
+    centred_interval,
     curve_from_sums,
     negative_log_likelihood,
     top_label,
 )
 from moe_posterior.metrics.calibration import validate_arguments, validate_predictions
-from moe_posterior.training.report.bootstrap import bootstrap_sums, centred_interval
+from moe_posterior.training.report.bootstrap import bootstrap_sums
 
 SCHEMA = "moe-posterior/calibration-report/1"
 METRICS = ("accuracy", "nll", "brier", "ece")

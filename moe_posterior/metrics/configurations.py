@@ -1,0 +1,179 @@
+"""Calibration per routing configuration: which cluster an input fell in and which set of experts answered it.
+
+Dimensions: N predictions, K classes, k experts per input, G configurations, V distinct displayed confidences. A sparse gate
+over clusters has finitely many configurations, so the accuracy in each can be estimated. Predictions of different
+configurations that display one confidence are told apart by nobody who sees only the confidence; if their
+accuracies differ, a shift in how often each occurs breaks a calibration that held on average.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.metrics.calibration import top_label, validate_predictions
+
+MIN_COUNT = 20  # the standard error of an accuracy is then at most 0.11
+
+
+class Configurations(NamedTuple):
+    """The configuration of each input, and what each configuration is."""
+
+    ids: Tensor  # (N,) int64, dense in [0, G)
+    table: Tensor  # (G, 1 + k) int64: the cluster, then the experts in rising order; rows in lexicographic order
+
+
+@dataclass(frozen=True, eq=False)
+class ConfigurationCalibration:
+    """Calibration of each configuration."""
+
+    count: Tensor  # (G,) int64
+    share: Tensor  # (G,) of all predictions
+    accuracy: Tensor  # (G,)
+    confidence: Tensor  # (G,) mean top-label confidence
+    gap: Tensor  # (G,) accuracy − confidence, negative if overconfident; NaN below min_count
+
+
+class SharedConfidence(NamedTuple):
+    """How many inputs display a confidence that inputs of another configuration display too."""
+
+    shared: int  # inputs whose displayed confidence belongs to two configurations or more
+    total: int  # N
+    displayed: Tensor  # (V,) the distinct displayed confidences, rising
+    inputs: Tensor  # (V,) int64, inputs that display it
+    configurations: Tensor  # (V,) int64, configurations among them
+
+
+def configuration_ids(
+    cluster_ids: Tensor,  # (N,) int64
+    expert_indices: Tensor,  # (N, k) int64
+    num_experts: int,
+    *,
+    num_clusters: int,
+) -> Configurations:
+    """Number the configurations that occur: (cluster, set of selected experts), whatever the order of the experts.
+
+    Args:
+        cluster_ids: cluster of each input; zeros, with ``num_clusters=1``, for a gate without clusters.
+        expert_indices: the experts that answered, each at most once per input.
+        num_experts, num_clusters: bounds of the two, to catch ids of another model.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or value that does not fit, or an expert twice in one row.
+
+    Source: *Toward Calibrated Mixture-of-Experts Under Distribution Shift* (arXiv 2606.20544), for the pair that hard
+    routing conditions on; here the displayed confidence is left out.
+
+    >>> ids, table = configuration_ids(torch.tensor([1, 0, 1]), torch.tensor([[2, 0], [0, 1], [0, 2]]), 3, num_clusters=2)
+    >>> ids.tolist(), table.tolist()
+    ([1, 0, 1], [[0, 0, 1], [1, 0, 2]])
+    """
+    _validate_ids("cluster_ids", cluster_ids, 1, num_clusters)
+    _validate_ids("expert_indices", expert_indices, 2, num_experts)
+    if len(cluster_ids) != len(expert_indices):
+        raise InvalidArgumentError(
+            f"cluster_ids and expert_indices must have equally many rows; got {len(cluster_ids)} and {len(expert_indices)}"
+        )
+    experts = expert_indices.sort(dim=1).values
+    twice = (experts[:, 1:] == experts[:, :-1]).any(1)
+    if twice.any():
+        row = int(twice.nonzero()[0])
+        raise InvalidArgumentError(
+            f"expert_indices must name an expert once per row; got {expert_indices[row].tolist()} in row {row}"
+        )
+    rows = torch.cat([cluster_ids[:, None], experts], dim=1)  # (N, 1 + k)
+    if not len(rows):
+        return Configurations(cluster_ids, rows)
+    table, ids = torch.unique(rows, dim=0, return_inverse=True)
+    return Configurations(ids, table)
+
+
+def configuration_calibration(
+    preds: Tensor,  # (N, K) probabilities or (N,) confidences
+    target: Tensor,  # (N,)
+    configurations: Configurations,
+    *,
+    min_count: int = MIN_COUNT,
+) -> ConfigurationCalibration:
+    """Count, share, accuracy, mean confidence and gap of each configuration, all but the count in float64.
+
+    A gap is one number per configuration, not a binned error: over- and underconfident inputs of one configuration cancel.
+    For binned errors per configuration give ``configurations.ids`` to
+    :func:`~moe_posterior.metrics.grouped_calibration_error`.
+
+    Args:
+        preds, target: as in :func:`~moe_posterior.metrics.calibration_error`.
+        configurations: from :func:`configuration_ids`.
+        min_count: fewer predictions give a NaN gap; at 20 the standard error of the accuracy is at most 0.11.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.
+
+    >>> configurations = configuration_ids(torch.zeros(3).long(), torch.tensor([[0], [0], [1]]), 2, num_clusters=1)
+    >>> result = configuration_calibration(torch.tensor([0.75, 0.75, 0.5]), torch.tensor([1, 0, 1]), configurations, min_count=2)
+    >>> result.count.tolist(), result.gap.tolist()
+    ([2, 1], [-0.25, nan])
+    """
+    validate_predictions(preds, target)
+    validate_configurations(configurations, len(preds), min_count)
+    confidence, correct = top_label(preds, target)
+    ids, groups = configurations.ids, len(configurations.table)
+    values = torch.stack([torch.ones_like(confidence), correct, confidence])
+    count, hits, total = values.new_zeros(3, groups).index_add_(1, ids, values).unbind()
+    gap = ((hits - total) / count).masked_fill(count < min_count, torch.nan)
+    return ConfigurationCalibration(count.long(), count / len(ids), hits / count, total / count, gap)
+
+
+def shared_confidence(
+    preds: Tensor,  # (N, K) probabilities or (N,) confidences
+    configurations: Configurations,
+    *,
+    decimals: int = 2,
+) -> SharedConfidence:
+    """How many inputs share a displayed confidence across different configurations.
+
+    Args:
+        preds: class probabilities or confidences.
+        configurations: from :func:`configuration_ids`.
+        decimals: the confidence is displayed rounded to these; 2 is a whole per cent.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.
+
+    >>> configurations = configuration_ids(torch.zeros(3).long(), torch.tensor([[0], [1], [1]]), 2, num_clusters=1)
+    >>> shared_confidence(torch.tensor([0.751, 0.749, 0.5]), configurations)[:2]
+    (2, 3)
+    """
+    validate_predictions(preds, torch.zeros(len(preds), dtype=torch.int64, device=preds.device))
+    validate_configurations(configurations, len(preds), 1)
+    if not 0 <= decimals <= 12:
+        raise InvalidArgumentError(f"decimals must lie in [0, 12]; got {decimals!r}")
+    confidence = (preds if preds.ndim == 1 else preds.amax(1)).double().clamp(0, 1)
+    steps = (confidence * 10**decimals).round().long()
+    displayed, place, inputs = steps.unique(return_inverse=True, return_counts=True)
+    groups = max(len(configurations.table), 1)
+    pairs = (place * groups + configurations.ids).unique()  # one per (displayed confidence, configuration)
+    several = torch.bincount(pairs // groups, minlength=len(displayed))
+    shared = int(inputs[several > 1].sum())
+    return SharedConfidence(shared, len(preds), displayed.double() / 10**decimals, inputs, several)
+
+
+def validate_configurations(configurations: Configurations, num_predictions: int, min_count: int) -> None:
+    """Refuse configurations of other predictions, and a minimum that is no count."""
+    ids, table = configurations
+    if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
+        raise InvalidArgumentError(f"min_count must be an integer of at least 1; got {min_count!r}")
+    _validate_ids("configurations.ids", ids, 1, len(table))
+    if len(ids) != num_predictions:
+        raise InvalidArgumentError(f"configurations must hold {num_predictions} ids; got {len(ids)}")
+
+
+def _validate_ids(name: str, ids: Tensor, ndim: int, bound: int) -> None:
+    if ids.dtype != torch.int64 or ids.ndim != ndim:
+        raise InvalidArgumentError(
+            f"{name} must be int64 with {ndim} dimension(s); got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= bound):
+        raise InvalidArgumentError(f"{name} must lie in [0, {bound - 1}]; got [{int(ids.min())}, {int(ids.max())}]")

@@ -1,0 +1,207 @@
+"""The frame of a page: sections, tables and figures as strings of HTML, and the one file that holds them.
+
+Functions take plain values and return HTML; whatever they are given as text is escaped. Only the ``html`` of a section, the
+``svg`` of a figure and the ``body`` of details are markup already.
+"""
+
+import base64
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from html import escape
+from importlib.resources import files
+
+DASH = "–"
+LONG = 28  # characters, beyond which a cell's text wraps
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text beside the value that it sorts by."""
+
+    text: str
+    key: float | str | None = None  # None sorts last
+    strong: bool = False
+    more: str = ""  # what stands smaller below the text, for instance an interval
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of values, to be rendered as HTML here or as Markdown elsewhere."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]  # each as long as columns: str, int, float, bool, None or Cell
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page, which the contents link to."""
+
+    anchor: str  # unique on the page; letters, digits and hyphens
+    title: str
+    html: str
+
+
+def show(value: object, digits: int = 3) -> str:
+    """A value as text: ``–`` for nothing, commas in counts, a fixed number of decimals otherwise.
+
+    >>> show(None), show(float("nan")), show(12345), show(0.25), show("art"), show(True)
+    ('–', '–', '12,345', '0.250', 'art', 'yes')
+    """
+    if isinstance(value, Cell):
+        return f"{value.text} {value.more}".strip()
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return ("−∞" if value < 0 else "∞") if math.isinf(value) else f"{value:.{digits}f}".replace("-", "−")
+    return str(value)
+
+
+def estimate(
+    value: float | None, low: float | None = None, high: float | None = None, *, digits: int = 3, strong: bool = False
+) -> Cell:
+    """A cell with a value and, where it is known, its interval; it sorts by the value.
+
+    >>> show(estimate(0.04, 0.031, 0.05)), show(estimate(0.04)), show(estimate(None))
+    ('0.040 [0.031, 0.050]', '0.040', '–')
+    """
+    missing = value is None or math.isnan(value)
+    known = not missing and low is not None and high is not None
+    more = f"[{show(low, digits)}, {show(high, digits)}]" if known else ""
+    return Cell(show(value, digits), None if missing else value, strong, more)
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """A paragraph; kind is one of the style sheet's: "absent", "note".
+
+    >>> paragraph("a < b")
+    '<p>a &lt; b</p>'
+    """
+    return f'<p class="{escape(kind)}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+
+
+def details(summary: str, body: str) -> str:
+    """Markup that is folded away until asked for, and unfolded in print by the page's script."""
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+
+
+def table(content: Table) -> str:
+    """A table that scrolls sideways where it is too wide; its columns sort where scripts run.
+
+    >>> '<th scope="col" class="number">n</th>' in table(Table(["group", "n"], [["<b>", 1200]]))
+    True
+    >>> '<td data-key="1200" class="number">1,200</td>' in table(Table(["group", "n"], [["<b>", 1200]]))
+    True
+    """
+    numeric = [_is_numeric(row[i] for row in content.rows) for i in range(len(content.columns))]
+    marks = [' class="number"' if number else "" for number in numeric]
+    head = "".join(
+        f'<th scope="col"{mark}>{escape(name)}</th>' for name, mark in zip(content.columns, marks, strict=True)
+    )
+    body = "\n".join(
+        "<tr>" + "".join(_cell(value, mark) for value, mark in zip(row, marks, strict=True)) + "</tr>"
+        for row in content.rows
+    )
+    caption = f"<caption>{escape(content.caption)}</caption>" if content.caption else ""
+    label = escape(content.caption or ", ".join(content.columns))
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table class="sortable">{caption}'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+    )
+
+
+def figure(svg: Sequence[str], caption: str, legend: str = "", data: Table | None = None) -> str:
+    """Drawings side by side under one legend, with a caption and, folded away, the numbers that they show."""
+    panels = "".join(f'<div class="panel">{one}</div>' for one in svg)
+    numbers = details("The numbers behind this figure", table(data)) if data else ""
+    return (
+        f'<figure>{legend}<div class="panels">{panels}</div>'
+        f"<figcaption>{escape(caption)}</figcaption>{numbers}</figure>"
+    )
+
+
+def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """A whole HTML document: style, script and figures inside, nothing fetched.
+
+    A content security policy names the hashes of the style and the script, so that nothing else could run even if some text
+    of the data were markup.
+
+    >>> document = page("Report", "of a run", [Section("one", "First", paragraph("hello"))])
+    >>> document.startswith("<!doctype html>"), "http" in document.replace("http-equiv", "")
+    (True, False)
+    """
+    style, script = _resource("style.css"), _resource("script.js")
+    policy = f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'"
+    contents = "".join(f'<li><a href="#{escape(one.anchor)}">{escape(one.title)}</a></li>' for one in sections)
+    parts = "\n".join(
+        f'<section id="{escape(one.anchor)}"><h2>{escape(one.title)}</h2>\n{one.html}\n</section>' for one in sections
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{escape(title)}</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1>{escape(title)}</h1>
+<p>{escape(subtitle)}</p>
+<button type="button" id="theme" hidden>Dark or light</button>
+</header>
+<nav aria-label="Contents"><ul>{contents}</ul></nav>
+<main>
+{parts}
+</main>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def _is_numeric(values: Iterable[object]) -> bool:
+    keys = [key for value in values if (key := _key(value)) is not None]
+    return bool(keys) and all(isinstance(key, int | float) for key in keys)
+
+
+def _key(value: object) -> float | str | None:
+    """What a value sorts by: a number, a text, or None for nothing."""
+    key = value.key if isinstance(value, Cell) else value
+    if isinstance(key, bool):
+        return show(key)
+    if isinstance(key, int | float):
+        return key if math.isfinite(key) else None
+    return None if key is None else str(key)
+
+
+def _cell(value: object, mark: str) -> str:
+    key = _key(value)
+    sort = "" if isinstance(value, str) else f' data-key="{"" if key is None else escape(str(key))}"'
+    text = escape(value.text if isinstance(value, Cell) else show(value))
+    if isinstance(value, Cell) and value.strong:
+        text = f"<strong>{text}</strong>"
+    if isinstance(value, Cell) and value.more:
+        text += f' <span class="more">{escape(value.more)}</span>'
+    elif len(show(value)) > LONG:
+        mark = ' class="long"'
+    return f"<td{sort}{mark}>{text}</td>"
+
+
+@cache
+def _resource(name: str) -> str:
+    return (files("moe_posterior.page") / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,82 @@
+"""The report as a fragment of a Hugging Face model card."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from moe_posterior.page import Cell, Table, show
+from moe_posterior.training.report import tables
+from moe_posterior.training.report.checklist import ABSENT, checklist
+
+MOST_CONFIGURATIONS = 10
+SPECIAL = re.compile(r"([\\`*_\[\]|~$<>&])")
+
+
+def to_card(report: Mapping[str, Any]) -> str:
+    """Render a report as Markdown to paste into a model card: the governance standard, results, and each measured section.
+
+    Args:
+        report: as for :func:`~moe_posterior.training.report.html.to_html`. Text in it is escaped, so that no name can add
+            markup or break a table.
+
+    >>> print(to_card({"action": {"threshold": 0.8, "risk": 0.05, "coverage": 0.6}}).split("### ")[-1].strip())
+    Action threshold
+    <BLANKLINE>
+    | act from confidence | risk (share wrong) | coverage (share acted on) |
+    |--:|--:|--:|
+    | 0.800 | 0.050 | 0.600 |
+    """
+    standard = [[item.requirement, item.found or ABSENT] for item in checklist(report)]
+    metric = tables.metric_settings(report)
+    parts = {
+        "Governance standard": markdown_table(Table(["item", "value"], standard)),
+        "Results": _section(tables.main_rows(report)) + _note(report),
+        "Shift scenarios": _section(tables.shifts(report)) + (f"\n\nMetric: {escape(metric)}." if metric else ""),
+        "Subgroups": _section(tables.subgroups(report)),
+        f"Routing configurations with the largest gap (at most {MOST_CONFIGURATIONS})": _section(
+            tables.configurations(report, MOST_CONFIGURATIONS)
+        ),
+        "Inputs that share a displayed confidence across configurations": _section(tables.shared_confidence(report)),
+        "Calibrators": _section(tables.calibrators(report)),
+        "Action threshold": _section(tables.action(report)),
+    }
+    body = "\n\n".join(f"### {name}\n\n{text}" for name, text in parts.items())
+    return f"## Calibration of the routed aggregate\n\n{body}\n"
+
+
+def escape(text: str) -> str:
+    r"""Text that Markdown and HTML leave as it is, on one line.
+
+    >>> print(escape("a|b <script>"))
+    a\|b \<script\>
+    """
+    return SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def markdown_table(content: Table) -> str:
+    """A table of plain values; numbers to the right, strong cells in bold."""
+    numeric = [all(_is_number(row[i]) for row in content.rows) for i in range(len(content.columns))]
+    lines = ["| " + " | ".join(map(escape, content.columns)) + " |"]
+    lines.append("|" + "|".join("--:" if number else "---" for number in numeric) + "|")
+    lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in content.rows]
+    return "\n".join(lines)
+
+
+def _is_number(value: object) -> bool:
+    key = value.key if isinstance(value, Cell) else value
+    return key is None or (isinstance(key, int | float) and not isinstance(key, bool))
+
+
+def _cell(value: object) -> str:
+    text = escape(show(value))
+    return f"**{text}**" if isinstance(value, Cell) and value.strong else text
+
+
+def _section(content: Table | None) -> str:
+    return markdown_table(content) if content else f"{ABSENT[0].upper()}{ABSENT[1:]}."
+
+
+def _note(report: Mapping[str, Any]) -> str:
+    if not report.get("paired"):
+        return ""
+    return "\n\nBold: better than the baseline, where the paired 95 % interval of the difference excludes 0."

@@ -1,0 +1,138 @@
+"""The governance standard for consequential mixtures of experts, item by item, with what a report says to each.
+
+Source: *The Expert Router Becomes the Confidence Problem*, "Governance Standard".
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_posterior.page import show
+from moe_posterior.training.report import tables
+from moe_posterior.training.report.compute import ALL_SHIFTS, CLEAN, OVERALL
+
+ABSENT = "not measured in this run"
+Finder = Callable[[Mapping[str, Any]], str | None]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One requirement, what the report holds for it, and where."""
+
+    requirement: str
+    found: str | None  # None: not measured in this run
+    anchor: str  # section of the page
+
+
+def checklist(report: Mapping[str, Any]) -> list[Item]:
+    """Every item of the standard, in its order; ``found`` is None where the report is silent.
+
+    >>> [item.found for item in checklist({"action": {"threshold": 0.8, "risk": 0.05}}) if "threshold" in item.requirement]
+    ['act from 0.800, risk 0.050']
+    """
+    return [Item(requirement, find(report) or None, anchor) for requirement, anchor, find in REQUIREMENTS]
+
+
+def _aggregate(report: Mapping[str, Any]) -> str | None:
+    wanted = {(CLEAN, 0): "clean", (ALL_SHIFTS, None): "mean over shifts"}
+    found = [
+        f"{record['arm']}, {wanted[record['shift'], record['severity']]}: ECE {show(record['value'])}"
+        for record in report.get("records") or []
+        if record["subset"] == OVERALL and record["metric"] == "ece" and (record["shift"], record["severity"]) in wanted
+    ]
+    return "; ".join(found)
+
+
+def _identity(prefix: str) -> Finder:
+    def find(report: Mapping[str, Any]) -> str:
+        known = tables.identity_values(report)
+        parts = [
+            text if name == prefix else f"{name.removeprefix(f'{prefix}: ')}: {text}"
+            for name, text in known.items()
+            if name == prefix or name.startswith(f"{prefix}: ")
+        ]
+        return "; ".join(parts)
+
+    return find
+
+
+def _shifts(report: Mapping[str, Any]) -> str:
+    content = tables.shifts(report)
+    return ", ".join(show(row[0]) for row in content.rows if row[0] != CLEAN) if content else ""
+
+
+def _bins(report: Mapping[str, Any]) -> str:
+    settings = report.get("metric") or {}
+    rule = (tables.metric_settings(report) or "").partition(", ")[2]
+    return rule if settings.get("binning") or not settings else ""
+
+
+def _metric_name(report: Mapping[str, Any]) -> str:
+    return (tables.metric_settings(report) or "").partition(", ")[0]
+
+
+def _subgroups(report: Mapping[str, Any]) -> str:
+    groups = list(dict.fromkeys(str(one.get("group")) for one in tables.rows_of(report, "subgroups")))
+    worst = [one for one in tables.rows_of(report, "subgroups") if one.get("worst")]
+    if groups:
+        named = "; ".join(f"worst: {one.get('group')}, ECE {show(one.get('ece'))}" for one in worst)
+        return f"{len(groups)} groups" + (f"; {named}" if named else "")
+    sizes = {name: n for name, n in (report.get("subsets") or {}).items() if name != OVERALL}
+    return "subsets " + ", ".join(f"{name} (n = {show(n)})" for name, n in sizes.items()) if sizes else ""
+
+
+def _calibrators(report: Mapping[str, Any]) -> str:
+    return ", ".join(dict.fromkeys(str(one.get("name")) for one in tables.rows_of(report, "calibrators")))
+
+
+def _action(report: Mapping[str, Any]) -> str:
+    labels = {"threshold": "act from", "risk": "risk", "max_risk": "promised at most", "coverage": "coverage"}
+    found = []
+    for one in tables.rows_of(report, "action"):
+        values = [f"{label} {show(one[key])}" for key, label in labels.items() if one.get(key) is not None]
+        found.append((f"{one['arm']}: " if one.get("arm") else "") + ", ".join(values))
+    return "; ".join(part for part in found if part)
+
+
+def _shared(report: Mapping[str, Any]) -> str:
+    found = []
+    for one in tables.rows_of(report, "shared_confidence"):
+        name = ", ".join(str(one[key]) for key in ("arm", "panel") if one.get(key))
+        found.append((f"{name}: " if name else "") + f"{show(one.get('shared'))} of {show(one.get('n'))} inputs")
+    return "; ".join(found)
+
+
+def _monitoring(report: Mapping[str, Any]) -> str:
+    rows = tables.rows_of(report, "configurations")
+    gaps = [abs(found) for one in rows if (one.get("n") or 0) >= tables.FEW and (found := tables.gap(one)) is not None]
+    if not rows:
+        return ""
+    widest = f", widest gap {max(gaps):.3f} among those with {tables.FEW} predictions or more" if gaps else ""
+    return f"{len(rows):,} configurations measured{widest}"
+
+
+def _operation(key: str) -> Finder:
+    def find(report: Mapping[str, Any]) -> str:
+        value = (report.get("operation") or {}).get(key) or ""
+        return value if isinstance(value, str) else "; ".join(map(str, value))
+
+    return find
+
+
+REQUIREMENTS: tuple[tuple[str, str, Finder], ...] = (
+    ("Calibration evidence for the final routed aggregate, not only for its experts", "results", _aggregate),
+    ("Routing type", "identity", _identity("routing")),
+    ("Model version", "identity", _identity("model")),
+    ("Training and evaluation distributions", "identity", _identity("data")),
+    ("Shift scenarios tested", "shifts", _shifts),
+    ("Calibration metric", "shifts", _metric_name),
+    ("Binning or scoring rule", "shifts", _bins),
+    ("Subgroup behaviour", "subgroups", _subgroups),
+    ("Temperature scaling or other post-processing", "calibrators", _calibrators),
+    ("Action threshold attached to the score", "action", _action),
+    ("Whether identical displayed confidences hide different expert configurations", "configurations", _shared),
+    ("Configuration-aware monitoring", "configurations", _monitoring),
+    ("Abstention where experts disagree", "action", _operation("abstention")),
+    ("Routing logs for incident review", "action", _operation("routing_log")),
+    ("Operating conditions inside which the confidences hold", "action", _operation("conditions")),
+)

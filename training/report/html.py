@@ -1,0 +1,116 @@
+"""The report as one self-contained web page: every section that the run measured, and a plain line where it did not.
+
+What the keys of the report mean is in :mod:`moe_posterior.training.report.schema`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_posterior.page import Section, Table, details, page, paragraph, table
+from moe_posterior.training.report import charts, tables
+from moe_posterior.training.report.checklist import ABSENT, checklist
+
+TITLE = "Calibration report of the routed aggregate"
+
+
+def to_html(report: Mapping[str, Any]) -> str:
+    """Render a report as a whole HTML document that needs no network.
+
+    Args:
+        report: from :func:`~moe_posterior.training.report.evaluate_predictions` or read back from its JSON, with any of the
+            further sections of :class:`~moe_posterior.training.report.schema.Report`. Text in it is escaped.
+
+    >>> document = to_html({"action": {"arm": "<b>", "threshold": 0.8, "risk": 0.05, "coverage": 0.6}})
+    >>> "<b>" in document, "&lt;b&gt;" in document, ABSENT in document
+    (False, True, True)
+    """
+    known = tables.identity_values(report)
+    data = next((text for name, text in known.items() if name == "data" or name.startswith("data: evaluation")), None)
+    subtitle = " · ".join(part for part in (known.get("model"), data, known.get("date")) if part)
+    return page(TITLE, subtitle, [
+        _standard(report),
+        Section("identity", "What was evaluated", _table(tables.identity(report))),
+        _results(report),
+        Section("reliability", "Reliability", charts.reliability(report) or _absent("Reliability curves")),
+        _shifts(report),
+        Section("subgroups", "Subgroups", _table(tables.subgroups(report), "Subgroups beyond the subsets above")),
+        _configurations(report),
+        _calibrators(report),
+        _action(report),
+        Section("notes", "How to read this", "".join(map(paragraph, report.get("notes") or [])) or _absent()),
+    ])  # fmt: skip
+
+
+def _standard(report: Mapping[str, Any]) -> Section:
+    items = checklist(report)
+    found = sum(item.found is not None for item in items)
+    rows = [[item.requirement, item.found or ABSENT] for item in items]
+    intro = (
+        f"What a calibration report of a consequential mixture of experts should name, and what this one holds: {found} of "
+        f"{len(items)} items. The last five apply to soft routing and to how the model is used."
+    )
+    return Section("standard", "Governance standard", paragraph(intro) + table(Table(["item", "value found"], rows)))
+
+
+def _results(report: Mapping[str, Any]) -> Section:
+    main = tables.main_rows(report)
+    if main is None:
+        return Section("results", "Accuracy and calibration", _absent())
+    every = tables.every_row(report)
+    bold = (
+        "Bold: better than the baseline, where the paired interval of the difference excludes 0."
+        if report.get("paired")
+        else ""
+    )
+    parts = [
+        table(main),
+        paragraph(f"Values with 95 % intervals. {bold}".strip(), "note"),
+        charts.severity(report),
+        details("Every shift, severity and subset", table(every)) if every else "",
+    ]
+    return Section("results", "Accuracy and calibration", "".join(parts))
+
+
+def _shifts(report: Mapping[str, Any]) -> Section:
+    metric = tables.metric_settings(report)
+    text = paragraph(f"Metric: {metric}.") if metric else _absent("Metric and binning")
+    return Section("shifts", "Shift scenarios and metric", text + _table(tables.shifts(report), "Shift scenarios"))
+
+
+def _configurations(report: Mapping[str, Any]) -> Section:
+    few = f"The largest gap first; configurations with fewer than {tables.FEW} predictions come last."
+    html = _table(tables.configurations(report), "Routing configurations")
+    if tables.configurations(report):
+        html = paragraph(few, "note") + html
+    shared = _table(tables.shared_confidence(report), "Inputs that share a displayed confidence")
+    return Section(
+        "configurations", "Routing configurations", f"{html}<h3>One confidence, several configurations</h3>{shared}"
+    )
+
+
+def _calibrators(report: Mapping[str, Any]) -> Section:
+    reweighted = charts.rce(report) or _absent("The worst case under reweighting")
+    online = charts.online(report) or _absent("Recalibration from delivered outcomes")
+    html = _table(tables.calibrators(report), "Post-processing of the confidences")
+    html += f"<h3>Worst case over reweighted configurations</h3>{reweighted}<h3>As outcomes are delivered</h3>{online}"
+    return Section("calibrators", "Calibrators", html)
+
+
+def _action(report: Mapping[str, Any]) -> Section:
+    html = _table(tables.action(report), "An action threshold")
+    html += charts.risk_coverage(report) or _absent("Risk against coverage")
+    operation = report.get("operation") or {}
+    labels = {"abstention": "Abstention", "routing_log": "Routing log", "conditions": "Operating conditions"}
+    for key, label in labels.items():
+        value = operation.get(key)
+        if value:
+            html += paragraph(f"{label}: {value if isinstance(value, str) else '; '.join(map(str, value))}.")
+    return Section("action", "Action threshold and use", html)
+
+
+def _table(content: Table | None, what: str = "") -> str:
+    return table(content) if content else _absent(what)
+
+
+def _absent(what: str = "") -> str:
+    return paragraph(f"{what}: {ABSENT}." if what else f"{ABSENT[0].upper()}{ABSENT[1:]}.", "absent")

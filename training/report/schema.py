@@ -1,0 +1,152 @@
+"""What a calibration report may hold, as typed dicts: the required core, and sections that a run measured or did not.
+
+A report is strict JSON (None for what has no value). Every key of :class:`Report` beyond the core of
+:func:`~moe_posterior.training.report.evaluate_predictions` is optional; the page and the model card say "not measured in this
+run" where one is absent. Intervals are ``[low, high]``. Where a key takes rows, a single row may stand without its list.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+Interval = Sequence[float | None]  # [low, high]
+Number = float | None
+
+
+class Identity(TypedDict, total=False):
+    """What was evaluated; what is missing here is read from the report's provenance."""
+
+    routing: Mapping[str, str]  # arm -> "soft, top-2 of 4 experts, posterior gate"
+    model: str  # name and version
+    data: Mapping[str, str]  # "training", "validation", "evaluation" -> name and version
+    seed: int
+    versions: Mapping[str, str]  # package -> version
+    date: str
+    command: str
+    machine: str
+
+
+class Shift(TypedDict, total=False):
+    """A scenario that the model was evaluated under."""
+
+    name: str
+    severities: Sequence[int]
+    n: int | None
+    description: str
+
+
+class MetricSettings(TypedDict, total=False):
+    """How calibration was measured."""
+
+    name: str  # "top-label ECE"
+    binning: str  # "equal width", "equal mass"
+    n_bins: int
+    norm: str  # "l1", "l2", "max"
+    debiased: bool
+
+
+class Subgroup(TypedDict, total=False):
+    """Calibration of one subgroup, of one arm where there are several."""
+
+    arm: str
+    group: str
+    n: int
+    accuracy: Number
+    ece: Number
+    interval: Interval  # of the ECE
+    worst: bool
+
+
+class Configuration(TypedDict, total=False):
+    """One routing configuration: a cluster and the experts chosen there."""
+
+    arm: str
+    panel: str  # "clean", "shifted"
+    cluster: int | None
+    experts: Sequence[int]
+    n: int
+    accuracy: Number
+    confidence: Number
+    gap: Number  # confidence − accuracy; computed from the two where absent
+    interval: Interval  # of the gap
+
+
+class SharedConfidence(TypedDict, total=False):
+    """How many inputs display a confidence that another configuration displays too."""
+
+    arm: str
+    panel: str
+    n: int  # inputs looked at
+    shared: int  # those whose displayed confidence occurs in two configurations or more
+    decimals: int  # of the displayed confidence
+    widest_gap: Number  # largest difference in accuracy between two configurations behind one displayed confidence
+
+
+class Calibrator(TypedDict, total=False):
+    """A post-processing of the confidences, and what it reached."""
+
+    arm: str
+    name: str
+    panel: str
+    ece: Number
+    nll: Number
+    accuracy: Number
+    interval: Interval  # of the ECE
+
+
+class Action(TypedDict, total=False):
+    """The confidence above which the system acts."""
+
+    arm: str
+    threshold: Number
+    risk: Number  # share of wrong answers among those acted on
+    coverage: Number  # share acted on
+    max_risk: Number  # the promise that the threshold was chosen for
+
+
+class Curve(TypedDict, total=False):
+    """A line with an optional interval; ``x`` is coverage, ρ or outcomes delivered, ``y`` risk, RCE or ECE."""
+
+    name: str  # arm, calibrator or method
+    panel: str
+    x: Sequence[Number]
+    y: Sequence[Number]
+    low: Sequence[Number]
+    high: Sequence[Number]
+
+
+class Operation(TypedDict, total=False):
+    """What the governance standard asks of the deployment and no evaluation can measure."""
+
+    routing_log: str
+    abstention: str
+    conditions: Sequence[str]  # operating conditions inside which the confidences hold
+
+
+class Report(TypedDict, total=False):
+    """The report as :func:`~moe_posterior.training.report.to_html` and ``to_card`` read it."""
+
+    # made by evaluate_predictions
+    schema: str
+    n_bins: int
+    resamples: int
+    arms: Sequence[str]
+    baseline: str | None
+    subsets: Mapping[str, int | None]
+    records: Sequence[Mapping[str, Any]]  # arm, shift, severity, subset, n, metric, value, low, high
+    paired: Sequence[Mapping[str, Any]]  # the same of arm − baseline
+    reliability: Sequence[Mapping[str, Any]]  # arm, panel, subset (optional), sets, n, ece, bins
+    configurations: Sequence[Configuration]
+    notes: Sequence[str]
+    provenance: Mapping[str, Any]
+    # further sections
+    identity: Identity
+    shifts: Sequence[Shift]
+    metric: MetricSettings
+    subgroups: Sequence[Subgroup]
+    shared_confidence: Sequence[SharedConfidence]
+    calibrators: Sequence[Calibrator]
+    action: Sequence[Action]
+    risk_coverage: Sequence[Curve]
+    rce: Sequence[Curve]
+    online: Sequence[Curve]
+    operation: Operation

@@ -1,0 +1,226 @@
+"""The parts of a report beyond each arm's own probabilities: calibrators, groups, a threshold to act on, outcomes trickling in.
+
+Dimensions: n rows, K classes. Calibrators and the threshold are fitted on validation rows; everything is judged on test rows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_posterior.calibrators import (
+    Calibrator,
+    ConfigurationCalibrator,
+    ExpertTemperature,
+    HistogramBinning,
+    IsotonicCalibration,
+    OnlineConfigurationCalibrator,
+    Outputs,
+    TemperatureScaling,
+    VectorScaling,
+)
+from moe_posterior.metrics import (
+    action_threshold,
+    bin_sums,
+    calibration_error,
+    centred_interval,
+    configuration_ids,
+    negative_log_likelihood,
+    rce_curve,
+    risk_coverage,
+    selective_risk,
+    shared_confidence,
+    top_label,
+)
+from moe_posterior.metrics.calibration import calibration_from_sums
+
+__all__ = ["Judged", "further_sections"]
+
+CALIBRATORS: dict[str, type[Calibrator]] = {
+    "temperature": TemperatureScaling,
+    "temperature per expert": ExpertTemperature,
+    "vector": VectorScaling,
+    "isotonic": IsotonicCalibration,
+    "histogram": HistogramBinning,
+    "configuration": ConfigurationCalibrator,
+}
+MAX_RISK = 0.1  # of the action threshold: at most one wrong answer in ten acted on, on validation rows
+RHOS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
+DELIVERED = (0, 10, 20, 50, 100, 200, 500)
+LEFT_TO_JUDGE = 200
+CURVE_POINTS = 100
+RESAMPLES = 200
+
+
+class Judged(NamedTuple):
+    """What one arm says of some rows, and their labels."""
+
+    outputs: Outputs
+    target: Tensor  # (n,)
+
+
+def further_sections(
+    validation: Mapping[str, Judged],  # by arm
+    panels: Mapping[str, Mapping[str, Judged]],  # by panel, then arm
+    subsets: Mapping[str, Tensor],  # name -> (n,) bool, over the rows of the panel "clean"
+    *,
+    n_bins: int = 15,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The optional keys of a report (see :mod:`~moe_posterior.training.report.schema`) that need outputs and validation rows."""
+    fitted = {
+        arm: {name: kind().fit(*judged) for name, kind in CALIBRATORS.items()} for arm, judged in validation.items()
+    }
+    everywhere = [(panel, arm, judged) for panel, arms in panels.items() for arm, judged in arms.items()]
+    return {
+        "metric": {
+            "name": "top-label ECE",
+            "binning": "equal width",
+            "n_bins": n_bins,
+            "norm": "l1",
+            "debiased": False,
+        },
+        "subgroups": [
+            row for arm, judged in panels["clean"].items() for row in _subgroups(arm, judged, subsets, n_bins, seed)
+        ],
+        "shared_confidence": [_shared(panel, arm, judged) for panel, arm, judged in everywhere],
+        "calibrators": [
+            row
+            for panel, arm, judged in everywhere
+            for row in _calibrated(panel, arm, judged, fitted[arm], n_bins, seed)
+        ],
+        "action": [_action(arm, validation[arm], judged) for arm, judged in panels["clean"].items()],
+        "risk_coverage": [_risk_coverage(panel, arm, judged) for panel, arm, judged in everywhere],
+        "rce": [curve for panel, arm, judged in everywhere for curve in _reweighted(panel, arm, judged, fitted[arm])],
+        "online": [
+            curve
+            for panel, arm, judged in everywhere
+            for curve in [_online(panel, arm, judged, validation[arm], fitted[arm]["temperature"], seed)]
+            if curve is not None
+        ],
+    }
+
+
+def _bootstrapped_ece(probs: Tensor, target: Tensor, n_bins: int, seed: int) -> list[float]:
+    """Interval of the ECE over resampled rows."""
+    confidence, correct = top_label(probs, target)
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(RESAMPLES):
+        rows = torch.randint(len(target), (len(target),), generator=generator)
+        sums = bin_sums(confidence[rows], correct[rows], torch.zeros_like(rows), 1, n_bins)
+        values.append(calibration_from_sums(sums).calibration_error[0])
+    value = calibration_error(probs, target, n_bins=n_bins).double()
+    low, high = centred_interval(value, torch.stack(values).double())
+    return [max(0.0, float(low)), float(high)]
+
+
+def _subgroups(arm: str, judged: Judged, subsets: Mapping[str, Tensor], n_bins: int, seed: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for name, mask in subsets.items():
+        if not bool(mask.any()):
+            continue
+        probs, target = normalised(judged.outputs.probs[mask]), judged.target[mask]
+        rows.append(
+            {
+                "arm": arm,
+                "group": name,
+                "n": len(target),
+                "accuracy": float((probs.argmax(dim=1) == target).double().mean()),
+                "ece": float(calibration_error(probs, target, n_bins=n_bins)),
+                "interval": _bootstrapped_ece(probs, target, n_bins, seed),
+                "worst": False,
+            }
+        )
+    if rows:
+        max(rows, key=lambda row: row["ece"])["worst"] = True
+    return rows
+
+
+def _shared(panel: str, arm: str, judged: Judged) -> dict[str, Any]:
+    found = shared_confidence(normalised(judged.outputs.probs), _configurations(judged.outputs))
+    return {"arm": arm, "panel": panel, "n": int(found.total), "shared": int(found.shared), "decimals": 2}
+
+
+def _calibrated(
+    panel: str, arm: str, judged: Judged, fitted: Mapping[str, Calibrator], n_bins: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    outputs, target = judged
+    for name, probs in [("none", outputs.probs), *((name, kind(outputs)) for name, kind in fitted.items())]:
+        probs = normalised(probs)
+        yield {
+            "arm": arm,
+            "panel": panel,
+            "name": name,
+            "accuracy": float((probs.argmax(dim=1) == target).double().mean()),
+            "ece": float(calibration_error(probs, target, n_bins=n_bins)),
+            "interval": _bootstrapped_ece(probs, target, n_bins, seed),
+            "nll": float(negative_log_likelihood(probs, target)),
+        }
+
+
+def _action(arm: str, validation: Judged, judged: Judged) -> dict[str, Any]:
+    chosen = action_threshold(*top_label(normalised(validation.outputs.probs), validation.target), MAX_RISK)
+    confidence, correct = top_label(normalised(judged.outputs.probs), judged.target)
+    held = selective_risk(confidence, correct, float(chosen.threshold))
+    return {
+        "arm": arm,
+        "threshold": float(chosen.threshold),
+        "risk": float(held.risk),
+        "coverage": float(held.coverage),
+        "max_risk": MAX_RISK,
+    }
+
+
+def _risk_coverage(panel: str, arm: str, judged: Judged) -> dict[str, Any]:
+    coverage, risk = risk_coverage(*top_label(normalised(judged.outputs.probs), judged.target))
+    shown = torch.linspace(0, len(coverage) - 1, min(CURVE_POINTS, len(coverage))).round().long()
+    return {"name": arm, "panel": panel, "x": coverage[shown].tolist(), "y": risk[shown].tolist()}
+
+
+def _reweighted(panel: str, arm: str, judged: Judged, fitted: Mapping[str, Calibrator]) -> Iterator[dict[str, Any]]:
+    outputs, target = judged
+    configurations = _configurations(outputs)
+    for name in ("none", "temperature", "configuration"):
+        probs = normalised(outputs.probs if name == "none" else fitted[name](outputs))
+        curve = rce_curve(probs, target, configurations, RHOS)
+        yield {"name": f"{arm}, {name}", "panel": panel, "x": list(RHOS), "y": curve.value.tolist()}
+
+
+def _online(
+    panel: str, arm: str, judged: Judged, validation: Judged, static: Calibrator, seed: int
+) -> dict[str, Any] | None:
+    """ECE on rows whose outcome never arrives; None where there are too few rows."""
+    outputs, target = judged
+    steps = [delivered for delivered in DELIVERED if delivered + LEFT_TO_JUDGE <= len(target)]
+    if not steps:
+        return None
+    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
+    left = order[steps[-1] :]
+    online, errors, before = OnlineConfigurationCalibrator(static).fit(*validation), [], 0
+    for delivered in steps:
+        arrived, before = order[before:delivered], delivered
+        if len(arrived):
+            said = outputs.rows(arrived)
+            online.observe(said, said.probs.argmax(dim=1) == target[arrived])
+        errors.append(float(calibration_error(online(outputs.rows(left)), target[left])))
+    return {"name": arm, "panel": panel, "x": list(steps), "y": errors}
+
+
+def _configurations(outputs: Outputs) -> Any:
+    assert outputs.configuration is not None
+    ids = outputs.configuration
+    return configuration_ids(ids, torch.zeros(len(ids), 1).long(), 1, num_clusters=int(ids.max()) + 1)
+
+
+def normalised(probs: Tensor) -> Tensor:  # (n, K) -> (n, K) float64
+    """Rows that sum to 1 to the last digit."""
+    probs = probs.double()
+    return probs / probs.sum(dim=1, keepdim=True)
+
+
+def pooled(parts: Sequence[Judged]) -> Judged:
+    """The rows of several evaluation sets together."""
+    columns = zip(*(part.outputs for part in parts), strict=True)
+    return Judged(Outputs(*(torch.cat(column) for column in columns)), torch.cat([part.target for part in parts]))

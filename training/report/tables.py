@@ -1,0 +1,287 @@
+"""The tables of a report as plain columns and rows, read by the web page and the model card alike.
+
+Each function takes the report and returns a table, or None where the run did not measure what it shows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_posterior.page import Cell, Table, estimate, show
+from moe_posterior.training.report.compute import ALL_SHIFTS, CLEAN, OVERALL, SCHEMA
+from moe_posterior.training.report.render import HIGHER_IS_BETTER, TITLES
+
+SHOWN = ("ece", "accuracy", "nll", "brier")
+FEW = 30  # predictions, below which a configuration's gap is noise: such rows come last
+
+
+def rows_of(report: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The rows of a section; a single row may stand without its list.
+
+    >>> rows_of({"action": {"threshold": 0.8}}, "action"), rows_of({}, "action")
+    ([{'threshold': 0.8}], [])
+    """
+    found = report.get(key) or []
+    return [found] if isinstance(found, Mapping) else list(found)
+
+
+def identity(report: Mapping[str, Any]) -> Table | None:
+    """What was evaluated: the report's identity, and its provenance where that is silent."""
+    known = identity_values(report)
+    rows = [[name, text] for name, text in known.items()]
+    return Table(["what", "value"], rows) if rows else None
+
+
+def identity_values(report: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> text of everything known about the model, the data and the run."""
+    own, made = report.get("identity") or {}, report.get("provenance") or {}
+    experiment = made.get("experiment") or {}
+    backbone = _class_name((experiment.get("model") or {}).get("backbone"))
+    derived = {
+        "routing": own.get("routing") or made.get("gates"),
+        "model": own.get("model") or _joined(", ", experiment.get("name"), backbone),
+        "data": own.get("data") or made.get("data"),
+        "seed": own.get("seed", experiment.get("seed_everything")),
+        "software": own.get("versions") or made.get("versions"),
+        "machine": own.get("machine") or made.get("machine"),
+        "date": own.get("date"),
+        "command": own.get("command") or made.get("command"),
+    }
+    found: dict[str, str] = {}
+    for name, value in derived.items():
+        if isinstance(value, Mapping) and name in ("routing", "data"):
+            found |= {f"{name}: {part}": str(text) for part, text in value.items() if text is not None}
+        elif isinstance(value, Mapping):
+            found[name] = ", ".join(f"{part} {text}" for part, text in value.items())
+        elif value is not None and value != "":
+            found[name] = str(value)
+    return found
+
+
+def metric_settings(report: Mapping[str, Any]) -> str | None:
+    """How calibration was measured, as a sentence."""
+    settings = report.get("metric")
+    if not settings and report.get("schema") == SCHEMA and "n_bins" in report:
+        settings = {"name": "top-label ECE", "binning": "equal width", "n_bins": report["n_bins"], "norm": "l1"}
+        settings["debiased"] = False
+    if not settings:
+        return None
+    parts = [str(settings[key]) for key in ("name", "binning") if settings.get(key)]
+    parts += [f"{settings['n_bins']} bins"] if settings.get("n_bins") else []
+    parts += [f"norm {settings['norm']}"] if settings.get("norm") else []
+    if settings.get("debiased") is not None:
+        parts.append("debiased" if settings["debiased"] else "not debiased")
+    return ", ".join(parts) or None
+
+
+def main_rows(report: Mapping[str, Any]) -> Table | None:
+    """Clean and the mean of all shifts for every subset, one line per arm; no column for the severity."""
+    records = {_where(record): record for record in report.get("records") or []}
+    places = list(dict.fromkeys(key[1:4] for key in records))
+    shown = [one for one in places if one[:2] in ((CLEAN, 0), (ALL_SHIFTS, None))]
+    rows = [[row[0], *row[2:]] for row in _metric_rows(report, records, shown)]
+    columns = _metric_columns(report)
+    return Table([columns[0], *columns[2:]], rows) if rows else None
+
+
+def every_row(report: Mapping[str, Any], most: int = 2000) -> Table | None:
+    """Every shift, severity, subset and arm; the first ``most`` of them."""
+    records = {_where(record): record for record in report.get("records") or []}
+    places = list(dict.fromkeys(key[1:4] for key in records))
+    rows = list(_metric_rows(report, records, places))
+    caption = f"The first {most:,} of {len(rows):,} rows; all are in report.json." if len(rows) > most else ""
+    return Table(_metric_columns(report), rows[:most], caption) if rows else None
+
+
+def shifts(report: Mapping[str, Any]) -> Table | None:
+    """The scenarios that the model was evaluated under."""
+    listed = report.get("shifts")
+    if not listed:
+        listed = _shifts_of_records(report.get("records") or [])
+    rows = [
+        [one.get("name"), _joined(", ", *(one.get("severities") or [])) or None, one.get("n"), one.get("description")]
+        for one in listed
+    ]
+    return _without_empty_columns(Table(["scenario", "severities", "predictions per arm", "description"], rows))
+
+
+def subgroups(report: Mapping[str, Any]) -> Table | None:
+    """Accuracy and ECE of each subgroup; the worst is marked."""
+    rows = [
+        [
+            one.get("arm"),
+            Cell(f"{one.get('group')} (worst)", str(one.get("group")), strong=True)
+            if one.get("worst")
+            else one.get("group"),
+            one.get("n"),
+            one.get("accuracy"),
+            estimate(one.get("ece"), *_interval(one), strong=bool(one.get("worst"))),
+        ]
+        for one in rows_of(report, "subgroups")
+    ]
+    return _without_empty_columns(Table(["arm", "group", "n", "accuracy", "ECE"], rows))
+
+
+def configurations(report: Mapping[str, Any], most: int = 300) -> Table | None:
+    """Routing configurations, the largest gap between confidence and accuracy first, those with few predictions last."""
+    found = sorted(
+        rows_of(report, "configurations"), key=lambda one: ((one.get("n") or 0) < FEW, -abs(gap(one) or 0.0))
+    )
+    rows = [
+        [
+            one.get("arm"),
+            one.get("panel"),
+            one.get("cluster"),
+            ", ".join(str(expert) for expert in one.get("experts") or []),
+            one.get("n"),
+            one.get("accuracy"),
+            one.get("confidence"),
+            estimate(gap(one), *_interval(one)),
+        ]
+        for one in found[:most]
+    ]
+    caption = (
+        f"The first {most:,} of {len(found):,} configurations; all are in report.json." if len(found) > most else ""
+    )
+    columns = ["arm", "evaluation", "cluster", "experts", "n", "accuracy", "confidence", "gap (confidence − accuracy)"]
+    return _without_empty_columns(Table(columns, rows, caption))
+
+
+def gap(one: Mapping[str, Any]) -> float | None:
+    """Confidence minus accuracy: positive where the configuration is over-confident."""
+    if one.get("gap") is not None:
+        return one["gap"]
+    confidence, accuracy = one.get("confidence"), one.get("accuracy")
+    return None if confidence is None or accuracy is None else confidence - accuracy
+
+
+def shared_confidence(report: Mapping[str, Any]) -> Table | None:
+    """How many inputs display a confidence that another configuration displays too."""
+    rows = [
+        [
+            one.get("arm"),
+            one.get("panel"),
+            one.get("decimals"),
+            one.get("n"),
+            one.get("shared"),
+            percent(one["shared"] / one["n"]) if one.get("n") and one.get("shared") is not None else None,
+            one.get("widest_gap"),
+        ]
+        for one in rows_of(report, "shared_confidence")
+    ]
+    columns = [
+        "arm",
+        "evaluation",
+        "decimals displayed",
+        "inputs",
+        "sharing a confidence across configurations",
+        "share",
+    ]
+    return _without_empty_columns(Table([*columns, "widest difference in accuracy"], rows))
+
+
+def calibrators(report: Mapping[str, Any]) -> Table | None:
+    """What each post-processing of the confidences reached."""
+    rows = [
+        [
+            one.get("arm"),
+            one.get("panel"),
+            one.get("name"),
+            estimate(one.get("ece"), *_interval(one)),
+            one.get("nll"),
+            one.get("accuracy"),
+        ]
+        for one in rows_of(report, "calibrators")
+    ]
+    return _without_empty_columns(Table(["arm", "evaluation", "calibrator", "ECE", "NLL", "accuracy"], rows))
+
+
+def action(report: Mapping[str, Any]) -> Table | None:
+    """The confidence above which the system acts, with its risk and coverage."""
+    rows = [
+        [one.get("arm"), one.get("threshold"), one.get("risk"), one.get("max_risk"), one.get("coverage")]
+        for one in rows_of(report, "action")
+    ]
+    columns = ["arm", "act from confidence", "risk (share wrong)", "risk promised", "coverage (share acted on)"]
+    return _without_empty_columns(Table(columns, rows))
+
+
+def percent(share: float) -> Cell:
+    """A share in [0, 1] as per cent, sorting by its value."""
+    return Cell(f"{100 * share:.1f} %", share)
+
+
+def _where(record: Mapping[str, Any]) -> tuple:
+    return tuple(record[name] for name in ("arm", "shift", "severity", "subset", "metric"))
+
+
+def _metric_columns(report: Mapping[str, Any]) -> list[str]:
+    titles = [TITLES[metric] for metric in SHOWN]
+    return ["evaluation", "severity", "subset", "n", "arm", titles[0], *_difference_titles(report), *titles[1:]]
+
+
+def _difference_titles(report: Mapping[str, Any]) -> list[str]:
+    return [f"ECE − ECE of {report['baseline']}"] if report.get("paired") and report.get("baseline") else []
+
+
+def _metric_rows(
+    report: Mapping[str, Any], records: Mapping[tuple, Mapping], places: Sequence[tuple]
+) -> Iterator[list]:
+    """A row per place (shift, severity, subset) and arm; strong: the paired interval excludes 0 in the arm's favour."""
+    paired = {_where(record): record for record in report.get("paired") or []}
+    for shift, severity, subset in places:
+        for arm in report["arms"]:
+            keys = {metric: (arm, shift, severity, subset, metric) for metric in SHOWN}
+            if not any(key in records for key in keys.values()):
+                continue
+            found = {metric: records.get(key, {}) for metric, key in keys.items()}
+            cells = [_record_cell(one, _better(paired.get(keys[metric]))) for metric, one in found.items()]
+            n = next(one["n"] for one in found.values() if one)
+            level = "mean" if severity is None else severity or None
+            difference = [paired.get(keys["ece"]) for _ in _difference_titles(report)]
+            cells[1:1] = [_record_cell(pair or {}, _better(pair)) for pair in difference]
+            yield [shift, level, "all rows" if subset == OVERALL else subset, n, arm, *cells]
+
+
+def _record_cell(record: Mapping[str, Any], strong: bool) -> Cell:
+    return estimate(record.get("value"), record.get("low"), record.get("high"), strong=strong)
+
+
+def _better(pair: Mapping[str, Any] | None) -> bool:
+    if pair is None or pair["low"] is None or pair["low"] <= 0 <= pair["high"]:
+        return False
+    return (pair["low"] > 0) == (pair["metric"] in HIGHER_IS_BETTER)
+
+
+def _shifts_of_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if record["subset"] != OVERALL or record["shift"] == ALL_SHIFTS:
+            continue
+        one = found.setdefault(record["shift"], {"name": record["shift"], "severities": [], "n": record["n"]})
+        if record["severity"] is None:
+            one["n"] = record["n"]
+        elif record["severity"] and record["severity"] not in one["severities"]:
+            one["severities"].append(record["severity"])
+    return list(found.values())
+
+
+def _interval(one: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    low, high = one.get("interval") or (None, None)
+    return low, high
+
+
+def _without_empty_columns(content: Table) -> Table | None:
+    """Columns in which some row says something; None without rows."""
+    kept = [i for i in range(len(content.columns)) if any(show(row[i]) not in ("", "–") for row in content.rows)]
+    if not kept:
+        return None
+    rows = [[row[i] for i in kept] for row in content.rows]
+    return Table([content.columns[i] for i in kept], rows, content.caption)
+
+
+def _joined(separator: str, *parts: object) -> str:
+    return separator.join(str(part) for part in parts if part not in (None, ""))
+
+
+def _class_name(settings: object) -> str | None:
+    return settings.get("class_path") if isinstance(settings, Mapping) else None
