@@ -1,0 +1,178 @@
+"""What every calibrator shares: the outputs it reads, its checks, and how its state is kept.
+
+Dimensions: N rows, K classes, E experts.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from moe_posterior.calibrators.probabilities import keep_top, top_label
+from moe_posterior.errors import InvalidArgumentError, NotFittedError
+
+
+class Outputs(NamedTuple):
+    """What a routed model says about N rows; a calibrator asks for the fields it needs.
+
+    >>> outputs = Outputs(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), configuration=torch.tensor([4, 7]))
+    >>> outputs.rows(torch.tensor([1])).configuration
+    tensor([7])
+    """
+
+    probs: Tensor  # (N, K) of the aggregate
+    expert_probs: Tensor | None = None  # (N, E, K)
+    routing_weights: Tensor | None = None  # (N, E), 0 for experts that were not chosen
+    configuration: Tensor | None = None  # (N,) int64, id of (cluster, chosen experts)
+    novelty: Tensor | None = None  # (N,) distance / cluster radius, 1 on the edge
+    disagreement: Tensor | None = None  # (N,)
+    domain: Tensor | None = None  # (N,) int64
+
+    def rows(self, index: Tensor) -> "Outputs":  # (M,) int64 or (N,) bool
+        """The same fields of some rows."""
+        rest = {
+            name: None if field is None else field[index]
+            for name, field in zip(self._fields[1:], self[1:], strict=True)
+        }
+        return Outputs(self.probs[index], **rest)
+
+
+class Calibrator(nn.Module, ABC):
+    """Base of all calibrators: checks, the ``fitted`` flag, and buffers that take the shape of the state they load.
+
+    A child registers its state as buffers and writes ``_fit`` and ``_calibrate``, both in float64 and without gradients.
+    """
+
+    fit_needs: ClassVar[tuple[str, ...]] = ()  # fields of Outputs without which fit cannot do
+    call_needs: ClassVar[tuple[str, ...]] = ()  # and those without which a call cannot
+    keeps_top_label: ClassVar[bool] = True
+
+    fitted: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+
+    __call__: Callable[..., Tensor]
+
+    @torch.no_grad()
+    def fit(
+        self,
+        outputs: Outputs,
+        target: Tensor,  # (N,) classes
+    ) -> Self:
+        """Learn the map from validation rows, forgetting any earlier fit; the same rows give the same map.
+
+        Raises:
+            InvalidArgumentError: no rows, a field that is missing, or shapes and values that do not fit.
+        """
+        validate_outputs(outputs, self.fit_needs)
+        validate_target(outputs.probs, target)
+        self._fit(outputs._replace(probs=outputs.probs.double()), target.long())
+        self.fitted.fill_(True)
+        return self
+
+    @torch.no_grad()
+    def forward(self, outputs: Outputs) -> Tensor:  # -> (N, K)
+        """Calibrated probabilities in the dtype of ``outputs.probs``, at least float32.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            InvalidArgumentError: a field that is missing, or shapes and values that do not fit.
+        """
+        self.require_fitted()
+        validate_outputs(outputs, self.call_needs)
+        calibrated = self._calibrate(outputs._replace(probs=outputs.probs.double()))
+        calibrated = calibrated.to(torch.promote_types(outputs.probs.dtype, torch.float32))
+        return keep_top(calibrated, top_label(outputs.probs)) if self.keeps_top_label else calibrated
+
+    def require_fitted(self) -> None:
+        """Raise NotFittedError unless ``fit`` was called or a fitted state was loaded."""
+        if not self.fitted:
+            raise NotFittedError(f"{type(self).__name__} must be fitted on validation rows before it is called")
+
+    @abstractmethod
+    def _fit(self, outputs: Outputs, target: Tensor) -> None: ...
+
+    @abstractmethod
+    def _calibrate(self, outputs: Outputs) -> Tensor: ...
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # How many configurations, bins or domains there are is known to the saved state, not to a fresh instance.
+        for name, buffer in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if buffer is not None and saved is not None and saved.shape != buffer.shape:
+                self._buffers[name] = buffer.new_empty(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def validate_outputs(outputs: Outputs, needs: tuple[str, ...]) -> None:
+    """Refuse outputs whose probabilities are none, whose fields differ in length, or that lack a field in ``needs``."""
+    probs = outputs.probs
+    if not probs.is_floating_point() or probs.ndim != 2 or probs.shape[1] < 1:
+        raise InvalidArgumentError(
+            f"outputs.probs must be floating point of shape (N, K); got {probs.dtype} of shape {tuple(probs.shape)}"
+        )
+    for name in needs:
+        if getattr(outputs, name) is None:
+            raise InvalidArgumentError(f"outputs.{name} must be given to this calibrator; got None")
+    for name, field in zip(outputs._fields, outputs, strict=True):
+        if field is not None and (field.ndim == 0 or len(field) != len(probs)):
+            raise InvalidArgumentError(f"outputs.{name} must have {len(probs)} rows; got shape {tuple(field.shape)}")
+    _validate_fields(outputs)
+    inside = (probs >= -1e-5) & (probs <= 1 + 1e-2)  # False for NaN; half precision rounds that far
+    total = probs.double().sum(1)
+    if not inside.all() or ((total - 1).abs() > 1e-2).any():
+        row = int((~inside.all(1) | ((total - 1).abs() > 1e-2)).nonzero()[0])
+        raise InvalidArgumentError(
+            f"outputs.probs must be probabilities that sum to 1; got {probs[row].tolist()} in row {row}"
+        )
+
+
+def _validate_fields(outputs: Outputs) -> None:
+    for name in ("configuration", "domain"):
+        field = getattr(outputs, name)
+        if field is not None and (field.ndim != 1 or field.dtype != torch.int64):
+            raise InvalidArgumentError(
+                f"outputs.{name} must be int64 of shape (N,); got {field.dtype} of shape {tuple(field.shape)}"
+            )
+    for name in ("novelty", "disagreement"):
+        field = getattr(outputs, name)
+        if field is not None and (field.ndim != 1 or field.isnan().any() or (field < 0).any()):
+            wrong = field[~(field >= 0)][:1].tolist()
+            raise InvalidArgumentError(
+                f"outputs.{name} must be at least 0 and of shape (N,); got shape {tuple(field.shape)}, values {wrong}"
+            )
+    experts, weights = outputs.expert_probs, outputs.routing_weights
+    if experts is not None and (experts.ndim != 3 or experts.shape[2] != outputs.probs.shape[1]):
+        raise InvalidArgumentError(
+            f"outputs.expert_probs must have shape (N, E, {outputs.probs.shape[1]}); got {tuple(experts.shape)}"
+        )
+    if weights is not None and (weights.ndim != 2 or not (weights >= 0).all() or not (weights.sum(1) > 0).all()):
+        raise InvalidArgumentError(
+            "outputs.routing_weights must have shape (N, E), be at least 0 and not all 0 in a row; "
+            f"got shape {tuple(weights.shape)}, {weights.tolist()[:1]} ..."
+        )
+    if experts is not None and weights is not None and weights.shape != experts.shape[:2]:
+        raise InvalidArgumentError(
+            f"outputs.routing_weights must have shape {tuple(experts.shape[:2])}; got {tuple(weights.shape)}"
+        )
+
+
+def validate_target(
+    probs: Tensor,  # (N, K)
+    target: Tensor,  # (N,)
+) -> None:
+    """Refuse an empty fit and anything but one class per row."""
+    if target.shape != probs.shape[:1] or target.is_floating_point() or target.is_complex():
+        raise InvalidArgumentError(
+            f"target must be integer of shape ({len(probs)},); got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    if not len(target):
+        raise InvalidArgumentError("target must hold at least one row to fit on; got none")
+    if int(target.min()) < 0 or int(target.max()) >= probs.shape[1]:
+        raise InvalidArgumentError(
+            f"target must lie in [0, {probs.shape[1] - 1}]; got [{int(target.min())}, {int(target.max())}]"
+        )
