@@ -18,11 +18,17 @@ class _Command(NamedTuple):
 
 COMMANDS = {
     "fit": _Command("moe_posterior.training.cli", "fit", "train", "train the arms of an experiment"),
+    "cache": _Command(
+        "moe_posterior.training.cache", "cache", "train", "run a backbone once over a data set and keep its features"
+    ),
     "benchmark": _Command(
         "moe_posterior.benchmarks.cli",
         "benchmark",
         "train",
         "measure routing gates on streams of queries, and their latency",
+    ),
+    "study": _Command(
+        "moe_posterior.training.study.cli", "study", "train", "compare all training methods and calibrators over seeds"
     ),
     "evaluate": _Command(
         "moe_posterior.training.evaluate",

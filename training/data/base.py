@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import lightning
 import torch
@@ -39,6 +39,7 @@ class Batch(TypedDict):
     input: Tensor  # (N, ...)
     target: Tensor  # (N,) int64
     index: Tensor  # (N,) int64, row number within the split
+    group: NotRequired[Tensor]  # (N,) int64, where the split knows groups
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,10 @@ class Split(Dataset[Batch]):
         scale: a float batch is ``inputs / scale``; 255 for uint8 images, None leaves the dtype alone.
         augmentation: applied to the stored rows of each batch before scaling, with a generator seeded by (seed, epoch, batch).
         seed: of the augmentation.
+        groups: (N,) int64, a known subpopulation of each row, for objectives and reports over groups.
 
     Raises:
-        InvalidArgumentError: inputs and targets differ in length.
+        InvalidArgumentError: inputs, targets and groups differ in length.
     """
 
     def __init__(
@@ -140,14 +142,19 @@ class Split(Dataset[Batch]):
         scale: float | None = None,
         augmentation: Augmentation | None = None,
         seed: int = 42,
+        groups: Tensor | None = None,
     ) -> None:
-        if len(inputs) != len(targets):
-            raise InvalidArgumentError(f"targets must have one entry per input row, {len(inputs)}; got {len(targets)}")
+        for name, values in (("targets", targets), ("groups", groups)):
+            if values is not None and len(inputs) != len(values):
+                raise InvalidArgumentError(
+                    f"{name} must have one entry per input row, {len(inputs)}; got {len(values)}"
+                )
         self.inputs = inputs
         self.targets = targets
         self.scale = scale
         self.augmentation = augmentation
         self.seed = seed
+        self.groups = groups
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -158,7 +165,10 @@ class Split(Dataset[Batch]):
             inputs = self.augmentation(inputs, generator_for("augmentation", self.seed, key.epoch, key.number))
         if self.scale is not None:
             inputs = inputs.float() / self.scale
-        return {"input": inputs, "target": self.targets[key.rows], "index": key.rows}
+        batch: Batch = {"input": inputs, "target": self.targets[key.rows], "index": key.rows}
+        if self.groups is not None:
+            batch["group"] = self.groups[key.rows]
+        return batch
 
 
 class EpochBatches(DistributedSampler[BatchKey]):
@@ -220,6 +230,8 @@ class ClassificationData(lightning.LightningDataModule):
     name: str
     class_names: tuple[str, ...]
     input_shape: tuple[int, ...]
+    group_names: tuple[str, ...] = ()  # of the groups that splits and batches carry
+    membership_names: tuple[str, ...] = ()  # of overlapping subpopulations, the columns of `groups`
     known_shifts: tuple[str, ...] = ()
     default_shifts: tuple[str, ...] = ()
 
@@ -235,6 +247,11 @@ class ClassificationData(lightning.LightningDataModule):
         """How many classes there are."""
         return len(self.class_names)
 
+    @property
+    def num_groups(self) -> int:
+        """How many groups the batches tell apart."""
+        return len(self.group_names)
+
     def load(self) -> Mapping[str, Split]:
         """The splits "train", "val" and "test"; called once."""
         raise NotImplementedError(f"{type(self).__name__} must implement load()")
@@ -246,6 +263,10 @@ class ClassificationData(lightning.LightningDataModule):
     def subsets(self) -> dict[str, Tensor]:
         """Boolean masks over the test rows, (n_test,) each: "overall", and where the data know them "hard" and "easy"."""
         return {"overall": torch.ones(len(self.split("test")), dtype=torch.bool)}
+
+    def groups(self, part: str) -> Tensor:  # (n, G) bool
+        """Which of the subpopulations in `membership_names` each row of a split belongs to."""
+        return torch.zeros(len(self.split(part)), 0, dtype=torch.bool)
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits, once; called by the Trainer and, where there is none, on first use."""
@@ -266,7 +287,7 @@ class ClassificationData(lightning.LightningDataModule):
     def train_dataloader(self) -> "DataLoader[Batch]":
         """Training rows, shuffled and augmented anew each epoch."""
         stored = self.split("train")
-        split = Split(stored.inputs, stored.targets, stored.scale, self.augmentation, self.seed)
+        split = Split(stored.inputs, stored.targets, stored.scale, self.augmentation, self.seed, stored.groups)
         return self.loader(split, shuffle=True)
 
     def train_evaluation_dataloader(self) -> "DataLoader[Batch]":
