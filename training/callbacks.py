@@ -1,5 +1,6 @@
 """What keeps a posterior gate's belief in step with the model that is being trained."""
 
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning
@@ -12,7 +13,7 @@ from moe_posterior.training.data import Batch
 from moe_posterior.training.data.base import generator_for
 from moe_posterior.training.module import MoEClassifier
 
-__all__ = ["CompetenceUpdates"]
+__all__ = ["CompetenceUpdates", "WarmupCheckpoint"]
 
 EvidenceSplit = Literal["train", "val"]
 
@@ -95,6 +96,26 @@ class CompetenceUpdates(lightning.Callback):
             hidden, correct = _pass_over(model, data.val_dataloader())
         gate.observe(gate(hidden), correct, dense=True)
         model.train(was_training)
+
+
+class WarmupCheckpoint(lightning.Callback):
+    """Keep the state at the end of the method's ERM warm-up, from which other methods of the same seed can branch.
+
+    Args:
+        folder: where ``warmup.ckpt`` is written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def path(self) -> Path:
+        """Where the state is."""
+        return self.folder / "warmup.ckpt"
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.current_epoch + 1 == _classifier(pl_module).method.warmup_epochs:
+            trainer.save_checkpoint(self.path)
 
 
 def _classifier(module: lightning.LightningModule) -> MoEClassifier:

@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
-from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.training.callbacks import CompetenceUpdates
+from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint
 from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.module import MoEClassifier
 from moe_posterior.training.runs import Arm, Experiment, Run, merge, read_experiment, require_folder_name
@@ -73,6 +73,7 @@ class ExperimentCLI(LightningCLI):
                 "default_root_dir": str(arm.folder),
                 "callbacks": [
                     _Progress(),
+                    WarmupCheckpoint(arm.folder / "checkpoints"),
                     ModelCheckpoint(arm.folder / "checkpoints", save_last=True, monitor="val/nll", filename="best"),
                 ],
                 "logger": [_logger("CSVLogger", arm), _logger("TensorBoardLogger", arm)],
@@ -83,6 +84,7 @@ class ExperimentCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.num_groups", "model.num_groups", apply_on="instantiate")
         parser.add_lightning_class_args(CompetenceUpdates, "competence")
 
 
@@ -113,12 +115,12 @@ def fit(arguments: list[str]) -> int:
     console = Console()
     if is_launched_rank():
         for name in arms:
-            train(run.arm(name), console)
+            train(run.arm(name), console, run.origin(experiment, name))
         return 0
     with run.locked():
         run.prepare(experiment, overwrite=options.overwrite)
         for name in arms:
-            train(run.arm(name), console)
+            train(run.arm(name), console, run.origin(experiment, name))
     console.print(f"Trained: {run.folder}. Evaluate it with: moe-posterior evaluate --run {run.folder}")
     return 0
 
@@ -128,8 +130,8 @@ def is_launched_rank() -> bool:
     return any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
 
 
-def train(arm: Arm, console: Console) -> None:
-    """Train one arm to its end, from its last checkpoint if there is one.
+def train(arm: Arm, console: Console, origin: Arm | None = None) -> None:
+    """Train one arm to its end, from its last checkpoint if there is one, else from the end of the origin's warm-up if it has one.
 
     Raises:
         InvalidArgumentError: the last checkpoint cannot be read. KeyboardInterrupt: training was stopped before its end.
@@ -142,6 +144,14 @@ def train(arm: Arm, console: Console) -> None:
         read_checkpoint(arm)
         console.print(f"{arm.folder} goes on from {arm.checkpoint}")
         args += ["--ckpt_path", str(arm.checkpoint)]
+    elif origin is not None:
+        if not origin.warmup.is_file():
+            raise MissingDataError(
+                f"{arm.folder} branches from {origin.warmup}, which is not there: train {origin.name!r} first, its method "
+                "with the same warmup_epochs"
+            )
+        console.print(f"{arm.folder} branches from {origin.warmup}")
+        args += ["--ckpt_path", str(origin.warmup)]
     else:
         console.print(f"{arm.folder} starts")
     started = time.monotonic()

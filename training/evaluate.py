@@ -1,6 +1,8 @@
 """``moe-posterior evaluate``: a run's arms side by side, on the clean test rows and under every shift."""
 
 import argparse
+import datetime
+import hashlib
 import os
 import platform
 import shlex
@@ -20,25 +22,33 @@ from moe_posterior.gates import PosteriorGate
 from moe_posterior.training.cli import ExperimentCLI, chosen, read_checkpoint
 from moe_posterior.training.data import ClassificationData, EvaluationSet
 from moe_posterior.training.module import MoEClassifier
+from moe_posterior.training.outputs import outputs_of, routed_outputs_of
 from moe_posterior.training.report import (
     Predictions,
     evaluate_predictions,
     posterior_heatmap,
     reliability_diagram,
     render_table,
+    to_card,
+    to_html,
     to_markdown,
     write_json,
 )
+from moe_posterior.training.report.sections import Judged, further_sections, pooled
 from moe_posterior.training.runs import Arm, Run
 
 LEAST_RESAMPLES = 100
+SEVERE = 3  # severities from here on make up the panel "shifted", as in the table
 
 HELP = """
 Evaluate a run: accuracy, NLL, Brier score and expected calibration error of the routed aggregate, for every arm, on the clean
 test rows and under each shift at each severity, over all rows and over the hard and the easy ones, with bootstrap intervals.
 
-Writes report.json (everything), table.md, reliability.png and, for each posterior gate, competence-ARM.png into RUN/report, and prints
-the table.
+Also, from validation rows: what six calibrators make of it, the threshold to act on, the error under reweighted routing
+configurations, and how fast the confidences recover as outcomes are delivered.
+
+Writes index.html (one page with everything, no network needed), report.json, table.md, model_card.md (a fragment for a model card),
+reliability.png and, for each posterior gate, competence-ARM.png into RUN/report, and prints the table.
 """
 
 
@@ -58,6 +68,9 @@ def evaluate(arguments: list[str]) -> int:
     with run.locked(), _progress(console) as progress:
         task = progress.add_task("evaluating", total=total)
 
+        judged: dict[str, dict[str, list[Judged]]] = {}  # panel -> arm -> evaluation sets
+        severe = min(SEVERE, max(options.severities))
+
         def predictions() -> Iterator[Predictions]:
             for item in data.evaluation_sets(options.shifts, options.severities):
                 for name, model in models.items():
@@ -65,16 +78,27 @@ def evaluate(arguments: list[str]) -> int:
                     progress.update(task, description=what)
                     if not console.is_terminal:  # a log file shows no bar
                         console.print(f"evaluating {what}")
-                    yield predict(model, name, item)
+                    predicted, outputs = predict(model, name, item)
+                    if item.severity == 0 or item.severity >= severe:
+                        panel = "clean" if item.severity == 0 else "shifted"
+                        judged.setdefault(panel, {}).setdefault(name, []).append(outputs)
+                    yield predicted
                     progress.advance(task)
 
         report = evaluate_predictions(
             predictions(), subsets, resamples=options.resamples, seed=options.seed, baseline=_baseline(list(models))
         )
+        validation = {name: Judged(*outputs_of(model, data.val_dataloader())) for name, model in models.items()}
+        panels = {panel: {name: pooled(parts) for name, parts in arms.items()} for panel, arms in judged.items()}
+        report |= further_sections(validation, panels, subsets, seed=options.seed)
         report["provenance"] = _provenance(run, data, models, options)
+        report["identity"] = _identity(arms, data, models)
         folder = _write(run.folder / "report", report, models)
     render_table(report, console)
-    console.print(f"Report: {folder}/report.json  table.md  " + "  ".join(p.name for p in sorted(folder.glob("*.png"))))
+    console.print(
+        f"Report: {folder}/index.html  report.json  table.md  model_card.md  "
+        + "  ".join(p.name for p in sorted(folder.glob("*.png")))
+    )
     if options.copy_to:
         shutil.copytree(folder, options.copy_to, dirs_exist_ok=True)
         console.print(f"Copied to {options.copy_to}")
@@ -84,32 +108,29 @@ def evaluate(arguments: list[str]) -> int:
 def load_model(arm: Arm) -> MoEClassifier:
     """The trained classifier of an arm, in evaluation mode, as its last checkpoint has it."""
     model = ExperimentCLI(arm, ["--config", str(arm.config)], run=False).model
-    model.load_state_dict(read_checkpoint(arm)["state_dict"])
+    try:
+        model.load_state_dict(read_checkpoint(arm)["state_dict"])
+    except RuntimeError as error:
+        raise InvalidArgumentError(
+            f"{arm.checkpoint} does not fit this version's model; train it anew with --overwrite. {error}"
+        ) from error
     return model.eval()
 
 
-@torch.no_grad()
-def predict(model: MoEClassifier, arm: str, item: EvaluationSet) -> Predictions:
-    """What one arm says of one evaluation set."""
-    probs, targets, clusters, experts = [], [], [], []
-    for batch in item.loader:
-        prediction = model.predict(batch["input"].to(model.device))
-        if prediction.routing is None:
-            raise InvalidArgumentError(f"the gate of arm {arm!r} was never fitted: train past competence.warmup_epochs")
-        probs.append(prediction.probs.cpu())
-        targets.append(batch["target"])
-        clusters.append(prediction.routing.cluster_ids.cpu())
-        experts.append(prediction.routing.expert_indices.cpu())
+def predict(model: MoEClassifier, arm: str, item: EvaluationSet) -> tuple[Predictions, Judged]:
+    """What one arm says of one evaluation set, for the table and for the further sections."""
+    outputs, target, routing = routed_outputs_of(model, item.loader)
     routed = isinstance(model.moe.gate, PosteriorGate)
-    return Predictions(
-        probs=torch.cat(probs),
-        target=torch.cat(targets),
+    predictions = Predictions(
+        probs=outputs.probs,
+        target=target,
         arm=arm,
         shift=item.shift,
         severity=item.severity,
-        cluster_ids=torch.cat(clusters) if routed else None,
-        expert_indices=torch.cat(experts),
+        cluster_ids=routing.cluster_ids if routed else None,
+        expert_indices=routing.expert_indices,
     )
+    return predictions, Judged(outputs, target)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -185,12 +206,36 @@ def _provenance(
     }
 
 
+def _identity(arms: Sequence[Arm], data: ClassificationData, models: dict[str, MoEClassifier]) -> dict[str, Any]:
+    """What a reader must know to say which model on which data this is."""
+    checkpoints = {arm.name: hashlib.sha256(arm.checkpoint.read_bytes()).hexdigest()[:12] for arm in arms}
+    backbone = type(next(iter(models.values())).backbone).__name__
+    sizes = {part: len(data.split(part)) for part in ("train", "val", "test")}
+    return {
+        "routing": {
+            name: f"{type(model.moe.gate).__name__}, top {model.moe.gate.top_k} of {model.moe.gate.num_experts} experts"
+            for name, model in models.items()
+        },
+        "model": f"{backbone}; "
+        + ", ".join(f"{name}: checkpoint sha256 {digest}" for name, digest in checkpoints.items()),
+        "data": {
+            "training": f"{data.name}, {sizes['train']:,} rows, split seed {data.seed}",
+            "validation": f"{data.name}, {sizes['val']:,} rows held out of training",
+            "evaluation": f"{data.name}, {sizes['test']:,} test rows, clean and shifted",
+        },
+        "seed": data.seed,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
 def _write(folder: Path, report: dict, models: dict[str, MoEClassifier]) -> Path:
     """A whole report: what an earlier evaluation left is gone, so that tables and figures belong together."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_json(report, folder / "report.json")
     (folder / "table.md").write_text(to_markdown(report).rstrip() + "\n")
+    (folder / "index.html").write_text(to_html(report), encoding="utf-8")
+    (folder / "model_card.md").write_text(to_card(report), encoding="utf-8")
     reliability_diagram(report, folder / "reliability.png")
     for name, model in models.items():
         gate = model.moe.gate

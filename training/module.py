@@ -4,38 +4,28 @@ Dimensions: N inputs, F features, E experts, K classes.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from moe_posterior import losses
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.gates import Gate, Routing, SoftmaxGate
+from moe_posterior.gates import Gate, SoftmaxGate
 from moe_posterior.layer import MixtureOfExperts
 from moe_posterior.training.data import Batch
+from moe_posterior.training.data.base import generator_for
+from moe_posterior.training.methods import Method, Terms, Vanilla
+from moe_posterior.training.prediction import Prediction
 
-__all__ = ["MoEClassifier", "Prediction"]
-
-
-class Prediction(NamedTuple):
-    """What the classifier says of a batch, and how it came to it."""
-
-    probs: Tensor  # (N, K) of the aggregate
-    expert_probs: Tensor  # (N, E, K)
-    routing: Routing | None  # None while the gate is not fitted: every expert weighs 1/E then
-
-
-def aggregate_nll(probs: Tensor, target: Tensor) -> Tensor:  # (N, K), (N,) -> ()
-    """Mean negative log of the aggregate probability of the true class, floored at 1e-12 so that an underflow stays finite."""
-    return F.nll_loss(probs.clamp(min=1e-12).log(), target)
+__all__ = ["MoEClassifier", "project"]
 
 
 class MoEClassifier(lightning.LightningModule):
-    """Backbone + mixture of E linear probability experts; the loss is the negative log of the *aggregate* probability.
+    """Backbone + mixture of E linear probability experts; by default the loss is the negative log of the *aggregate* probability.
 
     The mixture is linear in probabilities: ``f(x) = Σ_e w_e(x) softmax(W_e φ(x))``. Until a gate that needs clusters is fitted
     (see :class:`~moe_posterior.training.callbacks.CompetenceUpdates`) all experts weigh the same.
@@ -45,6 +35,9 @@ class MoEClassifier(lightning.LightningModule):
         num_classes: K; the CLI takes it from the data module.
         num_experts: E; 4 as in the paper.
         gate: from (hidden size, number of experts) to a gate; in YAML a ``class_path`` with the remaining ``init_args``.
+        method: the objective; in YAML a ``class_path`` from :mod:`moe_posterior.training.methods`. Default: ERM.
+        num_groups: G of the data, for objectives over groups; the CLI takes it from the data module.
+        seed: of what the objective draws, together with epoch and batch.
         lr, weight_decay: of AdamW. The learning rate rises linearly over the first ``warmup_share`` of all steps and falls to zero
             by a cosine.
         warmup_share: in [0, 1).
@@ -64,6 +57,9 @@ class MoEClassifier(lightning.LightningModule):
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
         warmup_share: float = 0.05,
+        method: Method | None = None,
+        num_groups: int = 0,
+        seed: int = 42,
     ) -> None:
         super().__init__()
         features = getattr(backbone, "out_features", None)
@@ -77,6 +73,9 @@ class MoEClassifier(lightning.LightningModule):
         self.lr, self.weight_decay, self.warmup_share = lr, weight_decay, warmup_share
         experts = [nn.Sequential(nn.Linear(features, num_classes), nn.Softmax(dim=-1)) for _ in range(num_experts)]
         self.moe = MixtureOfExperts(nn.ModuleList(experts), gate(features, num_experts))
+        self.method = Vanilla() if method is None else method
+        self.method.bind(self.moe.gate, num_groups)
+        self.seed = seed
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_ece = MulticlassCalibrationError(num_classes, n_bins=15)
 
@@ -101,18 +100,51 @@ class MoEClassifier(lightning.LightningModule):
         return Prediction(probs, expert_probs, routing)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        prediction = self.predict(batch["input"])
-        loss = aggregate_nll(prediction.probs, batch["target"])
-        self.log("train/nll", loss, prog_bar=True, batch_size=len(batch["target"]))
-        correct = prediction.expert_probs.detach().argmax(dim=-1) == batch["target"][:, None]
-        return {"loss": loss, "routing": prediction.routing, "expert_correct": correct}
+        target = batch["target"]
+        inputs = batch["input"]
+        warming_up = self.current_epoch < self.method.warmup_epochs
+        if not warming_up:
+            inputs = self.method.extend(inputs, generator_for("method", self.seed, self.global_step))
+        prediction = self.predict(inputs)
+        terms = self.method.terms(prediction, target, self.moe.gate, batch.get("group"), self.current_epoch)
+        count = len(target)
+        shown = terms.loss.detach()
+        self.log("train/loss", shown, prog_bar=True, batch_size=count)
+        self.log("train/nll", losses.nll(prediction.probs[:count].detach(), target), batch_size=count)
+        for name, value in terms.logs.items():
+            self.log(f"train/{name}", value.float(), batch_size=count)
+        correct = prediction.expert_probs[:count].detach().argmax(dim=-1) == target[:, None]
+        routing = prediction.routing
+        if routing is not None and len(inputs) > count:
+            routing = type(routing)(*(field[:count] for field in routing))
+        return {"loss": self._projected(terms), "routing": routing, "expert_correct": correct}
+
+    def _projected(self, terms: Terms) -> Tensor:
+        """The loss, or where there is a constraint a stand-in whose gradient is the loss's without its conflict."""
+        if terms.constraint is None:
+            return terms.loss
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        wanted, guard = (
+            torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for term in (terms.loss, terms.constraint)
+        )
+        pairs = zip(parameters, project(wanted, guard), strict=True)
+        stand_in = torch.stack([(parameter * gradient).sum() for parameter, gradient in pairs]).sum()
+        return stand_in - stand_in.detach() + terms.loss.detach()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint of the warm-up comes from another method: what that one kept is no business of this one."""
+        state, own = checkpoint["state_dict"], self.state_dict()
+        for name in [name for name in state if name.startswith("method.") and name not in own]:
+            del state[name]
+        state.update({name: own[name] for name in own if name.startswith("method.") and name not in state})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         probs, target = self(batch["input"]), batch["target"]
         self.val_accuracy(probs, target)
         self.val_ece(probs, target)
         count = len(target)
-        self.log("val/nll", aggregate_nll(probs, target), prog_bar=True, batch_size=count, sync_dist=True)
+        self.log("val/nll", losses.nll(probs, target), prog_bar=True, batch_size=count, sync_dist=True)
         self.log("val/accuracy", self.val_accuracy, prog_bar=True, batch_size=count)
         self.log("val/ece", self.val_ece, prog_bar=True, batch_size=count)
 
@@ -128,3 +160,17 @@ class MoEClassifier(lightning.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def project(wanted: Sequence[Tensor], guard: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient ``wanted`` without its part against ``guard``: unchanged unless the two conflict over all parameters together.
+
+    Source: arXiv 2606.20544, FGR; Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*.
+
+    >>> project([torch.tensor([1.0, -1.0])], [torch.tensor([0.0, 2.0])])
+    [tensor([1., 0.])]
+    """
+    inner = sum((w * g).sum() for w, g in zip(wanted, guard, strict=True))
+    square = sum(g.square().sum() for g in guard)
+    share = torch.where((inner < 0) & (square > 0), inner / square, 0.0)  # type: ignore[arg-type]
+    return [w - share * g for w, g in zip(wanted, guard, strict=True)]

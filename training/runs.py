@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Experiment:
     name: str
     arms: dict[str, dict[str, Any]]  # what each arm sets differently
     base: dict[str, Any]  # the LightningCLI configuration they share
+    branches: dict[str, str] = field(default_factory=dict)  # arm -> the arm whose warm-up it goes on from
 
     def config(self, arm: str) -> dict[str, Any]:
         """The LightningCLI configuration of one arm."""
@@ -48,7 +49,8 @@ def read_experiment(path: str | Path) -> Experiment:
 
     Besides what LightningCLI understands (``model``, ``data``, ``trainer``, ``seed_everything``, ``competence``) it has two keys:
     ``name`` (default: the file's name) and ``arms``, a mapping from arm names to what they set differently. Without ``arms`` the
-    configuration itself is the only arm, called "model".
+    configuration itself is the only arm, called "model". An arm that says ``branch_from: OTHER`` goes on from the state of an arm
+    before it at the end of the ERM warm-up, which the two share.
 
     Raises:
         MissingDataError: there is no such file. InvalidArgumentError: it is not a mapping, or a name cannot be a folder.
@@ -68,7 +70,11 @@ def read_experiment(path: str | Path) -> Experiment:
         raise InvalidArgumentError(f"arms must map names to settings; got {arms!r} in {path}")
     for word in (name, *arms):
         require_folder_name(word, str(path))
-    return Experiment(name, arms, content)
+    branches = {arm: overlay.pop("branch_from") for arm, overlay in arms.items() if "branch_from" in overlay}
+    for arm, origin in branches.items():
+        if origin not in list(arms)[: list(arms).index(arm)]:
+            raise InvalidArgumentError(f"branch_from must name an arm before {arm!r}; got {origin!r} in {path}")
+    return Experiment(name, arms, content, branches)
 
 
 def require_folder_name(word: Any, where: str) -> None:
@@ -120,6 +126,11 @@ class Arm:
         return self.folder / "checkpoints" / "last.ckpt"
 
     @property
+    def warmup(self) -> Path:
+        """The state at the end of the ERM warm-up, where the method has one."""
+        return self.folder / "checkpoints" / "warmup.ckpt"
+
+    @property
     def finished(self) -> bool:
         """Whether training came to its end."""
         return (self.folder / "finished.json").is_file()
@@ -146,7 +157,11 @@ class Run:
             InvalidArgumentError: the folder holds a run with other settings, or something that is no run.
         """
         file = self.folder / EXPERIMENT
-        content = yaml.safe_dump({"name": experiment.name, "arms": experiment.arms, **experiment.base}, sort_keys=False)
+        arms = {
+            name: {**overlay, **({"branch_from": experiment.branches[name]} if name in experiment.branches else {})}
+            for name, overlay in experiment.arms.items()
+        }
+        content = yaml.safe_dump({"name": experiment.name, "arms": arms, **experiment.base}, sort_keys=False)
         others = list(self.folder.glob("[!.]*")) if self.folder.is_dir() else []
         if others and not (self.folder / MARKER).is_file():
             raise InvalidArgumentError(
@@ -182,6 +197,10 @@ class Run:
     def arm(self, name: str) -> Arm:
         """One arm of the run."""
         return Arm(name, self.folder / name)
+
+    def origin(self, experiment: Experiment, arm: str) -> Arm | None:
+        """The arm whose warm-up this one goes on from."""
+        return self.arm(experiment.branches[arm]) if arm in experiment.branches else None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
