@@ -1,0 +1,178 @@
+"""``moe-posterior study``: train every cell, measure, tabulate; resumable."""
+
+import argparse
+import json
+import os
+import shlex
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.training.outputs import outputs_of
+from moe_posterior.training.runs import Run
+from moe_posterior.training.study.measure import figures_of_cell, figures_of_simulation
+from moe_posterior.training.study.plan import STUDIES, Cell, Study, cells_of, simulations_of
+from moe_posterior.training.study.sources import SIMULATED_SPLIT
+from moe_posterior.training.study.tables import tables_of, to_markdown
+from moe_posterior.training.study.train import load_outputs, save_outputs, train_cell
+
+__all__ = ["study"]
+
+HELP = """
+Compare all training methods, with the softmax and with the posterior gate, over seeds, on frozen features of one data set.
+
+Every cell is trained once (methods of one seed share their ERM warm-up), what it says of the validation and test rows is kept under
+runs/study-NAME, and all figures are computed from that. Run the same command again to go on where it stopped.
+"""
+EXAMPLES = """
+examples:
+  moe-posterior study pacs --out results/calibration/pacs.json --markdown results/calibration/pacs.md
+  moe-posterior study comments --seeds 1                  a first look
+  moe-posterior study pacs --from results/calibration/pacs.json   the tables of an earlier run, nothing is trained
+
+pacs        each of the four domains held out in turn; features of an ImageNet network, projected to 256 axes
+comments    Contextual Abuse Dataset in CivilComments' schema; sentence embeddings; hard: any identity mentioned
+cifar10h    CIFAR-10H; features of a small ResNet trained by ERM, one a seed (make cifar10h-features); hard: people disagree
+"""
+
+
+def study(arguments: list[str]) -> int:
+    """Run ``moe-posterior study`` with the given command-line arguments.
+
+    Raises:
+        MoEPosteriorError: a mistake in what was asked, or absent data.
+    """
+    asked = _parser().parse_args(arguments)
+    console = Console()
+    command = shlex.join(["moe-posterior", "study", *arguments])
+    if asked.source is not None:
+        if not Path(asked.source).is_file():
+            raise MissingDataError(f"there is no {asked.source}; make it with: {command.replace('--from', '--out')}")
+        content = json.loads(Path(asked.source).read_text())
+    else:
+        if asked.seeds is not None and asked.seeds < 1:
+            raise InvalidArgumentError(f"--seeds must be at least 1; got {asked.seeds}")
+        content = _run(STUDIES[asked.study], asked, command, console)
+    tables = tables_of(content["records"])
+    text = to_markdown(tables, content["about"])
+    console.print(text, markup=False, highlight=False)
+    if asked.markdown:
+        Path(asked.markdown).parent.mkdir(parents=True, exist_ok=True)
+        Path(asked.markdown).write_text(text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "moe-posterior study",
+        description=HELP,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("study", choices=sorted(STUDIES), help="which data; see below")
+    parser.add_argument(
+        "--seeds", type=int, metavar="S", help="how many, from --first-seed on (default: 5; cifar10h 3)"
+    )
+    parser.add_argument("--first-seed", type=int, default=42, metavar="S", help="default %(default)s")
+    parser.add_argument("--run-dir", default="runs", metavar="DIR", help="where runs live (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE.json", help="write the figures as tidy records")
+    parser.add_argument("--markdown", metavar="FILE.md", help="write the tables")
+    parser.add_argument(
+        "--from", dest="source", metavar="FILE.json", help="show the tables of these records, run nothing"
+    )
+    parser.add_argument("--train-only", action="store_true", help="train what is missing and stop")
+    return parser
+
+
+def _run(plan: Study, asked: argparse.Namespace, command: str, console: Console) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # heads are small: threads would only wait for each other
+    try:
+        with Run(Path(asked.run_dir) / f"study-{plan.name}").locked():
+            return _locked_run(plan, asked, command, console)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _locked_run(plan: Study, asked: argparse.Namespace, command: str, console: Console) -> dict[str, Any]:
+    folder = Path(asked.run_dir) / f"study-{plan.name}"
+    seeds = range(asked.first_seed, asked.first_seed + (asked.seeds or plan.seeds))
+    cells, simulations = list(cells_of(plan, seeds)), list(simulations_of(plan, seeds))
+    _train(plan, [*cells, *simulations], folder, console)
+    about = {"command": command, "torch": torch.__version__, "seeds": list(seeds), "processors": os.cpu_count()}
+    if asked.train_only:
+        return {"about": about, "records": []}
+    records = _measure(cells, simulations, folder, console)
+    content = {"about": about, "records": records}
+    if asked.out:
+        out = Path(asked.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft = out.with_suffix(".part")
+        lines = ",\n".join(json.dumps(record) for record in records)
+        draft.write_text(f'{{"about": {json.dumps(about)}, "records": [\n{lines}\n]}}\n')
+        draft.replace(out)
+    return content
+
+
+def _train(plan: Study, cells: list[Cell], folder: Path, console: Console) -> None:
+    missing = [cell for cell in cells if not _file(folder, cell).is_file()]
+    if not missing:
+        return
+    started = time.monotonic()
+    with _progress(console) as bar:
+        task = bar.add_task("training", total=len(missing))
+        for number, cell in enumerate(missing):
+            bar.update(task, description=f"{cell.setting} {cell.gate}, {cell.method}, seed {cell.seed}")
+            model, data = train_cell(cell, plan, folder)
+            parts = ("val", "test") if cell.inner is None else ("val", SIMULATED_SPLIT)
+            said = {part: outputs_of(model, data.loader(data.split(part))) for part in parts}
+            save_outputs(_file(folder, cell), said)
+            bar.advance(task)
+            if number == 4 or (not console.is_terminal and number % 50 == 49):
+                each = (time.monotonic() - started) / (number + 1)
+                console.print(
+                    f"{number + 1} of {len(missing)} cells, {each:.1f} s each: {each * (len(missing) - number) / 60:.0f} min to go"
+                )
+
+
+def _measure(cells: list[Cell], simulations: list[Cell], folder: Path, console: Console) -> list[dict[str, Any]]:
+    inner: dict[tuple[str, str, str, int], list[Path]] = {}
+    for cell in simulations:
+        inner.setdefault((cell.setting, cell.gate, cell.method, cell.seed), []).append(_file(folder, cell))
+    records: list[dict[str, Any]] = []
+    with _progress(console) as bar:
+        for cell in bar.track(cells, description="measuring"):
+            cached = _file(folder, cell).with_suffix(".json")
+            if not cached.is_file():
+                simulated = [
+                    load_outputs(path) for path in inner.get((cell.setting, cell.gate, cell.method, cell.seed), ())
+                ]
+                found = [
+                    *figures_of_cell(cell, load_outputs(_file(folder, cell))),
+                    *figures_of_simulation(cell, load_outputs(_file(folder, cell)), simulated),
+                ]
+                draft = cached.with_suffix(".part")
+                draft.write_text(json.dumps(found))
+                draft.replace(cached)
+            records += json.loads(cached.read_text())
+    return records
+
+
+def _file(folder: Path, cell: Cell) -> Path:
+    return folder / "outputs" / f"{cell.key}.npz"
+
+
+def _progress(console: Console) -> Progress:
+    columns: Iterable[Any] = (
+        TextColumn("{task.description:<48}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)

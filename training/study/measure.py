@@ -1,0 +1,193 @@
+"""What a cell's outputs amount to: figures before and after every calibrator, under reweighting, and while outcomes trickle in.
+
+Dimensions: n rows, K classes. Calibrators see validation rows alone, the shift-aware one also those of simulated shifts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_posterior.calibrators import (
+    Calibrator,
+    ConfigurationCalibrator,
+    ExpertTemperature,
+    HistogramBinning,
+    IsotonicCalibration,
+    MultiDomainTemperature,
+    OnlineConfigurationCalibrator,
+    Outputs,
+    ShiftAwareTemperature,
+    TemperatureScaling,
+    VectorScaling,
+)
+from moe_posterior.metrics import (
+    brier_score,
+    calibration_error,
+    configuration_ids,
+    negative_log_likelihood,
+    rce_curve,
+)
+from moe_posterior.training.data.base import generator_for
+from moe_posterior.training.study.plan import Cell
+
+__all__ = ["DELIVERED", "RHOS", "figures_of_cell", "figures_of_simulation"]
+
+Parts = Mapping[str, tuple[Outputs, Tensor]]
+STATIC: dict[str, type[Calibrator]] = {
+    "temperature": TemperatureScaling,
+    "expert temperature": ExpertTemperature,
+    "vector": VectorScaling,
+    "isotonic": IsotonicCalibration,
+    "histogram": HistogramBinning,
+    "multi-domain temperature": MultiDomainTemperature,
+    "configuration": ConfigurationCalibrator,
+}
+RHOS = (0.0, 0.1, 0.5, 1.0)
+DELIVERED = (0, 10, 20, 50, 100, 500)
+JUDGED = 200  # rows that must be left to judge the online calibrator by
+REWEIGHTED = ("none", "temperature", "configuration")
+ORDERS = 5  # random orders of the outcomes
+
+
+def figures_of_cell(cell: Cell, parts: Parts) -> list[dict[str, Any]]:
+    """All figures that need no simulated shift, as records of one value each."""
+    validation, labels = parts["val"]
+    calibrators = {name: kind().fit(validation, labels) for name, kind in STATIC.items()}
+    found = [*_records(cell, "none", "validation", *parts["val"])]
+    for subset, (outputs, target) in _subsets(cell, parts["test"]):
+        found += _records(cell, "none", subset, outputs, target)
+        for name, calibrator in calibrators.items():
+            found += _records(cell, name, subset, outputs._replace(probs=calibrator(outputs)), target)
+        if subset in ("hard", "overall"):
+            found += _online(cell, subset, calibrators["temperature"], parts["val"], outputs, target)
+    return found + list(_reweighted(cell, parts, calibrators))
+
+
+def figures_of_simulation(cell: Cell, parts: Parts, simulated: Sequence[Parts]) -> list[dict[str, Any]]:
+    """Figures of the calibrators that learn from simulated shifts; none where nothing was simulated.
+
+    Each simulation trained the same method without one more domain or group: its validation rows are unshifted, the rows left out
+    are shifted. A plain temperature on the shifted rows stands beside: what assuming the level of the shift does.
+    """
+    if not simulated:
+        return []
+    near, far = ([world[part] for world in simulated] for part in ("val", "simulated"))
+    outputs, target = _joined(near + far, [0] * len(near) + list(range(1, len(far) + 1)))
+    shift_aware = ShiftAwareTemperature().fit(outputs, target)
+    assumed = TemperatureScaling().fit(*_joined(far, list(range(len(far)))))
+    found: list[dict[str, Any]] = []
+    for subset, (rows, labels) in _subsets(cell, parts["test"]):
+        for name, calibrated in (
+            ("simulated temperature", assumed(rows)),
+            ("shift-aware", shift_aware.adapt(rows.rows(torch.arange(0)))(rows)),
+            ("shift-aware, adapted", shift_aware.adapt(rows)(rows)),
+        ):
+            found += _records(cell, name, subset, rows._replace(probs=calibrated), labels)
+    return found
+
+
+def _joined(worlds: Sequence[tuple[Outputs, Tensor]], domains: Sequence[int]) -> tuple[Outputs, Tensor]:
+    parts = [
+        outputs._replace(domain=torch.full((len(target),), domain))
+        for (outputs, target), domain in zip(worlds, domains, strict=True)
+    ]
+    return Outputs(*(torch.cat(column) for column in zip(*parts, strict=True))), torch.cat([t for _, t in worlds])
+
+
+def _subsets(cell: Cell, test: tuple[Outputs, Tensor]) -> Iterator[tuple[str, tuple[Outputs, Tensor]]]:
+    outputs, target = test
+    for name, mask in cell.data().subsets().items():
+        if name != "easy" and not (name == "overall" and cell.study == "pacs"):  # there both are the held-out domain
+            yield name, (outputs.rows(mask), target[mask])
+
+
+def _record(cell: Cell, calibrator: str, subset: str, metric: str, value: float) -> dict[str, Any]:
+    return {
+        "study": cell.study,
+        "setting": cell.setting,
+        "gate": cell.gate,
+        "method": cell.method,
+        "calibrator": calibrator,
+        "subset": subset,
+        "metric": metric,
+        "seed": cell.seed,
+        "value": round(float(value), 6),
+    }
+
+
+def _records(cell: Cell, calibrator: str, subset: str, outputs: Outputs, target: Tensor) -> Iterator[dict[str, Any]]:
+    probs = _normalised(outputs.probs)
+    for metric, value in (
+        ("accuracy", (probs.argmax(dim=1) == target).double().mean()),
+        ("ece", calibration_error(probs, target)),
+        ("ece_debiased", calibration_error(probs, target, debias=True)),
+        ("nll", negative_log_likelihood(probs, target)),
+        ("brier", brier_score(probs, target)),
+    ):
+        yield _record(cell, calibrator, subset, metric, float(value))
+
+
+def _online(
+    cell: Cell, subset: str, static: Calibrator, validation: tuple[Outputs, Tensor], outputs: Outputs, target: Tensor
+) -> Iterator[dict[str, Any]]:
+    """ECE on rows whose outcome never arrives, after so many others' have; the mean over random orders."""
+    count = len(target)
+    longest = max((m for m in DELIVERED if m + JUDGED <= count), default=None)
+    if longest is None:
+        return
+    totals = dict.fromkeys((m for m in DELIVERED if m <= longest), 0.0)
+    correct = outputs.probs.argmax(dim=1) == target
+    for order in range(ORDERS):
+        rows = torch.randperm(count, generator=generator_for("online", cell.seed, order))
+        judged, online = rows[longest:], OnlineConfigurationCalibrator(static).fit(*validation)
+        shown = 0
+        for delivered in totals:
+            arrived = rows[shown:delivered]
+            if len(arrived):
+                online.observe(outputs.rows(arrived), correct[arrived])
+            shown = delivered
+            totals[delivered] += float(calibration_error(online(outputs.rows(judged)), target[judged])) / ORDERS
+    for delivered, value in totals.items():
+        yield _record(cell, "online", subset, f"ece_after_{delivered}", value)
+
+
+def _reweighted(cell: Cell, parts: Parts, calibrators: Mapping[str, Calibrator]) -> Iterator[dict[str, Any]]:
+    """RCE(ρ) on rows of the training distribution: a shift that only changes how often configurations occur is simulated exactly.
+
+    The test rows where they are of that distribution. PACS has none, so its validation rows are halved: fitted on one half, judged on
+    the other, both ways.
+    """
+    if cell.study != "pacs":
+        yield from _rce(cell, [(calibrators, *parts["test"])])
+        return
+    outputs, target = parts["val"]
+    order = torch.randperm(len(target), generator=generator_for("halves", cell.seed))
+    halves = (order[: len(order) // 2], order[len(order) // 2 :])
+    worlds = []
+    for fitted, judged in (halves, halves[::-1]):
+        own = {name: STATIC[name]().fit(outputs.rows(fitted), target[fitted]) for name in REWEIGHTED[1:]}
+        worlds.append((own, outputs.rows(judged), target[judged]))
+    yield from _rce(cell, worlds)
+
+
+def _rce(cell: Cell, worlds: Sequence[tuple[Mapping[str, Calibrator], Outputs, Tensor]]) -> Iterator[dict[str, Any]]:
+    for name in REWEIGHTED:
+        probs = torch.cat([outputs.probs if name == "none" else fitted[name](outputs) for fitted, outputs, _ in worlds])
+        target = torch.cat([target for *_, target in worlds])
+        ids = torch.cat([_configuration(outputs) for _, outputs, _ in worlds])
+        configurations = configuration_ids(ids, torch.zeros(len(ids), 1).long(), 1, num_clusters=int(ids.max()) + 1)
+        curve = rce_curve(_normalised(probs), target, configurations, RHOS)
+        for rho, value in zip(RHOS, curve.value.tolist(), strict=True):
+            yield _record(cell, name, "training distribution", f"rce_{rho}", value)
+
+
+def _configuration(outputs: Outputs) -> Tensor:
+    assert outputs.configuration is not None
+    return outputs.configuration
+
+
+def _normalised(probs: Tensor) -> Tensor:
+    probs = probs.double()
+    return probs / probs.sum(dim=1, keepdim=True)

@@ -1,0 +1,293 @@
+"""The study's records as tables: means over seeds and settings, paired differences, the curves.
+
+A value is one cell's: (setting, seed). Intervals are t intervals over seeds of the mean over settings, so n is the number of seeds.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from moe_posterior.training.study.plan import PUBLISHED
+
+__all__ = ["Table", "paired", "tables_of", "to_markdown"]
+
+Records = Sequence[Mapping[str, Any]]
+Values = dict[int, float]  # seed -> mean over settings
+T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+LARGE_SAMPLE = 1.96
+
+
+class Table:
+    """A title, columns, rows of text, and what to know."""
+
+    def __init__(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> None:
+        self.title, self.columns, self.rows, self.note = title, columns, rows, note
+
+
+def by_seed(records: Records, settings: Sequence[str] | None = None, **wanted: Any) -> Values:
+    """The matching records' values, averaged over settings, for the seeds that have all of them."""
+    found: dict[int, dict[str, float]] = {}
+    for record in records:
+        if all(record[key] == value for key, value in wanted.items()):
+            found.setdefault(record["seed"], {})[record["setting"]] = record["value"]
+    needed = {setting for values in found.values() for setting in values} if settings is None else set(settings)
+    return {
+        seed: mean(values[setting] for setting in needed) for seed, values in found.items() if needed <= values.keys()
+    }
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % t interval of the mean; NaN for fewer than two values.
+
+    >>> round(half_width([1.0, 2.0, 3.0]), 2)
+    2.48
+    """
+    if len(values) < 2:
+        return math.nan
+    return T_QUANTILES.get(len(values), LARGE_SAMPLE) * stdev(values) / math.sqrt(len(values))
+
+
+def paired(ours: Values, other: Values) -> tuple[float, float]:
+    """Mean of ours − other over the seeds both have, and half of its 95 % interval.
+
+    >>> paired({1: 0.1, 2: 0.2}, {1: 0.2, 2: 0.3, 3: 0.9})[0]
+    -0.1
+    """
+    differences = [ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())]
+    return (round(mean(differences), 12), half_width(differences)) if differences else (math.nan, math.nan)
+
+
+def shown(values: Values, digits: int = 3) -> str:
+    """Mean ± half of the interval.
+
+    >>> shown({42: 0.25, 43: 0.25})
+    '.250 ± .000'
+    """
+    if not values:
+        return "–"
+    return _plus_minus(mean(values.values()), half_width(list(values.values())), digits)
+
+
+def _plus_minus(value: float, half: float, digits: int = 3, sign: str = "") -> str:
+    if math.isnan(value):
+        return "–"
+    text = f"{value:{sign}.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:{sign}.{digits}f}"
+    spread = "" if math.isnan(half) else f" ± {half:.{digits}f}".replace("0.", ".", 1)
+    return text + spread
+
+
+def tables_of(records: Records) -> list[Table]:
+    """Every table that the records allow."""
+    if not records:
+        return []
+    tables = [
+        _methods(records),
+        *([_settings(records)] if len({record["setting"] for record in records}) > 1 else []),
+        _calibrators(records),
+        _best(records),
+        _online(records),
+        _reweighted(records),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def _name(study: str) -> str:
+    return {"pacs": "PACS", "comments": "CAD (keyword groups)", "cifar10h": "CIFAR-10H"}[study]
+
+
+def _title(records: Records, what: str) -> str:
+    seeds = len({record["seed"] for record in records})
+    return f"{_name(records[0]['study'])}: {what}, {seeds} seed{'s' * (seeds != 1)}"
+
+
+def _arms(records: Records) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((record["method"], record["gate"]) for record in records))
+
+
+def _methods(records: Records) -> Table:
+    rows = []
+    has_overall = any(record["subset"] == "overall" for record in records)
+    for method, gate in _arms(records):
+        arm = {"method": method, "gate": gate}
+
+        def value(metric: str, calibrator: str = "none", subset: str = "hard", arm: dict[str, str] = arm) -> str:
+            return shown(by_seed(records, **arm, metric=metric, calibrator=calibrator, subset=subset))
+
+        first = "overall" if has_overall else "validation"
+        rows.append(
+            [
+                method,
+                gate,
+                value("accuracy", subset=first),
+                value("ece", subset=first),
+                value("accuracy"),
+                value("ece"),
+                value("ece_debiased"),
+                value("ece", "temperature"),
+                value("ece", "expert temperature"),
+                value("nll"),
+            ]
+        )
+    first = "overall" if has_overall else "validation"
+    columns = ["method", "gate", f"{first} acc.", f"{first} ECE", "hard acc.", "hard ECE", "debiased", "+ temperature"]
+    note = (
+        "15 equal-width bins; temperatures fitted on validation rows. vanilla with expert temperatures is MoCaE. ± half of the 95 % t "
+        "interval over seeds of the mean over settings."
+    )
+    return Table(_title(records, "methods"), [*columns, "+ expert temp.", "hard NLL"], rows, note)
+
+
+def _settings(records: Records) -> Table:
+    settings = list(dict.fromkeys(record["setting"] for record in records))
+    rows = [
+        [
+            method,
+            gate,
+            *(
+                shown(
+                    by_seed(
+                        [record for record in records if record["setting"] == setting],
+                        method=method,
+                        gate=gate,
+                        metric=metric,
+                        calibrator="none",
+                        subset="hard",
+                    )
+                )
+                for metric in ("accuracy", "ece")
+                for setting in settings
+            ),
+        ]
+        for method, gate in _arms(records)
+    ]
+    columns = ["method", "gate", *(f"{metric} {setting}" for metric in ("acc.", "ECE") for setting in settings)]
+    return Table(_title(records, "held-out domains one by one"), columns, rows, "")
+
+
+def _calibrators(records: Records) -> Table:
+    names = list(dict.fromkeys(r["calibrator"] for r in records if r["metric"] == "ece" and r["subset"] == "hard"))
+    rows = [
+        [
+            method,
+            gate,
+            *(
+                shown(by_seed(records, method=method, gate=gate, metric="ece", calibrator=name, subset="hard"))
+                for name in names
+            ),
+        ]
+        for method, gate in _arms(records)
+    ]
+    note = "Hard ECE. Fitted on validation rows; simulated and shift-aware temperatures on source domains or groups left out once more."
+    return Table(_title(records, "calibrators"), ["method", "gate", *names], rows, note)
+
+
+def candidates(records: Records, ours: Callable[[str, str, str], bool]) -> dict[tuple[str, str, str], Values]:
+    """Hard ECE of every (method, gate, calibrator) of one side."""
+    keys = dict.fromkeys((r["method"], r["gate"], r["calibrator"]) for r in records if r["metric"] == "ece")
+    return {
+        key: by_seed(records, method=key[0], gate=key[1], calibrator=key[2], metric="ece", subset="hard")
+        for key in keys
+        if ours(*key)
+    }
+
+
+def is_published(method: str, gate: str, calibrator: str) -> bool:
+    """A method as published: the softmax gate, and no calibration but MoCaE's own."""
+    if method == "vanilla" and gate == "softmax":
+        return calibrator in ("none", "expert temperature")
+    return method in PUBLISHED and gate == "softmax" and calibrator == "none"
+
+
+def is_ours(method: str, gate: str, calibrator: str) -> bool:
+    """Anything with our gate, our objective or one of our calibrators that needs no test labels."""
+    mine = gate == "posterior" or method.startswith("robust configuration")
+    return (mine or calibrator in ("configuration", "shift-aware", "shift-aware, adapted")) and calibrator != "online"
+
+
+def _best(records: Records) -> Table:
+    """Every published method against the best of ours; which is best is chosen on the other seeds, seed by seed."""
+    published, ours = candidates(records, is_published), candidates(records, is_ours)
+    seeds = sorted({record["seed"] for record in records})
+    chosen: Values = {}
+    picked: dict[int, tuple[str, str, str]] = {}
+    for seed in seeds:
+        others = [other for other in seeds if other != seed] or seeds
+        complete = {key: values for key, values in ours.items() if all(s in values for s in seeds)}
+        if not complete:
+            return Table("", [], [], "")
+        picked[seed] = min(complete, key=lambda key: mean(complete[key][s] for s in others))
+        chosen[seed] = complete[picked[seed]][seed]
+    accuracy = {
+        seed: by_seed(records, method=key[0], gate=key[1], calibrator=key[2], metric="accuracy", subset="hard")[seed]
+        for seed, key in picked.items()
+    }
+    rows = [["ours, best of the other seeds", shown(chosen), "–", shown(accuracy), "–"]]
+    for key, values in published.items():
+        own = by_seed(records, method=key[0], gate=key[1], calibrator=key[2], metric="accuracy", subset="hard")
+        label = "mocae" if key[2] == "expert temperature" else key[0]
+        rows.append(
+            [
+                label,
+                shown(values),
+                _plus_minus(*paired(chosen, values), sign="+"),
+                shown(own),
+                _plus_minus(*paired(accuracy, own), sign="+"),
+            ]
+        )
+    picks = "; ".join(dict.fromkeys(", ".join(part for part in key if part != "none") for key in picked.values()))
+    note = (
+        "ours − other is paired over seeds. For every seed our combination is the one that did best on the other seeds: the choice has "
+        f"not seen the value it is judged by, though it has seen other seeds' test rows. Chosen: {picks}."
+    )
+    columns = ["method", "hard ECE", "ours − other", "hard acc.", "ours − other "]
+    return Table(_title(records, "ours against the published methods"), columns, rows, note)
+
+
+def _online(records: Records) -> Table:
+    metrics = list(dict.fromkeys(r["metric"] for r in records if r["calibrator"] == "online"))
+    metrics.sort(key=lambda name: int(name.rsplit("_", 1)[1]))
+    rows = []
+    for method, gate in _arms(records):
+        curve = [
+            by_seed(records, method=method, gate=gate, calibrator="online", subset="hard", metric=m) for m in metrics
+        ]
+        rows.append([method, gate, *(shown(values) for values in curve)])
+    columns = ["method", "gate", *(f"after {metric.rsplit('_', 1)[1]}" for metric in metrics)]
+    note = (
+        "Hard ECE of the temperature-scaled aggregate on rows whose outcome never arrives, after so many others' outcomes; mean of "
+        "five random orders."
+    )
+    return Table(_title(records, "ECE against outcomes delivered"), columns, rows if metrics else [], note)
+
+
+def _reweighted(records: Records) -> Table:
+    metrics = list(dict.fromkeys(r["metric"] for r in records if r["metric"].startswith("rce_")))
+    names = list(dict.fromkeys(r["calibrator"] for r in records if r["metric"] in metrics))
+    rows = []
+    for method, gate in _arms(records):
+        if gate != "posterior":
+            continue
+        for name in names:
+            values = [by_seed(records, method=method, gate=gate, calibrator=name, metric=metric) for metric in metrics]
+            rows.append([method, name, *(shown(value) for value in values)])
+    columns = ["method, posterior gate", "calibrator", *(f"ρ = {metric.removeprefix('rce_')}" for metric in metrics)]
+    note = (
+        "Debiased RCE(ρ) over routing configurations on rows of the training distribution that no calibrator has seen."
+    )
+    return Table(_title(records, "calibration error under reweighting"), columns, rows, note)
+
+
+def to_markdown(tables: Sequence[Table], about: Mapping[str, Any]) -> str:
+    """The tables and the command that makes them."""
+    parts = []
+    for table in tables:
+        lines = [
+            f"**{table.title}**",
+            "",
+            "| " + " | ".join(table.columns) + " |",
+            "|" + "---|" * len(table.columns),
+            *("| " + " | ".join(row) + " |" for row in table.rows),
+        ]
+        parts.append("\n".join(lines) + (f"\n\n{table.note}" if table.note else ""))
+    return "\n\n".join([*parts, f"`{about['command']}`"]) + "\n"
