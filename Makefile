@@ -8,7 +8,7 @@ RESULTS := results/benchmarks
 COMPARED := --gates posterior "posterior of the paper" softmax "expert threshold" ucb1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo cifar10h benchmarks benchmarks-data latency test test-slow check format clean
+.PHONY: help install demo cifar10h cifar10h-features tables benchmarks benchmarks-data latency test test-slow check format clean
 
 help:  ## say what can be made
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -23,7 +23,7 @@ install: $(INSTALLED)  ## make .venv with everything pinned in constraints.txt
 
 demo: $(INSTALLED)  ## train both gates on scikit-learn's digits, evaluate under shift, print the table (about 2 minutes)
 	$(BIN)/moe-posterior fit --config configs/demo.yaml --overwrite
-	$(BIN)/moe-posterior evaluate --run runs/demo
+	$(BIN)/moe-posterior evaluate --run runs/demo --copy-to results/demo
 
 cifar10h: $(INSTALLED)  ## the README's CIFAR-10H run: 12 epochs, both gates (about 40 minutes on 2 cores), resumable
 	$(BIN)/moe-posterior fit --config configs/cifar10h.yaml
@@ -45,6 +45,20 @@ benchmarks-data: $(INSTALLED)  ## the same on PACS, CIFAR-10 and nine language m
 	$(BENCHMARK) b --first-seed 300 --environments pacs cifar10h $(COMPARED) --out $(RESULTS)/b_features.json --markdown $(RESULTS)/b_features.md
 	$(BENCHMARK) c --first-seed 300 --environments pacs cifar10h $(COMPARED) --out $(RESULTS)/c_features.json --markdown $(RESULTS)/c_features.md
 	$(BENCHMARK) llm --first-seed 300 $(COMPARED) --out $(RESULTS)/llm.json --markdown $(RESULTS)/llm.md
+
+cifar10h-features: $(INSTALLED)  ## three small ResNets trained by ERM, their features kept for the study (about an hour on 2 cores)
+	for seed in 42 43 44; do \
+	  $(BIN)/moe-posterior fit --config configs/cifar10h.yaml --arms softmax --name cifar10h-$$seed --seed_everything $$seed --data.seed $$seed && \
+	  $(BIN)/moe-posterior cache --data moe_posterior.training.data.CIFAR10H --data.seed $$seed \
+	    --backbone moe_posterior.training.backbones.reduced_resnet --weights runs/cifar10h-$$seed/softmax/checkpoints/last.ckpt \
+	    --prefix backbone. --out runs/cifar10h-features-$$seed || exit 1; \
+	done
+
+tables: $(INSTALLED)  ## methods, calibrators and seeds on PACS and comments, and on CIFAR-10H where its features are (an hour), resumable
+	mkdir -p results/calibration
+	$(BIN)/moe-posterior study pacs --out results/calibration/pacs.json --markdown results/calibration/pacs.md
+	$(BIN)/moe-posterior study comments --out results/calibration/comments.json --markdown results/calibration/comments.md
+	$(BIN)/moe-posterior study cifar10h --out results/calibration/cifar10h.json --markdown results/calibration/cifar10h.md
 
 latency: $(INSTALLED)  ## how long a decision takes, written to results/benchmarks (2 minutes on an idle machine)
 	mkdir -p results/benchmarks

@@ -26,9 +26,11 @@ from moe_posterior.metrics import (
     brier_score,
     calibration_error,
     configuration_ids,
+    human_divergence,
     negative_log_likelihood,
     rce_curve,
 )
+from moe_posterior.training.data import CIFAR10H
 from moe_posterior.training.data.base import generator_for
 from moe_posterior.training.study.plan import Cell
 
@@ -62,7 +64,7 @@ def figures_of_cell(cell: Cell, parts: Parts) -> list[dict[str, Any]]:
             found += _records(cell, name, subset, outputs._replace(probs=calibrator(outputs)), target)
         if subset in ("hard", "overall"):
             found += _online(cell, subset, calibrators["temperature"], parts["val"], outputs, target)
-    return found + list(_reweighted(cell, parts, calibrators))
+    return [*found, *_human(cell, parts, calibrators), *_reweighted(cell, parts, calibrators)]
 
 
 def figures_of_simulation(cell: Cell, parts: Parts, simulated: Sequence[Parts]) -> list[dict[str, Any]]:
@@ -151,6 +153,20 @@ def _online(
             totals[delivered] += float(calibration_error(online(outputs.rows(judged)), target[judged])) / ORDERS
     for delivered, value in totals.items():
         yield _record(cell, "online", subset, f"ece_after_{delivered}", value)
+
+
+def _human(cell: Cell, parts: Parts, calibrators: Mapping[str, Calibrator]) -> Iterator[dict[str, Any]]:
+    """How far the aggregate is from the distribution of human labels, where people were asked."""
+    if cell.study != "cifar10h":
+        return
+    outputs, _ = parts["test"]
+    human = CIFAR10H().human_probs()
+    for subset, mask in cell.data().subsets().items():
+        for name in ("none", "temperature", "configuration"):
+            probs = _normalised(outputs.probs if name == "none" else calibrators[name](outputs))
+            distance = human_divergence(probs[mask], human[mask].double())
+            for metric, value in (("human_kl", distance.kl), ("human_brier", distance.brier)):
+                yield _record(cell, name, subset, metric, float(value))
 
 
 def _reweighted(cell: Cell, parts: Parts, calibrators: Mapping[str, Calibrator]) -> Iterator[dict[str, Any]]:

@@ -88,6 +88,7 @@ def tables_of(records: Records) -> list[Table]:
         _best(records),
         _online(records),
         _reweighted(records),
+        _human(records),
     ]
     return [table for table in tables if table.rows]
 
@@ -276,6 +277,31 @@ def _reweighted(records: Records) -> Table:
         "Debiased RCE(ρ) over routing configurations on rows of the training distribution that no calibrator has seen."
     )
     return Table(_title(records, "calibration error under reweighting"), columns, rows, note)
+
+
+def _human(records: Records) -> Table:
+    arms = _arms(records) if any(record["metric"] == "human_kl" for record in records) else []
+    rows = [
+        [
+            method,
+            gate,
+            *(
+                shown(by_seed(records, method=method, gate=gate, calibrator=name, metric=metric, subset=subset))
+                for metric in ("human_kl", "human_brier")
+                for subset in ("overall", "hard")
+                for name in ("none", "temperature")
+            ),
+        ]
+        for method, gate in arms
+    ]
+    columns = [
+        f"{metric} {subset}{scaled}"
+        for metric in ("KL", "Brier")
+        for subset in ("overall", "hard")
+        for scaled in ("", " + temp.")
+    ]
+    note = "KL(human ‖ model) in nats and squared distance to the shares of human votes."
+    return Table(_title(records, "distance to the human labels"), ["method", "gate", *columns], rows, note)
 
 
 def to_markdown(tables: Sequence[Table], about: Mapping[str, Any]) -> str:
