@@ -56,9 +56,9 @@ cifar10h-features: $(INSTALLED)  ## three small ResNets trained by ERM, their fe
 
 tables: $(INSTALLED)  ## methods, calibrators and seeds on PACS and comments, and on CIFAR-10H where its features are (an hour), resumable
 	mkdir -p results/calibration
-	$(BIN)/moe-posterior study pacs --out results/calibration/pacs.json --markdown results/calibration/pacs.md
-	$(BIN)/moe-posterior study comments --out results/calibration/comments.json --markdown results/calibration/comments.md
-	$(BIN)/moe-posterior study cifar10h --out results/calibration/cifar10h.json --markdown results/calibration/cifar10h.md
+	$(BIN)/moe-posterior study pacs --out results/calibration/pacs.json --markdown results/calibration/pacs.md --figure results/calibration/pacs.png
+	$(BIN)/moe-posterior study comments --out results/calibration/comments.json --markdown results/calibration/comments.md --figure results/calibration/comments.png
+	$(BIN)/moe-posterior study cifar10h --out results/calibration/cifar10h.json --markdown results/calibration/cifar10h.md --figure results/calibration/cifar10h.png
 
 latency: $(INSTALLED)  ## how long a decision takes, written to results/benchmarks (2 minutes on an idle machine)
 	mkdir -p results/benchmarks

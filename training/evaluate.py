@@ -34,7 +34,7 @@ from moe_posterior.training.report import (
     to_markdown,
     write_json,
 )
-from moe_posterior.training.report.sections import Judged, further_sections, pooled
+from moe_posterior.training.report.sections import Judged, fit_calibrators, further_sections, pooled
 from moe_posterior.training.runs import Arm, Run
 
 LEAST_RESAMPLES = 100
@@ -48,7 +48,8 @@ Also, from validation rows: what six calibrators make of it, the threshold to ac
 configurations, and how fast the confidences recover as outcomes are delivered.
 
 Writes index.html (one page with everything, no network needed), report.json, table.md, model_card.md (a fragment for a model card),
-reliability.png and, for each posterior gate, competence-ARM.png into RUN/report, and prints the table.
+reliability.png, for each posterior gate competence-ARM.png, and calibrators-ARM.pt (the fitted calibrators' state) into RUN/report, and
+prints the table.
 """
 
 
@@ -90,17 +91,20 @@ def evaluate(arguments: list[str]) -> int:
         )
         validation = {name: Judged(*outputs_of(model, data.val_dataloader())) for name, model in models.items()}
         panels = {panel: {name: pooled(parts) for name, parts in arms.items()} for panel, arms in judged.items()}
-        report |= further_sections(validation, panels, subsets, seed=options.seed)
+        calibrators = {name: fit_calibrators(one) for name, one in validation.items()}
+        report |= further_sections(calibrators, validation, panels, subsets, seed=options.seed)
         report["provenance"] = _provenance(run, data, models, options)
         report["identity"] = _identity(arms, data, models)
         folder = _write(run.folder / "report", report, models)
+        for name, kinds in calibrators.items():
+            torch.save({kind: one.state_dict() for kind, one in kinds.items()}, folder / f"calibrators-{name}.pt")
     render_table(report, console)
     console.print(
         f"Report: {folder}/index.html  report.json  table.md  model_card.md  "
         + "  ".join(p.name for p in sorted(folder.glob("*.png")))
     )
     if options.copy_to:
-        shutil.copytree(folder, options.copy_to, dirs_exist_ok=True)
+        shutil.copytree(folder, options.copy_to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.pt"))
         console.print(f"Copied to {options.copy_to}")
     return 0
 

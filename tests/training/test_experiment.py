@@ -71,6 +71,11 @@ def test_fit_then_evaluate_makes_a_report_of_both_gates(runs: Path) -> None:
     for picture in ("reliability.png", "competence-posterior.png"):
         assert (runs / "demo" / "report" / picture).read_bytes().startswith(b"\x89PNG")
     assert "| softmax" in (runs / "demo" / "report" / "table.md").read_text()
+    page = (runs / "demo" / "report" / "index.html").read_text()
+    assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")
+    assert {row["name"] for row in report["calibrators"]} >= {"none", "temperature", "configuration"}
+    kept = torch.load(runs / "demo" / "report" / "calibrators-posterior.pt", weights_only=True)
+    assert kept["temperature"]["fitted"]
 
 
 def test_the_trained_posterior_gate_has_seen_every_expert_on_every_training_row(runs: Path) -> None:

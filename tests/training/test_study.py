@@ -87,7 +87,9 @@ def test_a_study_trains_measures_and_goes_on_where_it_stopped(small, tmp_path, m
     cli.study([*arguments, "--out", str(out)])
     assert len(trained) == before
     capsys.readouterr()
-    assert cli.study(["comments", "--from", str(out)]) == 0
+    figure = tmp_path / "c.png"
+    assert cli.study(["comments", "--from", str(out), "--figure", str(figure)]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
     assert "CAD (keyword groups): methods, 2 seeds" in capsys.readouterr().out
 
 
@@ -158,12 +160,14 @@ def test_paired_intervals_are_those_of_scipy() -> None:
 def test_ours_is_chosen_on_other_seeds_than_it_is_judged_by() -> None:
     records = []
     for seed, (robust, posterior) in enumerate([(0.1, 0.2), (0.1, 0.2), (0.9, 0.2)]):
-        for metric in ("ece", "accuracy"):
-            records += [
-                record(seed=seed, metric=metric, value=0.5),
-                record(seed=seed, metric=metric, method="robust configuration", value=robust),
-                record(seed=seed, metric=metric, gate="posterior", value=posterior),
-            ]
+        for ece, arm in (
+            (0.5, {}),
+            (robust, {"method": "robust configuration"}),
+            (posterior, {"gate": "posterior"}),
+            (0.01, {"gate": "posterior", "method": "robust"}),  # calibrated, and too often wrong
+        ):
+            records.append(record(seed=seed, value=ece, **arm))
+            records.append(record(seed=seed, metric="accuracy", value=0.6 if ece == 0.01 else 0.7, **arm))
     table = next(t for t in tables.tables_of(records) if "ours against" in t.title)
     # Seed 2 would take the first by the others' 0.1 and gets its 0.9; seeds 0 and 1 see the 0.9 and take the second.
     assert table.rows[0][1].startswith(".433")

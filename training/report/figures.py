@@ -43,7 +43,7 @@ def reliability_diagram(report: dict, path: str | os.PathLike[str]) -> None:
     if len(report["arms"]) > len(STYLES):
         raise InvalidArgumentError(f"report must hold at most {len(STYLES)} arms; got {report['arms']}")
     panels = list(dict.fromkeys(curve["panel"] for curve in report["reliability"]))
-    figure = _figure(width=0.8 + 3.6 * len(panels), height=5.2)
+    figure = canvas(width=0.8 + 3.6 * len(panels), height=5.2)
     axes = figure.subplots(
         2, len(panels), squeeze=False, sharex=True, sharey="row", gridspec_kw={"height_ratios": [3.2, 1]}
     )
@@ -85,7 +85,7 @@ def posterior_heatmap(
     num_clusters, num_experts = mean.shape
     if expert_names is not None and len(expert_names) != num_experts:
         raise InvalidArgumentError(f"expert_names must name {num_experts} experts; got {len(expert_names)}")
-    figure = _figure(width=min(12, 3.2 + 0.62 * num_experts), height=min(9, 2.2 + 0.34 * num_clusters))
+    figure = canvas(width=min(12, 3.2 + 0.62 * num_experts), height=min(9, 2.2 + 0.34 * num_clusters))
     from matplotlib.ticker import MaxNLocator  # after _figure, which explains a missing matplotlib
 
     axes = figure.subplots()
@@ -103,7 +103,7 @@ def posterior_heatmap(
     figure.savefig(path, dpi=DPI)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def canvas(width: float, height: float) -> "Figure":
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -35,7 +35,7 @@ from moe_posterior.metrics import (
 )
 from moe_posterior.metrics.calibration import calibration_from_sums
 
-__all__ = ["Judged", "further_sections"]
+__all__ = ["Judged", "fit_calibrators", "further_sections", "pooled"]
 
 CALIBRATORS: dict[str, type[Calibrator]] = {
     "temperature": TemperatureScaling,
@@ -60,7 +60,13 @@ class Judged(NamedTuple):
     target: Tensor  # (n,)
 
 
+def fit_calibrators(validation: Judged) -> dict[str, Calibrator]:
+    """Every calibrator of :data:`CALIBRATORS`, fitted on validation rows."""
+    return {name: kind().fit(*validation) for name, kind in CALIBRATORS.items()}
+
+
 def further_sections(
+    fitted: Mapping[str, Mapping[str, Calibrator]],  # by arm, then name
     validation: Mapping[str, Judged],  # by arm
     panels: Mapping[str, Mapping[str, Judged]],  # by panel, then arm
     subsets: Mapping[str, Tensor],  # name -> (n,) bool, over the rows of the panel "clean"
@@ -69,9 +75,6 @@ def further_sections(
     seed: int = 0,
 ) -> dict[str, Any]:
     """The optional keys of a report (see :mod:`~moe_posterior.training.report.schema`) that need outputs and validation rows."""
-    fitted = {
-        arm: {name: kind().fit(*judged) for name, kind in CALIBRATORS.items()} for arm, judged in validation.items()
-    }
     everywhere = [(panel, arm, judged) for panel, arms in panels.items() for arm, judged in arms.items()]
     return {
         "metric": {

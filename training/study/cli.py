@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.training.outputs import outputs_of
 from moe_posterior.training.runs import Run
+from moe_posterior.training.study.figures import online_figure
 from moe_posterior.training.study.measure import figures_of_cell, figures_of_simulation
 from moe_posterior.training.study.plan import STUDIES, Cell, Study, cells_of, simulations_of
 from moe_posterior.training.study.sources import SIMULATED_SPLIT
@@ -65,6 +66,8 @@ def study(arguments: list[str]) -> int:
     if asked.markdown:
         Path(asked.markdown).parent.mkdir(parents=True, exist_ok=True)
         Path(asked.markdown).write_text(text)
+    if asked.figure:
+        online_figure(content["records"], asked.figure)
     return 0
 
 
@@ -82,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--first-seed", type=int, default=42, metavar="S", help="default %(default)s")
     parser.add_argument("--run-dir", default="runs", metavar="DIR", help="where runs live (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE.json", help="write the figures as tidy records")
+    parser.add_argument("--figure", metavar="FILE.png", help="draw the calibration error while outcomes are delivered")
     parser.add_argument("--markdown", metavar="FILE.md", help="write the tables")
     parser.add_argument(
         "--from", dest="source", metavar="FILE.json", help="show the tables of these records, run nothing"

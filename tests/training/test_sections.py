@@ -1,0 +1,82 @@
+"""The report's further sections: fitted on validation rows, judged on test rows, equal to a plain computation."""
+
+import pytest
+import torch
+
+from moe_posterior.calibrators import Outputs, TemperatureScaling
+from moe_posterior.metrics import calibration_error
+from moe_posterior.training.report import to_html
+from moe_posterior.training.report.sections import MAX_RISK, Judged, fit_calibrators, further_sections, pooled
+
+
+def judged(rows: int, seed: int, sharpness: float = 2.0) -> Judged:
+    """Three classes, two configurations; shown at a power of the true probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 1.5 * torch.randn(rows, 3, generator=generator)
+    target = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    probs = (sharpness * logits).softmax(dim=-1)
+    experts = torch.stack([probs, probs], dim=1)
+    ids = torch.randint(2, (rows,), generator=generator)
+    zeros = torch.zeros(rows)
+    return Judged(Outputs(probs, experts, torch.full((rows, 2), 0.5), ids, zeros, zeros, ids), target)
+
+
+@pytest.fixture(scope="module")
+def sections() -> tuple[dict, Judged, Judged]:
+    validation, test = judged(800, 0), judged(1000, 1)
+    mask = torch.arange(1000) < 300
+    found = further_sections(
+        {"one": fit_calibrators(validation)}, {"one": validation}, {"clean": {"one": test}}, {"hard": mask}
+    )
+    return found, validation, test
+
+
+def test_calibrators_are_fitted_on_validation_rows_and_judged_on_test_rows(sections) -> None:
+    found, validation, test = sections
+    ece = {row["name"]: row["ece"] for row in found["calibrators"]}
+    scaled = TemperatureScaling().fit(*validation)(test.outputs)
+    assert ece["none"] == pytest.approx(float(calibration_error(test.outputs.probs, test.target)), abs=1e-6)
+    assert ece["temperature"] == pytest.approx(float(calibration_error(scaled, test.target)), abs=1e-6)
+    assert ece["temperature"] < ece["none"] / 2
+    assert all(row["interval"][0] <= row["ece"] <= row["interval"][1] for row in found["calibrators"])
+
+
+def test_the_threshold_keeps_its_promise_on_rows_like_those_it_was_chosen_on(sections) -> None:
+    found, _, test = sections
+    [action] = found["action"]
+    confidence, label = test.outputs.probs.max(dim=1)
+    acted = confidence >= action["threshold"]
+    assert action["coverage"] == pytest.approx(float(acted.double().mean()))
+    assert action["risk"] == pytest.approx(float((label != test.target)[acted].double().mean()))
+    assert action["risk"] < MAX_RISK + 0.04
+
+
+def test_groups_curves_and_outcomes_say_what_was_asked(sections) -> None:
+    found, _, _ = sections
+    [group] = found["subgroups"]
+    assert (group["group"], group["n"], group["worst"]) == ("hard", 300, True)
+    [online] = found["online"]
+    assert online["x"] == [0, 10, 20, 50, 100, 200, 500]
+    [shared] = found["shared_confidence"]
+    assert shared["n"] == 1000
+    assert 0 < shared["shared"] <= 1000
+    assert {curve["name"] for curve in found["rce"]} == {"one, none", "one, temperature", "one, configuration"}
+    assert all(curve["y"] == sorted(curve["y"]) for curve in found["rce"])
+    assert "outcomes" in to_html({**found, "arms": ["one"]})
+
+
+def test_pooling_keeps_every_row() -> None:
+    whole = pooled([judged(10, 0), judged(20, 1)])
+    assert len(whole.target) == len(whole.outputs.probs) == 30
+
+
+def test_few_rows_have_no_curve_of_outcomes() -> None:
+    validation, test = judged(300, 0), judged(150, 1)
+    found = further_sections(
+        {"one": fit_calibrators(validation)},
+        {"one": validation},
+        {"clean": {"one": test}},
+        {"nobody": torch.zeros(150).bool()},
+    )
+    assert found["online"] == []
+    assert found["subgroups"] == []
