@@ -6,6 +6,7 @@ Every method trains by plain ERM for its first ``warmup_epochs`` epochs, so that
 from one warm-up checkpoint: the result is bit for bit that of training each from the start.
 """
 
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -144,6 +145,9 @@ class RobustFiltered(Method):
 class GroupDRO(Method):
     """An adversary over the data's known groups.
 
+    Under distributed training it moves by the rows of all ranks together, so that its weights are the same on each; every rank's
+    loss takes the groups' means over its own rows.
+
     Args:
         warmup_epochs: see :class:`Method`.
         step: of the adversary's multiplicative weights.
@@ -168,7 +172,13 @@ class GroupDRO(Method):
         if groups is None:
             raise InvalidArgumentError("GroupDRO needs data with groups: a Split with groups=, see the data module")
         rows = losses.nll_per_row(prediction.probs, target)
-        loss, weights = losses.group_dro(rows, groups, self.weights, step=self.step)
+        if _several_ranks():
+            _, weights = losses.group_dro(
+                _of_all_ranks(rows.detach()), _of_all_ranks(groups), self.weights, step=self.step
+            )
+            loss, _ = losses.group_dro(rows, groups, weights, step=0.0)
+        else:
+            loss, weights = losses.group_dro(rows, groups, self.weights, step=self.step)
         self.weights.copy_(weights)
         return Terms(loss, {"largest_weight": weights.max()})
 
@@ -259,7 +269,8 @@ class RobustConfiguration(Method):
     """Ours: an adversary over routing configurations, of which a cluster gate has finitely many.
 
     The loss is ERM plus ``weight`` times the calibration gaps of the configurations, weighted by an adversary that seeks the worst:
-    by the theory, a shift that only changes how often configurations occur then keeps the aggregate calibrated.
+    by the theory, a shift that only changes how often configurations occur then keeps the aggregate calibrated. Under distributed
+    training every rank remembers the rows of all ranks, as one process would that sees them in one batch.
 
     Args:
         warmup_epochs: see :class:`Method`.
@@ -290,10 +301,31 @@ class RobustConfiguration(Method):
             return Terms(losses.nll(prediction.probs, target), {})
         state = losses.ConfigurationState(*(getattr(self, name) for name in losses.ConfigurationState._fields))
         ids = configurations(prediction.routing, gate)
-        loss, state = losses.robust_config(prediction.probs, target, ids, state, weight=self.weight, step=self.step)
+        penalised = partial(losses.robust_config, state=state, weight=self.weight, step=self.step)
+        loss, after = penalised(prediction.probs, target, ids)
+        if _several_ranks():
+            _, after = penalised(*(_of_all_ranks(rows) for rows in (prediction.probs.detach(), target, ids)))
         if self.robust:
             base = losses.robust(prediction.probs, target)
             loss = loss - losses.nll(prediction.probs, target) + base
-        for name in state._fields:
-            getattr(self, name).copy_(getattr(state, name))
-        return Terms(loss, {"largest_weight": state[0].max()})
+        for name in after._fields:
+            getattr(self, name).copy_(getattr(after, name))
+        return Terms(loss, {"largest_weight": after.weights.max()})
+
+
+def _several_ranks() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _of_all_ranks(rows: Tensor) -> Tensor:  # (N, ...) -> (sum of N over ranks, ...), the same on every rank
+    """A batch's rows together with those of the other ranks, in the order of ranks; a collective call."""
+    own = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(counts, own)
+    # Ranks may hold batches of unequal size, and a gather wants equal ones.
+    padded = rows.new_zeros(max(int(count) for count in counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
