@@ -118,9 +118,10 @@ def fit(arguments: list[str]) -> int:
             train(run.arm(name), console, run.origin(experiment, name))
         return 0
     with run.locked():
-        run.prepare(experiment, overwrite=options.overwrite)
-        for name in arms:
-            train(run.arm(name), console, run.origin(experiment, name))
+        origins = {name: run.origin(experiment, name) for name in arms}
+        run.prepare(experiment, overwrite=options.overwrite, arms=options.arms)
+        for name, origin in origins.items():
+            train(run.arm(name), console, origin)
     console.print(f"Trained: {run.folder}. Evaluate it with: moe-posterior evaluate --run {run.folder}")
     return 0
 

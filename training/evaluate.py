@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moe_posterior.calibrators import Calibrator
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.gates import PosteriorGate
 from moe_posterior.training.cli import ExperimentCLI, chosen, read_checkpoint
@@ -89,15 +90,16 @@ def evaluate(arguments: list[str]) -> int:
         report = evaluate_predictions(
             predictions(), subsets, resamples=options.resamples, seed=options.seed, baseline=_baseline(list(models))
         )
-        validation = {name: Judged(*outputs_of(model, data.val_dataloader())) for name, model in models.items()}
+        validation = {}
+        for name, model in models.items():
+            outputs, target = outputs_of(model, data.val_dataloader())
+            validation[name] = Judged(outputs, target, torch.arange(len(target)))
         panels = {panel: {name: pooled(parts) for name, parts in arms.items()} for panel, arms in judged.items()}
         calibrators = {name: fit_calibrators(one) for name, one in validation.items()}
         report |= further_sections(calibrators, validation, panels, subsets, seed=options.seed)
         report["provenance"] = _provenance(run, data, models, options)
         report["identity"] = _identity(arms, data, models)
-        folder = _write(run.folder / "report", report, models)
-        for name, kinds in calibrators.items():
-            torch.save({kind: one.state_dict() for kind, one in kinds.items()}, folder / f"calibrators-{name}.pt")
+        folder = _write(run.folder / "report", report, models, calibrators)
     render_table(report, console)
     console.print(
         f"Report: {folder}/index.html  report.json  table.md  model_card.md  "
@@ -134,7 +136,7 @@ def predict(model: MoEClassifier, arm: str, item: EvaluationSet) -> tuple[Predic
         cluster_ids=routing.cluster_ids if routed else None,
         expert_indices=routing.expert_indices,
     )
-    return predictions, Judged(outputs, target)
+    return predictions, Judged(outputs, target, torch.arange(len(target)))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -232,8 +234,11 @@ def _identity(arms: Sequence[Arm], data: ClassificationData, models: dict[str, M
     }
 
 
-def _write(folder: Path, report: dict, models: dict[str, MoEClassifier]) -> Path:
-    """A whole report: what an earlier evaluation left is gone, so that tables and figures belong together."""
+def _write(
+    folder: Path, report: dict, models: dict[str, MoEClassifier], calibrators: dict[str, dict[str, Calibrator]]
+) -> Path:
+    """A whole report in place of an earlier one, or that one as it was: tables and figures belong together."""
+    final, folder = folder, folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_json(report, folder / "report.json")
@@ -246,4 +251,8 @@ def _write(folder: Path, report: dict, models: dict[str, MoEClassifier]) -> Path
         if isinstance(gate, PosteriorGate):
             observed = gate.posterior.successes + gate.posterior.failures
             posterior_heatmap(gate.posterior.mean(), observed, folder / f"competence-{name}.png")
-    return folder
+    for name, kinds in calibrators.items():
+        torch.save({kind: one.state_dict() for kind, one in kinds.items()}, folder / f"calibrators-{name}.pt")
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
+    return final

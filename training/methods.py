@@ -6,6 +6,8 @@ Every method trains by plain ERM for its first ``warmup_epochs`` epochs, so that
 from one warm-up checkpoint: the result is bit for bit that of training each from the start.
 """
 
+import math
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -40,7 +42,7 @@ class Terms(NamedTuple):
     constraint: Tensor | None = None  # (), its gradient is what the loss's gradient must not conflict with
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """An objective; a child implements :meth:`objective`.
 
     Args:
@@ -71,9 +73,14 @@ class Method(nn.Module):
             return Terms(losses.nll(prediction.probs, target), {})
         return self.objective(prediction, target, gate, groups)
 
+    @abstractmethod
     def objective(self, prediction: Prediction, target: Tensor, gate: Gate, groups: Tensor | None) -> Terms:
         """What is minimised after the warm-up."""
-        raise NotImplementedError(f"{type(self).__name__} must implement objective()")
+
+
+def _require(name: str, value: object, fits: bool, wanted: str) -> None:
+    if not fits:
+        raise InvalidArgumentError(f"{name} must be {wanted}; got {value}")
 
 
 class Vanilla(Method):
@@ -98,6 +105,7 @@ class Robust(Method):
 
     def __init__(self, warmup_epochs: int = 0, eta: float = 2.0, detach_weights: bool = False) -> None:
         super().__init__(warmup_epochs)
+        _require("eta", eta, eta >= 0, "at least 0")
         self.eta, self.detach_weights = eta, detach_weights
 
     def objective(self, prediction: Prediction, target: Tensor, gate: Gate, groups: Tensor | None) -> Terms:
@@ -127,6 +135,8 @@ class RobustFiltered(Method):
         detach_weights: bool = False,
     ) -> None:
         super().__init__(warmup_epochs)
+        _require("eta", eta, eta >= 0, "at least 0")
+        _require("quantile", quantile, quantile is None or 0 <= quantile < 1, "in [0, 1), or None")
         self.eta, self.detach_weights, self.quantile = eta, detach_weights, quantile
         self.regret_threshold, self.disagreement_threshold = regret_threshold, disagreement_threshold
 
@@ -252,7 +262,7 @@ class FGR(Method):
     def extend(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         if inputs.ndim != 4:
             return inputs
-        count = max(1, round(self.share * len(inputs)))  # the batch is shuffled: its first rows are a random choice
+        count = math.ceil(self.share * len(inputs))  # the batch is shuffled: its first rows are a random choice
         return torch.cat([inputs, lowpass(inputs[:count], generator)])
 
     def objective(self, prediction: Prediction, target: Tensor, gate: Gate, groups: Tensor | None) -> Terms:

@@ -132,12 +132,26 @@ class MoEClassifier(lightning.LightningModule):
         stand_in = torch.stack([(parameter * gradient).sum() for parameter, gradient in pairs]).sum()
         return stand_in - stand_in.detach() + terms.loss.detach()
 
+    def on_fit_start(self) -> None:
+        """Refuse a warm-up that leaves the objective no epoch: the run would be ERM under another name."""
+        epochs, warmup = self.trainer.max_epochs, self.method.warmup_epochs
+        if warmup and epochs is not None and 0 <= epochs <= warmup and not isinstance(self.method, Vanilla):
+            raise InvalidArgumentError(
+                f"warmup_epochs must be less than max_epochs, {epochs}, or {type(self.method).__name__} never applies; got {warmup}"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whose state this is."""
+        checkpoint["method"] = type(self.method).__name__
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint of the warm-up comes from another method: what that one kept is no business of this one."""
+        """A checkpoint of the warm-up may come from another method: what that one kept is no business of this one."""
+        if checkpoint.get("method") == type(self.method).__name__:
+            return
         state, own = checkpoint["state_dict"], self.state_dict()
-        for name in [name for name in state if name.startswith("method.") and name not in own]:
-            del state[name]
-        state.update({name: own[name] for name in own if name.startswith("method.") and name not in state})
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("method.")} | {
+            name: value for name, value in own.items() if name.startswith("method.")
+        }
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         probs, target = self(batch["input"]), batch["target"]

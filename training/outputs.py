@@ -50,7 +50,8 @@ def routed_outputs_of(model: MoEClassifier, batches: Iterable[Batch]) -> tuple[O
             inside = routing.cluster_ids.clamp(
                 max=len(gate.clusterer.radius) - 1
             )  # outliers have no radius of their own
-            novelty = routing.distance / gate.clusterer.radius[inside]
+            radius = gate.clusterer.radius[inside].clamp(min=torch.finfo(torch.float32).tiny)
+            novelty = routing.distance / radius
         fields = (
             prediction.probs,
             prediction.expert_probs,

@@ -4,11 +4,12 @@
 given), ``checkpoints/last.ckpt``, the logs, and, once trained to the end, ``finished.json``; ``runs/NAME/report/`` the evaluation.
 """
 
+import copy
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,6 +75,7 @@ def read_experiment(path: str | Path) -> Experiment:
     for arm, origin in branches.items():
         if origin not in list(arms)[: list(arms).index(arm)]:
             raise InvalidArgumentError(f"branch_from must name an arm before {arm!r}; got {origin!r} in {path}")
+        branches[arm] = branches.get(origin, origin)  # a branch of a branch has the same warm-up
     return Experiment(name, arms, content, branches)
 
 
@@ -150,18 +152,18 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def prepare(self, experiment: Experiment, *, overwrite: bool = False) -> None:
+    def prepare(self, experiment: Experiment, *, overwrite: bool = False, arms: Sequence[str] | None = None) -> None:
         """Lay out the folder, or check that what is there was made by the same experiment, so that it can be resumed.
 
         Raises:
             InvalidArgumentError: the folder holds a run with other settings, or something that is no run.
         """
         file = self.folder / EXPERIMENT
-        arms = {
+        overlays = {
             name: {**overlay, **({"branch_from": experiment.branches[name]} if name in experiment.branches else {})}
             for name, overlay in experiment.arms.items()
         }
-        content = yaml.safe_dump({"name": experiment.name, "arms": arms, **experiment.base}, sort_keys=False)
+        content = yaml.safe_dump({"name": experiment.name, "arms": overlays, **experiment.base}, sort_keys=False)
         others = list(self.folder.glob("[!.]*")) if self.folder.is_dir() else []
         if others and not (self.folder / MARKER).is_file():
             raise InvalidArgumentError(
@@ -170,9 +172,9 @@ class Run:
         made = self.experiment().arms if file.is_file() else {}
         trained = any(self.arm(name).checkpoint.is_file() for name in made)
         if overwrite:
-            for name in (*made, REPORT):  # what a run made, and nothing that was put beside it
+            for name in (*(made if arms is None else arms), REPORT):  # what the run made, and nothing put beside it
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-        elif trained and file.read_text() != content:
+        if (not overwrite or arms is not None) and trained and file.read_text() != content:
             raise InvalidArgumentError(
                 f"{self.folder} was made with other settings (see {file}); --overwrite replaces it, --name makes another run"
             )
@@ -199,8 +201,23 @@ class Run:
         return Arm(name, self.folder / name)
 
     def origin(self, experiment: Experiment, arm: str) -> Arm | None:
-        """The arm whose warm-up this one goes on from."""
-        return self.arm(experiment.branches[arm]) if arm in experiment.branches else None
+        """The arm whose warm-up this one goes on from.
+
+        Raises:
+            InvalidArgumentError: the two differ in more than the method, or in how long they warm up, so that no warm-up is shared.
+        """
+        if arm not in experiment.branches:
+            return None
+        configs = [experiment.config(name) for name in (experiment.branches[arm], arm)]
+        methods = [config.get("model", {}).pop("method", {}) for config in map(copy.deepcopy, configs)]
+        warmups = [method.get("init_args", {}).get("warmup_epochs", 0) for method in methods]
+        rest = [merge(config, {"model": {"method": None}}) for config in configs]
+        if warmups[0] != warmups[1] or rest[0] != rest[1]:
+            raise InvalidArgumentError(
+                f"arms {experiment.branches[arm]!r} and {arm!r} must differ in model.method alone and warm up equally long to share a "
+                f"warm-up; they warm up for {warmups[0]} and {warmups[1]} epochs"
+            )
+        return self.arm(experiment.branches[arm])
 
     @contextmanager
     def locked(self) -> Iterator[None]:

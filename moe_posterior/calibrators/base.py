@@ -150,6 +150,8 @@ def _validate_fields(outputs: Outputs) -> None:
         raise InvalidArgumentError(
             f"outputs.expert_probs must have shape (N, E, {outputs.probs.shape[1]}); got {tuple(experts.shape)}"
         )
+    if experts is not None and not ((experts >= -1e-3) & (experts <= 1 + 1e-3)).all():
+        raise InvalidArgumentError("outputs.expert_probs must be probabilities in [0, 1]; got others, or NaN")
     if weights is not None and (weights.ndim != 2 or not (weights >= 0).all() or not (weights.sum(1) > 0).all()):
         raise InvalidArgumentError(
             "outputs.routing_weights must have shape (N, E), be at least 0 and not all 0 in a row; "

@@ -18,7 +18,9 @@ def judged(rows: int, seed: int, sharpness: float = 2.0) -> Judged:
     experts = torch.stack([probs, probs], dim=1)
     ids = torch.randint(2, (rows,), generator=generator)
     zeros = torch.zeros(rows)
-    return Judged(Outputs(probs, experts, torch.full((rows, 2), 0.5), ids, zeros, zeros, ids), target)
+    return Judged(
+        Outputs(probs, experts, torch.full((rows, 2), 0.5), ids, zeros, zeros, ids), target, torch.arange(rows)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def sections() -> tuple[dict, Judged, Judged]:
 def test_calibrators_are_fitted_on_validation_rows_and_judged_on_test_rows(sections) -> None:
     found, validation, test = sections
     ece = {row["name"]: row["ece"] for row in found["calibrators"]}
-    scaled = TemperatureScaling().fit(*validation)(test.outputs)
+    scaled = TemperatureScaling().fit(validation.outputs, validation.target)(test.outputs)
     assert ece["none"] == pytest.approx(float(calibration_error(test.outputs.probs, test.target)), abs=1e-6)
     assert ece["temperature"] == pytest.approx(float(calibration_error(scaled, test.target)), abs=1e-6)
     assert ece["temperature"] < ece["none"] / 2
@@ -80,3 +82,22 @@ def test_few_rows_have_no_curve_of_outcomes() -> None:
     )
     assert found["online"] == []
     assert found["subgroups"] == []
+
+
+def test_copies_of_the_same_rows_do_not_narrow_an_interval() -> None:
+    validation, test = judged(300, 0), judged(400, 1)
+    fitted, nobody = {"one": fit_calibrators(validation)}, {}
+    once, often = (
+        further_sections(fitted, {"one": validation}, {"clean": {"one": panel}}, nobody)["calibrators"][0]["interval"]
+        for panel in (test, pooled([test] * 20))
+    )
+    assert often[1] - often[0] == pytest.approx(once[1] - once[0], rel=1e-6)
+
+
+def test_what_has_no_finite_value_is_none() -> None:
+    validation, test = judged(300, 0), judged(15, 1)
+    hopeless = validation._replace(target=(validation.outputs.probs.argmax(dim=1) + 1) % 3)
+    found = further_sections({"one": fit_calibrators(validation)}, {"one": hopeless}, {"clean": {"one": test}}, {})
+    assert found["action"][0]["threshold"] is None
+    assert found["rce"][0]["y"] == [None] * 6
+    to_html({**found, "arms": ["one"]})

@@ -157,20 +157,46 @@ def test_paired_intervals_are_those_of_scipy() -> None:
     assert (value - half, value + half) == pytest.approx((interval.low, interval.high), rel=1e-3)
 
 
-def test_ours_is_chosen_on_other_seeds_than_it_is_judged_by() -> None:
+def test_our_combination_is_compared_with_every_published_method_as_published_and_with_the_same_calibrator() -> None:
+    method, gate, calibrator = tables.OURS
+    ours = {"method": method, "gate": gate, "calibrator": calibrator}
     records = []
-    for seed, (robust, posterior) in enumerate([(0.1, 0.2), (0.1, 0.2), (0.9, 0.2)]):
-        for ece, arm in (
-            (0.5, {}),
-            (robust, {"method": "robust configuration"}),
-            (posterior, {"gate": "posterior"}),
-            (0.01, {"gate": "posterior", "method": "robust"}),  # calibrated, and too often wrong
-        ):
-            records.append(record(seed=seed, value=ece, **arm))
-            records.append(record(seed=seed, metric="accuracy", value=0.6 if ece == 0.01 else 0.7, **arm))
+    for seed in (0, 1, 2):
+        for metric in ("ece", "accuracy"):
+            records.append(record(seed=seed, metric=metric, value=0.1 + 0.01 * seed, **ours))
+            for name in ("none", "expert temperature"):
+                records.append(record(seed=seed, metric=metric, value=0.3 + 0.01 * seed, calibrator=name))
+                records.append(record(seed=seed, metric=metric, value=0.4, method="robust", calibrator=name))
+                records.append(
+                    record(seed=seed, metric=metric, value=0.0, method="robust", gate="posterior", calibrator=name)
+                )
     table = next(t for t in tables.tables_of(records) if "ours against" in t.title)
-    # Seed 2 would take the first by the others' 0.1 and gets its 0.9; seeds 0 and 1 see the 0.9 and take the second.
-    assert table.rows[0][1].startswith(".433")
+    difference = {row[0]: row[2] for row in table.rows[1:]}
+    assert difference.keys() == {"vanilla", "mocae", "robust", "robust + expert temperature"}
+    assert difference["vanilla"] == difference["mocae"] == "-.200 ± .000"
+    assert difference["robust"].startswith("-.290 ± .02")
+
+
+@pytest.mark.parametrize(("value", "half", "text"), [(0.25, 0.5, ".250 ± .500"), (20.5, 10.5, "20.500 ± 10.500")])
+def test_numbers_lose_their_leading_zero_and_nothing_else(value: float, half: float, text: str) -> None:
+    assert tables._plus_minus(value, half) == text
+
+
+def test_cells_of_other_settings_are_not_mixed_in(small, tmp_path) -> None:
+    folder = tmp_path / "runs" / "study-comments"
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps({**plan.settings_of(small), "learning_rate": 0.5}))
+    with pytest.raises(InvalidArgumentError, match="was made with other settings"):
+        cli.study(["comments", "--run-dir", str(tmp_path / "runs"), "--seeds", "1"])
+
+
+def test_labels_hidden_in_groups_reach_no_calibrator() -> None:
+    outputs, target = overconfident(300, 3)
+    told = outputs._replace(domain=2 * torch.randint(2, (300,)) + target.clamp(max=1))
+    cell = plan.Cell("comments", "toy", "softmax", "vanilla", 0)
+    assert torch.equal(measure._without_labels(cell, told).domain, told.domain // 2)
+    cifar = plan.Cell("cifar10h", "hard", "softmax", "vanilla", 0)
+    assert "multi-domain temperature" not in measure.fit_static(measure._without_labels(cifar, told), target)
 
 
 def test_mistakes_say_what_to_do(tmp_path) -> None:

@@ -70,14 +70,18 @@ def describe_data(data: ClassificationData) -> dict[str, Any]:
         "name": data.name,
         "class_names": list(data.class_names),
         "group_names": list(data.group_names),
-        "membership_names": list(getattr(data, "membership_names", ())),
+        "membership_names": list(data.membership_names),
     }
     for part in SPLITS:
         split = data.split(part)
         tensors = {"inputs": split.inputs, "targets": split.targets, "scale": torch.tensor(split.scale or 1.0)}
         if split.groups is not None:
             tensors["groups"] = split.groups
+        if data.membership_names:
+            tensors["memberships"] = data.groups(part)
         described[f"{part} rows"] = digest_tensors(tensors)
+    described["subsets"] = digest_tensors(data.subsets())
+    described["seed"] = data.seed  # of the shifts
     return described
 
 

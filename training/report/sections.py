@@ -3,6 +3,7 @@
 Dimensions: n rows, K classes. Calibrators and the threshold are fitted on validation rows; everything is judged on test rows.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from moe_posterior.calibrators import (
 )
 from moe_posterior.metrics import (
     action_threshold,
-    bin_sums,
+    bin_indices,
     calibration_error,
     centred_interval,
     configuration_ids,
@@ -33,7 +34,7 @@ from moe_posterior.metrics import (
     shared_confidence,
     top_label,
 )
-from moe_posterior.metrics.calibration import calibration_from_sums
+from moe_posterior.training.report.bootstrap import bootstrap_sums
 
 __all__ = ["Judged", "fit_calibrators", "further_sections", "pooled"]
 
@@ -50,7 +51,7 @@ RHOS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
 DELIVERED = (0, 10, 20, 50, 100, 200, 500)
 LEFT_TO_JUDGE = 200
 CURVE_POINTS = 100
-RESAMPLES = 200
+RESAMPLES = 500
 
 
 class Judged(NamedTuple):
@@ -58,11 +59,12 @@ class Judged(NamedTuple):
 
     outputs: Outputs
     target: Tensor  # (n,)
+    row: Tensor  # (n,) int64, which row of the data it is: the same under every shift
 
 
 def fit_calibrators(validation: Judged) -> dict[str, Calibrator]:
     """Every calibrator of :data:`CALIBRATORS`, fitted on validation rows."""
-    return {name: kind().fit(*validation) for name, kind in CALIBRATORS.items()}
+    return {name: kind().fit(validation.outputs, validation.target) for name, kind in CALIBRATORS.items()}
 
 
 def further_sections(
@@ -76,7 +78,7 @@ def further_sections(
 ) -> dict[str, Any]:
     """The optional keys of a report (see :mod:`~moe_posterior.training.report.schema`) that need outputs and validation rows."""
     everywhere = [(panel, arm, judged) for panel, arms in panels.items() for arm, judged in arms.items()]
-    return {
+    sections = {
         "metric": {
             "name": "top-label ECE",
             "binning": "equal width",
@@ -103,19 +105,30 @@ def further_sections(
             if curve is not None
         ],
     }
+    return {name: _finite(section) for name, section in sections.items()}
 
 
-def _bootstrapped_ece(probs: Tensor, target: Tensor, n_bins: int, seed: int) -> list[float]:
-    """Interval of the ECE over resampled rows."""
+def _finite(value: Any) -> Any:
+    """The same with None where there is no finite number: no threshold that keeps the promise, no configuration with enough rows."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _bootstrapped_ece(probs: Tensor, target: Tensor, row: Tensor, n_bins: int, seed: int) -> list[float]:
+    """Interval of the ECE over resampled rows of the data; a row brings all its copies under other shifts along."""
     confidence, correct = top_label(probs, target)
-    generator = torch.Generator().manual_seed(seed)
-    values = []
-    for _ in range(RESAMPLES):
-        rows = torch.randint(len(target), (len(target),), generator=generator)
-        sums = bin_sums(confidence[rows], correct[rows], torch.zeros_like(rows), 1, n_bins)
-        values.append(calibration_from_sums(sums).calibration_error[0])
+    _, which = row.unique(return_inverse=True)
+    place = which * (n_bins + 1) + bin_indices(confidence, n_bins)
+    gaps = torch.zeros(int(which.max() + 1) * (n_bins + 1), dtype=torch.float64)
+    gaps.index_add_(0, place, (correct - confidence).double())
+    copies = torch.bincount(which).double()
+    [sums] = bootstrap_sums([torch.cat([gaps.view(len(copies), -1), copies[:, None]], dim=1)], RESAMPLES, seed)
+    statistics = sums[:, :-1].abs().sum(dim=1) / sums[:, -1]
     value = calibration_error(probs, target, n_bins=n_bins).double()
-    low, high = centred_interval(value, torch.stack(values).double())
+    low, high = centred_interval(value, statistics)
     return [max(0.0, float(low)), float(high)]
 
 
@@ -124,7 +137,7 @@ def _subgroups(arm: str, judged: Judged, subsets: Mapping[str, Tensor], n_bins: 
     for name, mask in subsets.items():
         if not bool(mask.any()):
             continue
-        probs, target = normalised(judged.outputs.probs[mask]), judged.target[mask]
+        probs, target, row = normalised(judged.outputs.probs[mask]), judged.target[mask], judged.row[mask]
         rows.append(
             {
                 "arm": arm,
@@ -132,7 +145,7 @@ def _subgroups(arm: str, judged: Judged, subsets: Mapping[str, Tensor], n_bins: 
                 "n": len(target),
                 "accuracy": float((probs.argmax(dim=1) == target).double().mean()),
                 "ece": float(calibration_error(probs, target, n_bins=n_bins)),
-                "interval": _bootstrapped_ece(probs, target, n_bins, seed),
+                "interval": _bootstrapped_ece(probs, target, row, n_bins, seed),
                 "worst": False,
             }
         )
@@ -149,7 +162,7 @@ def _shared(panel: str, arm: str, judged: Judged) -> dict[str, Any]:
 def _calibrated(
     panel: str, arm: str, judged: Judged, fitted: Mapping[str, Calibrator], n_bins: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    outputs, target = judged
+    outputs, target, row = judged
     for name, probs in [("none", outputs.probs), *((name, kind(outputs)) for name, kind in fitted.items())]:
         probs = normalised(probs)
         yield {
@@ -158,7 +171,7 @@ def _calibrated(
             "name": name,
             "accuracy": float((probs.argmax(dim=1) == target).double().mean()),
             "ece": float(calibration_error(probs, target, n_bins=n_bins)),
-            "interval": _bootstrapped_ece(probs, target, n_bins, seed),
+            "interval": _bootstrapped_ece(probs, target, row, n_bins, seed),
             "nll": float(negative_log_likelihood(probs, target)),
         }
 
@@ -183,7 +196,7 @@ def _risk_coverage(panel: str, arm: str, judged: Judged) -> dict[str, Any]:
 
 
 def _reweighted(panel: str, arm: str, judged: Judged, fitted: Mapping[str, Calibrator]) -> Iterator[dict[str, Any]]:
-    outputs, target = judged
+    outputs, target = judged.outputs, judged.target
     configurations = _configurations(outputs)
     for name in ("none", "temperature", "configuration"):
         probs = normalised(outputs.probs if name == "none" else fitted[name](outputs))
@@ -194,16 +207,22 @@ def _reweighted(panel: str, arm: str, judged: Judged, fitted: Mapping[str, Calib
 def _online(
     panel: str, arm: str, judged: Judged, validation: Judged, static: Calibrator, seed: int
 ) -> dict[str, Any] | None:
-    """ECE on rows whose outcome never arrives; None where there are too few rows."""
-    outputs, target = judged
-    steps = [delivered for delivered in DELIVERED if delivered + LEFT_TO_JUDGE <= len(target)]
+    """ECE on rows of the data whose outcome never arrives, under no shift; None where there are too few."""
+    outputs, target, row = judged
+    _, which = row.unique(return_inverse=True)
+    count = int(which.max()) + 1
+    steps = [delivered for delivered in DELIVERED if delivered + LEFT_TO_JUDGE <= count]
     if not steps:
         return None
-    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
-    left = order[steps[-1] :]
-    online, errors, before = OnlineConfigurationCalibrator(static).fit(*validation), [], 0
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator)
+    copies = torch.randperm(len(which), generator=generator)  # one copy of a row arrives, a random one
+    copy = torch.empty(count, dtype=torch.int64).index_put_((which[copies],), copies)
+    left = torch.isin(which, order[steps[-1] :]).nonzero().flatten()
+    online = OnlineConfigurationCalibrator(static).fit(validation.outputs, validation.target)
+    errors, before = [], 0
     for delivered in steps:
-        arrived, before = order[before:delivered], delivered
+        arrived, before = copy[order[before:delivered]], delivered
         if len(arrived):
             said = outputs.rows(arrived)
             online.observe(said, said.probs.argmax(dim=1) == target[arrived])
@@ -226,4 +245,5 @@ def normalised(probs: Tensor) -> Tensor:  # (n, K) -> (n, K) float64
 def pooled(parts: Sequence[Judged]) -> Judged:
     """The rows of several evaluation sets together."""
     columns = zip(*(part.outputs for part in parts), strict=True)
-    return Judged(Outputs(*(torch.cat(column) for column in columns)), torch.cat([part.target for part in parts]))
+    target, row = (torch.cat([getattr(part, name) for part in parts]) for name in ("target", "row"))
+    return Judged(Outputs(*(torch.cat(column) for column in columns)), target, row)

@@ -1,6 +1,7 @@
 """``moe-posterior study``: train every cell, measure, tabulate; resumable."""
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -16,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.training.outputs import outputs_of
 from moe_posterior.training.runs import Run
+from moe_posterior.training.study import measure
 from moe_posterior.training.study.figures import online_figure
 from moe_posterior.training.study.measure import figures_of_cell, figures_of_simulation
-from moe_posterior.training.study.plan import STUDIES, Cell, Study, cells_of, simulations_of
+from moe_posterior.training.study.plan import STUDIES, Cell, Study, cells_of, settings_of, simulations_of
 from moe_posterior.training.study.sources import SIMULATED_SPLIT
 from moe_posterior.training.study.tables import tables_of, to_markdown
 from moe_posterior.training.study.train import load_outputs, save_outputs, train_cell
@@ -60,6 +62,8 @@ def study(arguments: list[str]) -> int:
         if asked.seeds is not None and asked.seeds < 1:
             raise InvalidArgumentError(f"--seeds must be at least 1; got {asked.seeds}")
         content = _run(STUDIES[asked.study], asked, command, console)
+    if asked.train_only:
+        return 0
     tables = tables_of(content["records"])
     text = to_markdown(tables, content["about"])
     console.print(text, markup=False, highlight=False)
@@ -107,9 +111,16 @@ def _run(plan: Study, asked: argparse.Namespace, command: str, console: Console)
 def _locked_run(plan: Study, asked: argparse.Namespace, command: str, console: Console) -> dict[str, Any]:
     folder = Path(asked.run_dir) / f"study-{plan.name}"
     seeds = range(asked.first_seed, asked.first_seed + (asked.seeds or plan.seeds))
+    _require_same_settings(plan, folder)
     cells, simulations = list(cells_of(plan, seeds)), list(simulations_of(plan, seeds))
     _train(plan, [*cells, *simulations], folder, console)
-    about = {"command": command, "torch": torch.__version__, "seeds": list(seeds), "processors": os.cpu_count()}
+    about = {
+        "command": command,
+        "torch": torch.__version__,
+        "seeds": list(seeds),
+        "processors": os.cpu_count(),
+        "settings": settings_of(plan),
+    }
     if asked.train_only:
         return {"about": about, "records": []}
     records = _measure(cells, simulations, folder, console)
@@ -122,6 +133,20 @@ def _locked_run(plan: Study, asked: argparse.Namespace, command: str, console: C
         draft.write_text(f'{{"about": {json.dumps(about)}, "records": [\n{lines}\n]}}\n')
         draft.replace(out)
     return content
+
+
+def _require_same_settings(plan: Study, folder: Path) -> None:
+    """What lies in the folder was trained with these settings, or is refused: old and new cells must not be mixed.
+
+    Raises:
+        InvalidArgumentError: other settings.
+    """
+    file, wanted = folder / "settings.json", settings_of(plan)
+    if file.is_file() and json.loads(file.read_text()) != wanted:
+        raise InvalidArgumentError(
+            f"{folder} was made with other settings ({file.read_text().strip()}); move it away or choose another --run-dir"
+        )
+    file.write_text(json.dumps(wanted) + "\n")
 
 
 def _train(plan: Study, cells: list[Cell], folder: Path, console: Console) -> None:
@@ -148,24 +173,35 @@ def _train(plan: Study, cells: list[Cell], folder: Path, console: Console) -> No
 def _measure(cells: list[Cell], simulations: list[Cell], folder: Path, console: Console) -> list[dict[str, Any]]:
     inner: dict[tuple[str, str, str, int], list[Path]] = {}
     for cell in simulations:
-        inner.setdefault((cell.setting, cell.gate, cell.method, cell.seed), []).append(_file(folder, cell))
+        inner.setdefault(_arm(cell), []).append(_file(folder, cell))
     records: list[dict[str, Any]] = []
     with _progress(console) as bar:
         for cell in bar.track(cells, description="measuring"):
             cached = _file(folder, cell).with_suffix(".json")
-            if not cached.is_file():
-                simulated = [
-                    load_outputs(path) for path in inner.get((cell.setting, cell.gate, cell.method, cell.seed), ())
-                ]
-                found = [
-                    *figures_of_cell(cell, load_outputs(_file(folder, cell))),
-                    *figures_of_simulation(cell, load_outputs(_file(folder, cell)), simulated),
-                ]
+            made_from = _digest([_file(folder, cell), *inner.get(_arm(cell), ())])
+            content = json.loads(cached.read_text()) if cached.is_file() else {}
+            if content.get("made_from") != made_from:
+                said = load_outputs(_file(folder, cell))
+                simulated = [load_outputs(path) for path in inner.get(_arm(cell), ())]
+                found = [*figures_of_cell(cell, said), *figures_of_simulation(cell, said, simulated)]
+                content = {"made_from": made_from, "records": found}
                 draft = cached.with_suffix(".part")
-                draft.write_text(json.dumps(found))
+                draft.write_text(json.dumps(content))
                 draft.replace(cached)
-            records += json.loads(cached.read_text())
+            records += content["records"]
     return records
+
+
+def _arm(cell: Cell) -> tuple[str, str, str, int]:
+    return cell.setting, cell.gate, cell.method, cell.seed
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """What a cell's figures are made from: the outputs, and the code that measures them."""
+    digest = hashlib.sha256(Path(measure.__file__).read_bytes())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _file(folder: Path, cell: Cell) -> Path:

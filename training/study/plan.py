@@ -7,14 +7,15 @@ trained, one a seed. What is trained, and compared, is the mixture of experts on
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from moe_posterior.gates import Gate, PosteriorGate, SoftmaxGate
 from moe_posterior.training import methods
 from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.methods import Method
-from moe_posterior.training.study.sources import SOURCES
+from moe_posterior.training.study.sources import BATCH_SIZE, PROJECTED, SOURCES
 
-__all__ = ["GATES", "METHODS", "STUDIES", "Cell", "Study", "cells_of", "simulations_of"]
+__all__ = ["GATES", "METHODS", "STUDIES", "Cell", "Study", "cells_of", "settings_of", "simulations_of"]
 
 NUM_EXPERTS = 4  # as in the paper
 LR, WEIGHT_DECAY = 3e-3, 1e-4  # the paper: 1e-3 at half the batch size and more epochs
@@ -116,3 +117,16 @@ def simulations_of(study: Study, seeds: range) -> Iterator[Cell]:
                 for method in SIMULATED:
                     for inner in study.inner.get(setting, ()):
                         yield Cell(study.name, setting, gate, method, seed, inner)
+
+
+def settings_of(study: Study) -> dict[str, Any]:
+    """What a trained cell depends on besides its own name, as it is written beside the cells and their figures."""
+    return {
+        "epochs": study.epochs,
+        "warmup_epochs": study.warmup_epochs,
+        "batch_size": BATCH_SIZE,
+        "projected": PROJECTED if study.name == "pacs" else None,
+        "learning_rate": LR,
+        "weight_decay": WEIGHT_DECAY,
+        "experts": NUM_EXPERTS,
+    }
