@@ -45,7 +45,7 @@ def online_figure(records: Records, path: str | os.PathLike[str]) -> None:
         axis.set_xticks(range(len(delivered)), [str(m) for m in delivered])
         axis.set_title(setting.replace("_", " "), fontsize=10)
         axis.set_xlabel("outcomes delivered")
-        axis.set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("hard ECE")
     axes[-1].legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=DPI)
