@@ -96,7 +96,7 @@ def weigh(scores: Tensor, temperature: float) -> Tensor:  # (N, k) -> (N, k)
 
 def route(
     hidden: Tensor,  # (N, D)
-    centroids: Tensor,  # (C, D)
+    centroids: Tensor | Centroids,  # (C, D)
     alpha: Tensor,  # (C, E)
     beta: Tensor,  # (C, E)
     *,
@@ -105,7 +105,8 @@ def route(
     temperature: float,
 ) -> tuple[Assignment, Selection, Tensor]:  # weights (N, k)
     """The full path in one call: nearest centroid, lower confidence bound, top-k, weights."""
-    assignment = assign(hidden, prepare_centroids(centroids))
+    prepared = centroids if isinstance(centroids, Centroids) else prepare_centroids(centroids)
+    assignment = assign(hidden, prepared)
     scores = beta_functions.lcb(alpha, beta, risk_aversion)[assignment.cluster_ids]
     selection = select(scores, assignment.cluster_ids, top_k)
     return assignment, selection, weigh(selection.scores, temperature)

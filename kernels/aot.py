@@ -1,0 +1,237 @@
+"""Every kernel variant compiled ahead of time, without a GPU, and what the compilers say of it.
+
+Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
+
+    python -m moe_posterior.kernels.aot [--json FILE] [--targets sm_90 …] [--largest]
+
+A variant is a kernel, a dtype and the tiles that :func:`moe_posterior.kernels.launch.tiles` picks for some sizes. Registers, stack
+and shared memory are read from the machine code (``cuobjdump`` of Triton's own wheel, the metadata of the AMD object), matrix
+instructions from the assembly. Traffic is computed from the tensors that the kernel's loops declare, not measured.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_LONG = {"topk_indices", "cluster_ids", "expert_indices"}
+_MATRIX = re.compile(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma)[\w.:]*")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Sizes that lead to one compiled kernel; E = 0 stands for kernel 1, which knows no experts."""
+
+    dtype: torch.dtype
+    num_tokens: int
+    hidden_size: int
+    num_clusters: int
+    num_experts: int
+    top_k: int = 8
+    radius: bool = False
+
+    @property
+    def kernel(self) -> str:
+        return "assign_and_select" if self.num_experts else "assign_and_gather"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One row of the table; bytes of memory are per token, of registers per thread."""
+
+    target: str
+    kernel: str
+    dtype: str
+    num_tokens: int
+    hidden_size: int
+    num_clusters: int
+    num_experts: int
+    top_k: int
+    radius: bool
+    tiles: dict[str, int]
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    matrix_instructions: list[str]
+    launches: int
+    token_reads: int
+    minimal_bytes: float
+    requested_bytes: float
+
+
+def variants() -> Iterator[Variant]:
+    """All combinations of dtype, tiles and kernel, the full path up to C = 512, E = 1024."""
+    for dtype in _POINTERS:
+        for num_tokens in (1, 4096, 8192):
+            for num_clusters in (16, 64, 512):
+                yield Variant(dtype, num_tokens, 4096, num_clusters, 0)
+                yield Variant(dtype, num_tokens, 4096, num_clusters, 1024)
+        yield Variant(dtype, 8192, 4096, 64, 0, radius=True)
+        yield Variant(dtype, 8192, 4096, 64, 64, radius=True)
+
+
+def largest() -> Iterator[Variant]:
+    """Of every dtype the variants with the most tokens: those that need the most registers."""
+    return (v for v in variants() if v.num_tokens == 8192 and v.num_clusters != 16 and not v.radius)
+
+
+def compile_variant(variant: Variant, target: str) -> Report:
+    """Compile one kernel for one target and read what came out.
+
+    Raises:
+        InvalidArgumentError: the target is unknown. MissingDependencyError: Triton is not installed.
+    """
+    if target not in TARGETS:
+        raise InvalidArgumentError(f"target must be one of {list(TARGETS)}; got {target!r}")
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+    except ImportError as error:
+        raise MissingDependencyError("triton", "triton") from error
+    from moe_posterior.kernels import launch, routing
+
+    amd = TARGETS[target][0] == "hip"
+    kernel: Any = getattr(routing, variant.kernel)
+    tiles = launch.tiles(variant.num_tokens, variant.num_clusters, variant.dtype, amd=amd)
+    constants: dict[str, Any] = {name: value for name, value in tiles.items() if name.startswith("BLOCK")}
+    k, num_experts = variant.top_k, variant.num_experts
+    constants |= launch.expert_tile(k, num_experts) if num_experts else launch.table_tile(k)
+    constants |= {"HAS_RADIUS": variant.radius, "DOT": launch.precision(variant.dtype, amd=amd)}
+    signature = {name: _type_of(name, variant.dtype, constants) for name in kernel.arg_names}
+    # The launcher specialises on the same facts: torch aligns its tensors, and hidden sizes are multiples of 16.
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in ("D", "stride_n")]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    options = {name: tiles[name] for name in ("num_warps", "num_stages")} | launch.compiler_options(amd=amd)
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    assembly = compiled.asm["amdgcn" if amd else "ptx"]
+    registers, spilled = _resources_amd(assembly) if amd else _resources_nvidia(compiled.asm["cubin"])
+    return Report(
+        target,
+        variant.kernel,
+        str(variant.dtype).removeprefix("torch."),
+        *(variant.num_tokens, variant.hidden_size, variant.num_clusters, num_experts, k, variant.radius),
+        tiles=tiles,
+        registers=registers,
+        spilled_bytes=spilled,
+        shared_bytes=compiled.metadata.shared,
+        matrix_instructions=sorted(set(_MATRIX.findall(assembly))),
+        launches=len(re.findall(r"\.amdhsa_kernel|\.visible \.entry", assembly)),
+        token_reads=-(-variant.num_clusters // tiles["BLOCK_C"]) + 1,
+        minimal_bytes=minimal_bytes(variant),
+        requested_bytes=requested_bytes(variant, tiles["BLOCK_N"], tiles["BLOCK_C"]),
+    )
+
+
+def minimal_bytes(variant: Variant) -> float:
+    """Per token: each input read once in a launch, each output written once."""
+    used = min(variant.num_tokens, variant.num_clusters)
+    once = variant.num_clusters * (4 * variant.hidden_size + 4) + used * (4 * variant.hidden_size + _row_bytes(variant))
+    return _token_bytes(variant) + _output_bytes(variant) + once / variant.num_tokens
+
+
+def requested_bytes(variant: Variant, block_n: int, block_c: int) -> float:
+    """Per token, what programs ask of the caches: a program reads all directions, and a token once a tile of them and once more."""
+    reads = -(-variant.num_clusters // block_c) + 1
+    directions = variant.num_clusters * (4 * variant.hidden_size + 4) / min(block_n, variant.num_tokens)
+    own = 4 * variant.hidden_size + _row_bytes(variant)
+    return reads * _token_bytes(variant) + directions + own + _output_bytes(variant)
+
+
+def _token_bytes(variant: Variant) -> int:
+    return variant.hidden_size * variant.dtype.itemsize
+
+
+def _row_bytes(variant: Variant) -> int:
+    return 8 * variant.num_experts if variant.num_experts else 16 * variant.top_k
+
+
+def _output_bytes(variant: Variant) -> int:
+    return 8 + 4 + 16 * variant.top_k
+
+
+def _type_of(name: str, dtype: torch.dtype, constants: dict[str, Any]) -> str:
+    if name in constants:
+        return "constexpr"
+    if name == "hidden":
+        return _POINTERS[dtype]
+    if name in _LONG:
+        return "*i64"
+    if name in ("risk_aversion", "temperature"):
+        return "fp32"
+    return "i32" if name in ("N", "C", "D", "E", "stride_n") else "*fp32"
+
+
+def _resources_nvidia(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread; stack and local memory in bytes, which is where spilled registers go."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _resources_amd(assembly: str) -> tuple[int, int]:
+    """Vector registers a thread; its private memory in bytes. Scalar spills go to vector registers and cost no memory."""
+    found = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)", assembly)}
+    return found["vgpr_count"], found["private_segment_fixed_size"] + 4 * found["vgpr_spill_count"]
+
+
+def table(reports: list[Report]) -> str:
+    """The reports as lines of fixed columns."""
+    head = ["target", "kernel", "dtype", "N", "C", "E", "registers", "spilled B", "shared B", "token reads"]
+    head += ["B/token", "minimum", "launches", "matrix instruction"]
+    rows = [head]
+    for r in reports:
+        sizes = [str(r.num_tokens), str(r.num_clusters) + "+1" * r.radius, str(r.num_experts or "-")]
+        counts = [str(n) for n in (r.registers, r.spilled_bytes, r.shared_bytes, r.token_reads)]
+        traffic = [f"{r.requested_bytes:.0f}", f"{r.minimal_bytes:.0f}", str(r.launches)]
+        matrix = " ".join(r.matrix_instructions) or "none"
+        rows.append([r.target, r.kernel, r.dtype, *sizes, *counts, *traffic, matrix])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile everything, print the table; 1 if anything spills."""
+    parser = argparse.ArgumentParser(prog="python -m moe_posterior.kernels.aot", description="Compile all kernels")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--largest", action="store_true", help="only the kernels that need the most registers")
+    given = parser.parse_args(arguments)
+    chosen = list(largest() if given.largest else variants())
+    reports = [compile_variant(variant, target) for target in given.targets for variant in chosen]
+    print(table(reports))
+    if given.json:
+        import triton
+
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        given.json.write_text(json.dumps({"versions": versions, "rows": [asdict(r) for r in reports]}, indent=1) + "\n")
+    spilling = [r for r in reports if r.spilled_bytes]
+    print(f"{len(reports)} kernels, {len(spilling)} of them spill")
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

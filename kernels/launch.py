@@ -1,0 +1,121 @@
+"""How the Triton kernels are launched: tile sizes, precision, outputs.
+
+Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from moe_posterior.kernels import routing
+
+INTERPRETED = not isinstance(routing.assign_and_gather, triton.JITFunction)
+_PROGRAMS = 128  # about one a multiprocessor: with fewer tokens than fill them, each takes fewer
+
+
+def tiles(num_tokens: int, num_clusters: int, dtype: torch.dtype, *, amd: bool) -> dict[str, int]:
+    """Block sizes, warps and stages; fixed rather than tuned, so that what was proved not to spill is what runs.
+
+    The tile of the clusters bounds how often a token is read: once for every 128 of them, and once more for the distance.
+    """
+    block_n = max(16, min(64, triton.next_power_of_2(triton.cdiv(num_tokens, _PROGRAMS))))
+    block_c = 16 if num_clusters <= 16 else 64 if num_clusters <= 64 else 128
+    return {
+        "BLOCK_N": block_n,
+        "BLOCK_C": block_c,
+        "BLOCK_D": (64 if block_c < 128 and not amd else 32) if dtype == torch.bfloat16 else 16,
+        "num_warps": 8,
+        "num_stages": 2,
+    }
+
+
+def precision(dtype: torch.dtype, *, amd: bool) -> str:
+    """The kernels' ``DOT``, see :mod:`moe_posterior.kernels.routing`."""
+    if dtype == torch.bfloat16:
+        return "emulated" if INTERPRETED else "split"
+    return "ieee" if amd or INTERPRETED else "tf32x3"
+
+
+def compiler_options(*, amd: bool) -> dict[str, bool | int]:
+    """Scores are rounded operation by operation, as torch does; NVIDIA's compiler spills for occupancy unless given all registers."""
+    return {"enable_fp_fusion": False} | ({} if amd or INTERPRETED else {"maxnreg": 255})
+
+
+def table_tile(top_k: int) -> dict[str, int]:
+    """A whole row of the tables where k is small."""
+    return {"K": top_k, "BLOCK_K": min(16, triton.next_power_of_2(top_k))}
+
+
+def expert_tile(top_k: int, num_experts: int) -> dict[str, int]:
+    """A whole row of 1024 experts would not fit the registers."""
+    return {
+        "K": top_k,
+        "BLOCK_K": triton.next_power_of_2(top_k),
+        "BLOCK_E": max(16, min(64, triton.next_power_of_2(num_experts))),
+    }
+
+
+def route_by_table(
+    hidden: Tensor,  # (N, D)
+    centroids: list[Tensor],  # points (C, D), directions (C, D), offsets (C,)
+    radius: Tensor | None,  # (C,)
+    tables: list[Tensor],  # experts, weights, scores (C, k)
+    outputs: tuple[Tensor, ...],
+) -> None:
+    """Kernel 1; writes distance, cluster ids (N,), and experts, weights, scores (N, k) into ``outputs``."""
+    constants = table_tile(tables[0].shape[1])
+    _run(routing.assign_and_gather, hidden, centroids, radius, tables, outputs, (), (), constants)
+
+
+def route(
+    hidden: Tensor,  # (N, D)
+    centroids: list[Tensor],  # points (C, D), directions (C, D), offsets (C,)
+    radius: Tensor | None,  # (C,)
+    belief: list[Tensor],  # alpha, beta (C, E)
+    outputs: tuple[Tensor, ...],
+    knobs: tuple[float, float],  # risk aversion, temperature
+) -> None:
+    """Kernel 2; ``outputs`` as those of kernel 1."""
+    num_experts = belief[0].shape[1]
+    constants = expert_tile(outputs[2].shape[1], num_experts)
+    _run(routing.assign_and_select, hidden, centroids, radius, belief, outputs, knobs, (num_experts,), constants)
+
+
+def _run(
+    kernel: Any,
+    hidden: Tensor,
+    centroids: list[Tensor],
+    radius: Tensor | None,
+    inputs: list[Tensor],
+    outputs: tuple[Tensor, ...],
+    knobs: tuple[float, ...],
+    sizes: tuple[int, ...],
+    constants: dict[str, int],
+) -> None:
+    num_tokens, hidden_size = hidden.shape
+    if not num_tokens:
+        return
+    num_clusters = centroids[0].shape[0]
+    amd = torch.version.hip is not None
+    options = tiles(num_tokens, num_clusters, hidden.dtype, amd=amd)
+    contiguous = [tensor.contiguous() for tensor in (*centroids, centroids[-1] if radius is None else radius, *inputs)]
+    rows = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    with torch.cuda.device_of(hidden):  # a launch goes to the current device
+        kernel[(triton.cdiv(num_tokens, options["BLOCK_N"]),)](
+            rows,
+            *contiguous,
+            *outputs,
+            *knobs,
+            num_tokens,
+            num_clusters,
+            hidden_size,
+            *sizes,
+            rows.stride(0),
+            **constants,
+            **options,
+            HAS_RADIUS=radius is not None,
+            DOT=precision(hidden.dtype, amd=amd),
+            **compiler_options(amd=amd),
+        )

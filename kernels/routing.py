@@ -1,0 +1,215 @@
+"""Triton kernels: the routing of :mod:`moe_posterior.kernels.reference` in one launch.
+
+Dimensions: N tokens, D hidden size, C clusters, E experts, K experts per token. In the kernels ``i_`` is an index of this
+program, ``o_`` are offsets, ``m_`` masks, ``b_`` blocks of values; BLOCK_X is the tile along X. A program owns BLOCK_N tokens: it
+walks over the clusters in tiles and in each over D, keeps the best cluster so far, then reads its tokens once more, backwards
+so that the caches still hold most of them, for the distance.
+
+How the similarity is multiplied (``DOT``), always summed in float32:
+
+- ``split``: for bfloat16 tokens. The float32 direction is cut into three bfloat16 parts, which together hold its 24 bits, so that
+  every product is exact and runs on the matrix units.
+- ``tf32x3``: for float16 and float32 tokens on NVIDIA. Three TF32 products keep 21 bits of each factor.
+- ``ieee``: for float16 and float32 tokens on AMD, whose matrix units multiply float32 as it is.
+- ``emulated``: ``split`` with float32 products, for Triton's interpreter, which multiplies bfloat16 wrongly without a word.
+"""
+
+# Triton's parameters are no Python values and its kernels are traced: no annotations but constexpr.
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _accumulate(b_d, b_x, acc, DOT: tl.constexpr):  # (BLOCK_C, BLOCK_D) float32, (BLOCK_N, BLOCK_D), (BLOCK_C, BLOCK_N)
+    if DOT == "split" or DOT == "emulated":
+        high = b_d.to(tl.bfloat16)
+        rest = b_d - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        if DOT == "emulated":
+            high, middle, low = high.to(tl.float32), middle.to(tl.float32), low.to(tl.float32)
+            b_x = b_x.to(tl.float32)
+        acc = tl.dot(high, tl.trans(b_x), acc, input_precision="ieee")
+        acc = tl.dot(middle, tl.trans(b_x), acc, input_precision="ieee")
+        return tl.dot(low, tl.trans(b_x), acc, input_precision="ieee")
+    else:
+        return tl.dot(b_d, tl.trans(b_x.to(tl.float32)), acc, input_precision=DOT)
+
+
+@triton.jit
+def _nearest(
+    hidden, directions, offsets, o_n, N, C, D, stride_n,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Cluster of the highest similarity, the lower one of equals; 0 where none is finite."""
+    rows = hidden + o_n[:, None] * stride_n
+    m_n = o_n < N
+    best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    cluster = tl.zeros((BLOCK_N,), tl.int32)
+    for i_c in range(0, C, BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        m_c = o_c < C
+        clusters = directions + o_c[:, None].to(tl.int64) * D
+        acc = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+        for i_d in range(0, D, BLOCK_D):
+            o_d = i_d + tl.arange(0, BLOCK_D)
+            m_d = o_d < D
+            b_x = tl.load(rows + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
+            b_d = tl.load(clusters + o_d[None, :], mask=m_c[:, None] & m_d[None, :], other=0.0)
+            acc = _accumulate(b_d, b_x, acc, DOT)
+        similarity = acc - tl.load(offsets + o_c, mask=m_c, other=0.0)[:, None]
+        # False for NaN too: a row that holds NaN or inf has no finite similarity and stays with cluster 0
+        similarity = tl.where(m_c[:, None] & (similarity < float("inf")), similarity, float("-inf"))
+        top, place = tl.max(similarity, axis=0, return_indices=True)
+        better = top > best
+        cluster = tl.where(better, i_c + place, cluster)
+        best = tl.where(better, top, best)
+    return cluster
+
+
+@triton.jit
+def _distance_to(
+    hidden, points, cluster, o_n, N, D, stride_n, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """From the differences: ‖x‖² - 2 x·c + ‖c‖² would leave nothing but rounding for data far from the origin."""
+    m_n = o_n < N
+    rows = hidden + o_n[:, None] * stride_n
+    own = points + cluster[:, None].to(tl.int64) * D
+    squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    tiles = tl.cdiv(D, BLOCK_D)
+    for i in range(0, tiles):
+        o_d = (tiles - 1 - i) * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask = m_n[:, None] & (o_d < D)[None, :]
+        b_x = tl.load(rows + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_c = tl.load(own + o_d[None, :], mask=mask, other=0.0)
+        squares += (b_x - b_c) * (b_x - b_c)
+    distance = tl.sqrt_rn(tl.sum(squares, axis=1))
+    return tl.where(distance != distance, float("inf"), distance)
+
+
+@triton.jit
+def _assign(
+    hidden, points, directions, offsets, radius, distances, cluster_ids, N, C, D, stride_n,
+    HAS_RADIUS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write cluster id and distance of this program's tokens; return the tokens' offsets and their clusters."""
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    cluster = _nearest(
+        hidden, directions, offsets, o_n, N, C, D, stride_n, DOT, BLOCK_N, BLOCK_C, BLOCK_D
+    )  # fmt: skip
+    distance = _distance_to(hidden, points, cluster, o_n, N, D, stride_n, BLOCK_N, BLOCK_D)
+    if HAS_RADIUS:
+        cluster = tl.where(distance > tl.load(radius + cluster), C, cluster)
+    tl.store(cluster_ids + o_n, cluster.to(tl.int64), mask=m_n)
+    tl.store(distances + o_n, distance, mask=m_n)
+    return o_n, cluster
+
+
+@triton.jit
+def assign_and_gather(
+    hidden,  # (N, D) at (stride_n); all others contiguous
+    points, directions, offsets, radius,  # (C, D), (C, D), (C,), (C,) float32
+    topk_indices, topk_weights, topk_scores,  # (C, K), one row more with a radius
+    distances, cluster_ids, expert_indices, routing_weights, scores,  # out: (N,), (N,), (N, K) x 3
+    N, C, D, stride_n,
+    K: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_RADIUS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Nearest centroid, distance, and the cluster's row of the three tables."""
+    o_n, cluster = _assign(
+        hidden, points, directions, offsets, radius, distances, cluster_ids, N, C, D, stride_n,
+        HAS_RADIUS, DOT, BLOCK_N, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
+    for i_k in range(0, K, BLOCK_K):
+        o_k = i_k + tl.arange(0, BLOCK_K)
+        mask = (o_n < N)[:, None] & (o_k < K)[None, :]
+        source = cluster[:, None].to(tl.int64) * K + o_k[None, :]
+        target = o_n[:, None] * K + o_k[None, :]
+        tl.store(expert_indices + target, tl.load(topk_indices + source, mask=mask, other=0), mask=mask)
+        tl.store(routing_weights + target, tl.load(topk_weights + source, mask=mask, other=0.0), mask=mask)
+        tl.store(scores + target, tl.load(topk_scores + source, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
+def _lower_bound(alpha, beta, risk_aversion):
+    """Operation by operation as moe_posterior.beta.lcb, each rounded as IEEE 754 says, so that equals stay equal."""
+    total = alpha + beta
+    mean = tl.div_rn(alpha, total)
+    variance = tl.div_rn(mean * tl.div_rn(beta, total), total + 1.0)
+    return mean - risk_aversion * tl.sqrt_rn(variance)
+
+
+@triton.jit
+def _rank(scores, experts, cluster, E, LOWEST: tl.constexpr):  # (BLOCK_N, BLOCK_E), (1, BLOCK_E), (BLOCK_N, 1)
+    """One integer a cell that sorts by score, then by the lowest (e - c) mod E; no two experts of a token share one."""
+    bits = scores.to(tl.int32, bitcast=True)  # a bound is never -0.0, which equals 0.0 and would sort below it
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    turn = experts - cluster % E
+    turn = tl.where(turn < 0, turn + E, turn)
+    return tl.where(experts < E, (bits.to(tl.int64) << 32) + (E - 1 - turn), LOWEST)
+
+
+@triton.jit
+def _score_of(ranks):
+    bits = (ranks >> 32).to(tl.int32)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _best_ranks(
+    alpha, beta, cluster, m_n, E, risk_aversion, LOWEST: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The K highest ranks of every token, in no order; columns from K on hold LOWEST."""
+    o_k = tl.arange(0, BLOCK_K)[None, :].to(tl.int64)
+    # Distinct, so that an eviction takes one; what lies beyond K is never the least and never evicted.
+    best = tl.zeros((BLOCK_N, BLOCK_K), tl.int64) + tl.where(o_k < K, LOWEST + o_k, 0x7FFFFFFFFFFFFFFF)
+    for i_e in range(0, E, BLOCK_E):
+        o_e = i_e + tl.arange(0, BLOCK_E)[None, :]
+        at = cluster[:, None].to(tl.int64) * E + o_e
+        mask = m_n[:, None] & (o_e < E)
+        b_a = tl.load(alpha + at, mask=mask, other=1.0)
+        b_b = tl.load(beta + at, mask=mask, other=1.0)
+        ranks = _rank(_lower_bound(b_a, b_b, risk_aversion), o_e, cluster[:, None], E, LOWEST)
+        for _ in range(K):
+            top = tl.max(ranks, axis=1)[:, None]
+            ranks = tl.where(ranks == top, LOWEST, ranks)
+            worst = tl.min(best, axis=1)[:, None]
+            best = tl.where(best == worst, tl.maximum(top, worst), best)
+    return tl.where(o_k < K, best, LOWEST)
+
+
+@triton.jit
+def assign_and_select(
+    hidden,  # (N, D) at (stride_n); all others contiguous
+    points, directions, offsets, radius,  # (C, D), (C, D), (C,), (C,) float32
+    alpha, beta,  # (C, E) float32, one row more with a radius
+    distances, cluster_ids, expert_indices, routing_weights, scores,  # out: (N,), (N,), (N, K) x 3
+    risk_aversion, temperature, N, C, D, E, stride_n,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    HAS_RADIUS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Nearest centroid, distance, lower confidence bounds of the cluster's experts, the best K, their weights."""
+    LOWEST: tl.constexpr = -0x8000000000000000
+    o_n, cluster = _assign(
+        hidden, points, directions, offsets, radius, distances, cluster_ids, N, C, D, stride_n,
+        HAS_RADIUS, DOT, BLOCK_N, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
+    m_n = o_n < N
+    best = _best_ranks(alpha, beta, cluster, m_n, E, risk_aversion, LOWEST, K, BLOCK_K, BLOCK_N, BLOCK_E)
+    logits = tl.div_rn(_score_of(best), tl.zeros_like(_score_of(best)) + temperature)
+    highest = tl.div_rn(_score_of(tl.max(best, axis=1)), tl.zeros((BLOCK_N,), tl.float32) + temperature)
+    chosen = (tl.arange(0, BLOCK_K) < K)[None, :]
+    total = tl.sum(tl.where(chosen, tl.exp(logits - highest[:, None]), 0.0), axis=1)
+    for i_k in range(K):
+        top = tl.max(best, axis=1)
+        best = tl.where(best == top[:, None], LOWEST, best)
+        score = _score_of(top)
+        turn = E - 1 - (top & 0xFFFFFFFF)
+        weight = tl.exp(tl.div_rn(score, tl.zeros_like(score) + temperature) - highest)
+        tl.store(expert_indices + o_n * K + i_k, (cluster + turn) % E, mask=m_n)
+        tl.store(scores + o_n * K + i_k, score, mask=m_n)
+        tl.store(routing_weights + o_n * K + i_k, tl.div_rn(weight, total), mask=m_n)

@@ -1,0 +1,135 @@
+"""Which backend runs, and what a backend that cannot says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+from moe_posterior.kernels import dispatch, operators, reference
+
+ROOT = Path(__file__).resolve().parents[2]
+KNOBS = {"top_k": 2, "risk_aversion": 1.0, "temperature": 0.1}
+
+
+def problem(generator):
+    hidden, points = torch.randn(20, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    alpha, beta = torch.rand(2, 4, 5, generator=generator) + 1
+    tables = (torch.zeros(4, 2, dtype=torch.int64), torch.rand(4, 2, generator=generator), torch.rand(4, 2))
+    return hidden, reference.prepare_centroids(points), alpha, beta, *tables
+
+
+def problem_on_a_fake_gpu(mode: FakeTensorMode):
+    def fake(*shape: int, dtype: torch.dtype = torch.float32) -> FakeTensor:
+        return FakeTensor(mode, torch.empty(shape, dtype=dtype, device="meta"), torch.device("cuda:0"))
+
+    centroids = reference.Centroids(fake(4, 6), fake(4, 6), fake(4))
+    return fake(20, 6), centroids, fake(4, 5), fake(4, 5), fake(4, 2, dtype=torch.int64), fake(4, 2), fake(4, 2)
+
+
+def test_auto_is_the_reference_on_a_cpu(generator) -> None:
+    hidden, centroids, alpha, beta, *tables = problem(generator)
+    for backend in ("auto", "eager"):
+        actual = dispatch.route_by_table(hidden, centroids, *tables, backend=backend)
+        assert torch.equal(actual[2], reference.route_by_table(hidden, centroids, *tables)[2])
+        actual = dispatch.route(hidden, centroids, alpha.double(), beta.double(), **KNOBS, backend=backend)
+        expected = reference.route(hidden, centroids.points, alpha.double(), beta.double(), **KNOBS)
+        assert torch.equal(actual[1].expert_indices, expected[1].expert_indices)
+        assert torch.equal(actual[2], expected[2])
+
+
+@pytest.mark.skipif(not operators.TRITON_INSTALLED, reason="triton is not installed")
+def test_triton_refuses_what_it_cannot_run(generator) -> None:
+    hidden, centroids, alpha, beta, *tables = problem(generator)
+    with pytest.raises(InvalidArgumentError, match="'triton' needs tensors on a GPU; got hidden on cpu"):
+        dispatch.route_by_table(hidden, centroids, *tables, backend="triton")
+    with pytest.raises(InvalidArgumentError, match="'triton' needs tensors on a GPU"):
+        dispatch.route(hidden, centroids, alpha, beta, **KNOBS, backend="triton")
+
+
+def test_an_unknown_backend_is_refused(generator) -> None:
+    hidden, centroids, _, _, *tables = problem(generator)
+    with pytest.raises(InvalidArgumentError, match=r"backend must be one of \['auto', 'eager', 'triton'\]; got 'cuda'"):
+        dispatch.route_by_table(hidden, centroids, *tables, backend="cuda")
+
+
+def test_without_triton_auto_falls_back_and_the_name_says_what_to_install(generator, monkeypatch) -> None:
+    monkeypatch.setattr(operators, "TRITON_INSTALLED", False)
+    hidden, centroids, _, _, *tables = problem(generator)
+    assert len(dispatch.route_by_table(hidden, centroids, *tables)[2]) == 20
+    with pytest.raises(MissingDependencyError, match=r"moe-posterior\[triton\]"):
+        dispatch.route_by_table(hidden, centroids, *tables, backend="triton")
+
+
+class OperatorLog(TorchDispatchMode):
+    """Names of the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def pretend_a_gpu(monkeypatch, *, major: int = 9, installed: bool = True) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(operators, "TRITON_INSTALLED", installed)
+    for name in ("route_by_table", "route"):  # without CUDA even fake tensors cannot be indexed on it
+        monkeypatch.setattr(reference, name, lambda *arguments, **options: "eager")
+
+
+def test_auto_on_a_gpu_is_one_operator(monkeypatch) -> None:
+    pretend_a_gpu(monkeypatch)
+    with FakeTensorMode() as mode:
+        hidden, centroids, alpha, beta, *tables = problem_on_a_fake_gpu(mode)
+        with OperatorLog() as log:
+            by_table = dispatch.route_by_table(hidden, centroids, *tables)
+            full = dispatch.route(hidden, centroids, alpha, beta, **KNOBS)
+    launched = [name for name in log.names if name != "prim.device.default"]
+    assert launched == ["moe_posterior.route_by_table.default", "moe_posterior.route.default"]
+    for assignment, selection, weights in (by_table, full):
+        assert assignment.cluster_ids.shape == assignment.distance.shape == (20,)
+        assert selection.expert_indices.shape == selection.scores.shape == weights.shape == (20, 2)
+        assert selection.expert_indices.dtype == assignment.cluster_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize(("major", "installed"), [(7, True), (9, False)])
+def test_auto_on_a_gpu_falls_back_where_triton_does_not_run(monkeypatch, major, installed) -> None:
+    pretend_a_gpu(monkeypatch, major=major, installed=installed)
+    with FakeTensorMode() as mode:
+        hidden, centroids, alpha, beta, *tables = problem_on_a_fake_gpu(mode)
+        assert dispatch.route_by_table(hidden, centroids, *tables) == "eager"
+        assert dispatch.route(hidden, centroids, alpha, beta, **KNOBS) == "eager"
+
+
+def test_float64_beliefs_are_never_routed_by_in_less_precision(monkeypatch) -> None:
+    pretend_a_gpu(monkeypatch)
+    with FakeTensorMode() as mode:
+        hidden, centroids, alpha, beta, *_ = problem_on_a_fake_gpu(mode)
+        assert dispatch.route(hidden, centroids, alpha.double(), beta.double(), **KNOBS) == "eager"
+        with pytest.raises(InvalidArgumentError, match=r"alpha and beta of float32; got torch\.float64"):
+            dispatch.route(hidden, centroids, alpha.double(), beta.double(), **KNOBS, backend="triton")
+        with pytest.raises(InvalidArgumentError, match="top_k of at most 64; got 65"):
+            dispatch.route(hidden, centroids, alpha, beta, **{**KNOBS, "top_k": 65}, backend="triton")
+
+
+def test_importing_the_dispatcher_does_not_import_triton() -> None:
+    code = "import sys; from moe_posterior.kernels import dispatch; print('triton' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_the_gpu_benchmark_says_that_there_is_no_gpu(tmp_path) -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "moe_posterior.kernels.bench_gpu", "--json", str(tmp_path / "none.json")]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "no GPU here: nothing was checked or timed\n"
+    assert not (tmp_path / "none.json").exists()
