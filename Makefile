@@ -8,7 +8,7 @@ RESULTS := results/benchmarks
 COMPARED := --gates posterior "posterior of the paper" softmax "expert threshold" ucb1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo cifar10h cifar10h-features tables benchmarks benchmarks-data latency test test-slow check format clean
+.PHONY: help install demo cifar10h cifar10h-features tables benchmarks benchmarks-data latency bench bench-gpu test test-slow check format clean
 
 help:  ## say what can be made
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -63,6 +63,14 @@ tables: $(INSTALLED)  ## methods, calibrators and seeds on PACS and comments, an
 latency: $(INSTALLED)  ## how long a decision takes, written to results/benchmarks (2 minutes on an idle machine)
 	mkdir -p results/benchmarks
 	$(BIN)/moe-posterior benchmark latency --seeds 3 --out results/benchmarks/latency.json --markdown results/benchmarks/latency.md
+
+bench: $(INSTALLED)  ## what the gate costs on a CPU, as ratios (3 minutes on an idle machine)
+	mkdir -p results/speed
+	$(BIN)/python -m moe_posterior.kernels.bench --threads 1 --json results/speed/cpu.json
+
+bench-gpu: $(INSTALLED)  ## the kernels on a GPU: correctness, then times; says so where there is none
+	mkdir -p results/speed
+	$(BIN)/python -m moe_posterior.kernels.bench_gpu --json results/speed/gpu.json
 
 test: $(INSTALLED)  ## run the whole test suite but what is marked slow
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q

@@ -247,7 +247,7 @@ def test_weights_come_from_a_checkpoint_with_a_prefix(tmp_path: Path) -> None:
     net = DigitsNet(out_features=8)
     entries = {f"backbone.{name}": value for name, value in net.state_dict().items()} | {"head.weight": torch.ones(2)}
     torch.save({"state_dict": entries, "epoch": 3}, tmp_path / "last.ckpt")
-    command = ["--data", "Digits", "--backbone", BACKBONE, "--backbone.out_features", "8", "--out", str(tmp_path / "c")]
+    command = ["--data", "moe_posterior.training.data.Digits", "--backbone", BACKBONE, "--backbone.out_features", "8", "--out", str(tmp_path / "c")]
     command += ["--weights", str(tmp_path / "last.ckpt"), "--prefix"]
     with pytest.raises(
         InvalidArgumentError, match=r"(?s)with prefix 'encoder\.' must fit the backbone; got .*Missing key"
@@ -262,7 +262,7 @@ def test_weights_come_from_a_checkpoint_with_a_prefix(tmp_path: Path) -> None:
 
 
 def test_the_seed_decides_untrained_weights(tmp_path: Path) -> None:
-    command = ["--data", "Digits", "--backbone", BACKBONE, "--out"]
+    command = ["--data", "moe_posterior.training.data.Digits", "--backbone", BACKBONE, "--out"]
     for folder, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         cache([*command, str(tmp_path / folder), "--seed", seed])
     a, b, c = (json.loads((tmp_path / name / "manifest.json").read_text())["backbone"]["weights"] for name in "abc")
