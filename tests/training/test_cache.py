@@ -247,7 +247,16 @@ def test_weights_come_from_a_checkpoint_with_a_prefix(tmp_path: Path) -> None:
     net = DigitsNet(out_features=8)
     entries = {f"backbone.{name}": value for name, value in net.state_dict().items()} | {"head.weight": torch.ones(2)}
     torch.save({"state_dict": entries, "epoch": 3}, tmp_path / "last.ckpt")
-    command = ["--data", "moe_posterior.training.data.Digits", "--backbone", BACKBONE, "--backbone.out_features", "8", "--out", str(tmp_path / "c")]
+    command = [
+        "--data",
+        "moe_posterior.training.data.Digits",
+        "--backbone",
+        BACKBONE,
+        "--backbone.out_features",
+        "8",
+        "--out",
+        str(tmp_path / "c"),
+    ]
     command += ["--weights", str(tmp_path / "last.ckpt"), "--prefix"]
     with pytest.raises(
         InvalidArgumentError, match=r"(?s)with prefix 'encoder\.' must fit the backbone; got .*Missing key"

@@ -6,12 +6,11 @@ import lightning
 import pytest
 import scipy.fft
 import torch
-from torch import nn
+from points import Plane, Points
 
 from moe_posterior import InvalidArgumentError, PosteriorGate, SoftmaxGate
 from moe_posterior.training import methods
 from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint
-from moe_posterior.training.data.base import ClassificationData, Split
 from moe_posterior.training.lowpass import lowpass, quantisation_table
 from moe_posterior.training.module import MoEClassifier, project
 
@@ -33,28 +32,6 @@ METHODS = {
     "robust configuration": methods.RobustConfiguration,
     "robust configuration + robust": lambda warmup: methods.RobustConfiguration(warmup, robust=True),
 }
-
-
-class Points(ClassificationData):
-    """Three overlapping classes in the plane, in two groups."""
-
-    name, class_names, input_shape, group_names = "points", ("a", "b", "c"), (2,), ("left", "right")
-
-    def load(self) -> dict[str, Split]:
-        generator = torch.Generator().manual_seed(0)
-        splits = {}
-        for part, rows in (("train", 240), ("val", 60), ("test", 60)):
-            target = torch.randint(3, (rows,), generator=generator)
-            points = torch.randn(rows, 2, generator=generator) + 1.5 * target[:, None]
-            splits[part] = Split(points, target, groups=(points[:, 0] > 1.5).long())
-        return splits
-
-
-class Plane(nn.Linear):
-    """A backbone for points."""
-
-    def __init__(self) -> None:
-        super().__init__(2, 6)
 
 
 def trained(
