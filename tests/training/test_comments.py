@@ -276,3 +276,26 @@ def test_a_linear_probe_on_cads_embeddings_beats_chance(cad: CAD) -> None:
     train, test = cad.split("train"), cad.split("test")
     probe = LogisticRegression(max_iter=200).fit(train.inputs.numpy(), train.targets.numpy())
     assert roc_auc_score(test.targets.numpy(), probe.predict_proba(test.inputs.numpy())[:, 1]) > 0.7
+
+
+def test_a_data_set_of_the_hub_in_the_same_columns_is_read_alike(rows: list[dict], tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    write_embeddings(tmp_path, rows)
+    texts = ("id", "comment_text", "split")
+    columns = {name: [row[name] for row in rows] for name in texts}
+    columns |= {name: [float(row[name]) for row in rows] for name in ("toxicity", *IDENTITIES, "identity_any")}
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(columns), hub / "train.parquet")
+    options = {"root": str(tmp_path), "inputs": "embeddings"}
+    from_file, from_hub = CivilComments(**options), CivilComments(**options, hub_name=str(hub))
+    for part in PARTS:
+        assert torch.equal(from_file.split(part).inputs, from_hub.split(part).inputs)
+        assert torch.equal(from_file.split(part).targets, from_hub.split(part).targets)
+        assert torch.equal(from_file.groups(part), from_hub.groups(part))
+
+
+def test_a_hub_data_set_that_cannot_be_had_says_so(tmp_path: Path) -> None:
+    with pytest.raises(MissingDataError, match="are not to be had as"):
+        CivilComments(root=str(tmp_path), hub_name=str(tmp_path / "nowhere")).split("train")

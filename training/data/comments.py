@@ -55,6 +55,7 @@ class CivilComments(ClassificationData):
         train_rows: training rows to use, drawn with a fixed seed; None uses all (269,038 in WILDS).
         batch_size: rows of a batch.
         seed: of the order of training rows.
+        hub_name: a data set that `datasets.load_dataset` reads, in the same columns; None (default) reads the file.
 
     Shapes: input (N, L) int32, or (N, D) float32.
 
@@ -85,6 +86,7 @@ class CivilComments(ClassificationData):
         train_rows: int | None = 50_000,
         batch_size: int = 128,
         seed: int = 42,
+        hub_name: str | None = None,
     ) -> None:
         if inputs not in ("tokens", "embeddings"):
             raise InvalidArgumentError(f"inputs must be one of ('tokens', 'embeddings'); got {inputs!r}")
@@ -95,7 +97,7 @@ class CivilComments(ClassificationData):
         self.root, self.inputs = root, inputs
         self.tokenizer, self.max_length = tokenizer, max_length
         self.embeddings_file, self.standardise = embeddings_file, standardise
-        self.train_rows = train_rows
+        self.train_rows, self.hub_name = train_rows, hub_name
         self._identities: dict[str, Tensor] = {}
 
     def load(self) -> Mapping[str, Split]:
@@ -104,9 +106,12 @@ class CivilComments(ClassificationData):
         Raises:
             MissingDataError: a file is nowhere. InvalidArgumentError: a file lacks what it must have.
         """
-        path = self._find(self.file_name, self.advice)
-        table = _read_table(path)
-        comments = {part: _take(table, self._numbers(table["split"], part, path)) for part in PARTS}
+        if self.hub_name is None:
+            origin = str(self._find(self.file_name, self.advice))
+            table = _read_table(Path(origin))
+        else:
+            origin, table = self.hub_name, _read_hub(self.hub_name)
+        comments = {part: _take(table, self._numbers(table["split"], part, origin)) for part in PARTS}
         inputs = self._embed(comments) if self.inputs == "embeddings" else self._tokenize(comments)
         self.input_shape = tuple(inputs["train"].shape[1:])
         self._identities = {part: rows.identities for part, rows in comments.items()}
@@ -132,7 +137,8 @@ class CivilComments(ClassificationData):
 
     def source_files(self) -> list[Path]:
         """The files the rows are read from."""
-        names = [self.file_name, self.embeddings_file] if self.inputs == "embeddings" else [self.file_name]
+        names = [self.file_name] if self.hub_name is None else []
+        names += [self.embeddings_file] if self.inputs == "embeddings" else []
         return [self._find(name, self.advice) for name in names]
 
     def _find(self, file: str, advice: str) -> Path:
@@ -145,10 +151,10 @@ class CivilComments(ClassificationData):
             f"{file} of {self.name} is not at {places}; put {file} {advice} there, or name its folder by root or MOE_POSTERIOR_DATA"
         )
 
-    def _numbers(self, splits: np.ndarray, part: str, path: Path) -> np.ndarray:  # (N,) -> (n,) int64
+    def _numbers(self, splits: np.ndarray, part: str, origin: str) -> np.ndarray:  # (N,) -> (n,) int64
         rows = np.flatnonzero(splits == part)
         if not len(rows):
-            raise InvalidArgumentError(f"split of {path} must be train, val or test; got no {part} rows")
+            raise InvalidArgumentError(f"split of {origin} must be train, val or test; got no {part} rows")
         if part == "train" and self.train_rows is not None and self.train_rows < len(rows):
             drawn = torch.randperm(len(rows), generator=generator_for("train_rows", ROWS_SEED))[: self.train_rows]
             rows = rows[drawn.sort().values.numpy()]
@@ -236,6 +242,25 @@ def _read_table(path: Path) -> dict[str, np.ndarray]:
     if absent := [name for name in COLUMNS if name not in table.column_names]:
         raise InvalidArgumentError(f"{path} must have the columns {COLUMNS}; got none named {absent}")
     return {name: table[name].to_numpy() for name in COLUMNS}
+
+
+def _read_hub(name: str) -> dict[str, np.ndarray]:
+    """The same columns of a data set that `datasets.load_dataset` reads: a name on the hub, or a folder in any layout it knows.
+
+    Raises:
+        MissingDataError: it cannot be had. InvalidArgumentError: a column is missing.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except (OSError, ValueError) as error:  # offline, unreachable, unknown, or without this split
+        raise MissingDataError(
+            f"the comments are not to be had as {name!r} ({error}); allow downloads, or give root"
+        ) from error
+    if absent := [column for column in COLUMNS if column not in rows.column_names]:
+        raise InvalidArgumentError(f"{name} must have the columns {COLUMNS}; got none named {absent}")
+    return {column: np.asarray(rows[column]) for column in COLUMNS}
 
 
 def _take(table: Mapping[str, np.ndarray], rows: np.ndarray) -> Comments:
