@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe_posterior.experts import ExpertsFFN
 from moe_posterior.gates import Gate, PosteriorGate, SoftmaxGate
-from moe_posterior.kernels import reference
+from moe_posterior.kernels import cpu, reference
 from moe_posterior.layer import MixtureOfExperts, PosteriorMoE
 
 GATE_BATCHES = (1, 64, 4096)
@@ -65,6 +65,8 @@ def cases() -> Iterator[dict[str, Any]]:
     for clusters in (EXPERTS, 2 * EXPERTS):
         for batch in GATE_BATCHES:
             yield gate_case(batch, HIDDEN, clusters, EXPERTS)
+        for low_precision in (False, True):
+            yield assign_case(4096, HIDDEN, clusters, EXPERTS, low_precision)
     yield gate_case(1, 384, 64, 32)
     yield gate_case(4096, HIDDEN, 512, 1000)
     for backward in (False, True):
@@ -85,6 +87,21 @@ def gate_case(batch: int, hidden_size: int, clusters: int, experts: int) -> dict
         return _record(
             "gate / softmax gate", "table", batch, clusters, experts, lambda: posterior(hidden), lambda: softmax(hidden)
         )
+
+
+def assign_case(batch: int, hidden_size: int, clusters: int, experts: int, low_precision: bool) -> dict[str, Any]:
+    """The CPU assignment alone, with and without bfloat16, against the softmax top-k gate."""
+    posterior, hidden = _posterior_gate(batch, hidden_size, clusters, experts, torch.Generator().manual_seed(0))
+    softmax, centroids = SoftmaxGate(hidden_size, experts, TOP_K), posterior.clusterer.prepared
+
+    def ours() -> reference.Assignment:
+        return cpu.assign(hidden, centroids, low_precision=low_precision)
+
+    if not torch.equal(ours().cluster_ids, reference.assign(hidden, centroids).cluster_ids):
+        raise AssertionError("the clusters are not the reference's")
+    path = "bfloat16, checked" if low_precision else "float32"
+    with torch.inference_mode():
+        return _record("assign / softmax gate", path, batch, clusters, experts, ours, lambda: softmax(hidden))
 
 
 def layer_case(batch: int, hidden_size: int, experts: int, backward: bool) -> dict[str, Any]:

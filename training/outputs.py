@@ -11,11 +11,12 @@ from torch import Tensor
 from moe_posterior.calibrators import Outputs
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import PosteriorGate, Routing
+from moe_posterior.metrics import Configurations, configuration_ids
 from moe_posterior.training.data import Batch
 from moe_posterior.training.module import MoEClassifier
 from moe_posterior.training.prediction import configurations, dense_weights
 
-__all__ = ["outputs_of", "routed_outputs_of"]
+__all__ = ["normalised", "numbered_configurations", "outputs_of", "routed_outputs_of"]
 
 
 def outputs_of(model: MoEClassifier, batches: Iterable[Batch]) -> tuple[Outputs, Tensor]:
@@ -66,3 +67,14 @@ def routed_outputs_of(model: MoEClassifier, batches: Iterable[Batch]) -> tuple[O
         routings.append([field.cpu() for field in routing])
     whole = Outputs(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return whole, torch.cat(targets), Routing(*(torch.cat(column) for column in zip(*routings, strict=True)))
+
+
+def normalised(probs: Tensor) -> Tensor:  # (n, K) -> (n, K) float64
+    """Rows that sum to 1 to the last digit."""
+    probs = probs.double()
+    return probs / probs.sum(dim=1, keepdim=True)
+
+
+def numbered_configurations(ids: Tensor) -> Configurations:  # (n,) int64
+    """Configuration ids as the metrics take them: those that occur, numbered."""
+    return configuration_ids(ids, torch.zeros(len(ids), 1).long(), 1, num_clusters=int(ids.max()) + 1)

@@ -150,6 +150,15 @@ def play_oracle(environment: Environment) -> Trace:
     return _trace(environment, best.indices, best.values, best.values, None)
 
 
+def play_class_oracle(environment: Environment) -> Trace:
+    """The best a router can do that knows the query's true class, and there every expert's true mean competence, but not the query."""
+    competence, query_class = environment.stream.competence, environment.stream.query_class
+    members = torch.nn.functional.one_hot(query_class).to(competence.dtype)  # (T, M)
+    mean = members.T @ competence / members.sum(dim=0).clamp(min=1)[:, None]  # (M, E)
+    best = mean[query_class].max(dim=1)
+    return _trace(environment, best.indices, best.values, best.values, None)
+
+
 def success_estimate(gate: Gate, routing: Routing) -> Tensor:  # (N,) float64 in [0, 1]
     """How probable the gate thinks it is that its first choice succeeds.
 

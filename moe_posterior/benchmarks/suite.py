@@ -21,7 +21,7 @@ from moe_posterior.benchmarks.paper import published
 from moe_posterior.benchmarks.real import real
 from moe_posterior.benchmarks.records import Record, case_key
 from moe_posterior.benchmarks.registry import GATES, TABLE_ONE, build, options_of, posterior_keywords
-from moe_posterior.benchmarks.stream import Exchange, Feedback, play, play_oracle
+from moe_posterior.benchmarks.stream import Exchange, Feedback, play, play_class_oracle, play_oracle
 
 CLUSTER_COUNTS = (8, 16, 32, 64)  # Table 4
 ABLATION: dict[str, dict[str, Any]] = {  # name -> what differs from the gate's tuned knobs
@@ -116,6 +116,8 @@ def cases_of(plan: Plan) -> Iterator[Case]:
 def _variants(plan: Plan, environment: str) -> Iterator[tuple[str, dict[str, Any]]]:
     tuned = None if plan.knobs is None else plan.knobs.get(environment, plan.knobs.get("synthetic", {}))
     yield "oracle", {}
+    if plan.benchmark == "b":
+        yield "class oracle", {}
     for gate in plan.gates:
         yield gate, options_of(gate, None, tuned, environment)
     if "posterior" not in plan.gates:
@@ -171,6 +173,8 @@ def play_case(case: Case) -> list[Record]:
     )
     if case.gate == "oracle":
         trace = play_oracle(environment)
+    elif case.gate == "class oracle":
+        trace = play_class_oracle(environment)
     else:
         knobs = {name: value for name, value in case.knobs.items() if name not in NOT_OF_THE_GATE}
         told = {name.removeprefix("feedback_"): case.knobs[name] for name in case.knobs if name in FEEDBACK}

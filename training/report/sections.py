@@ -22,11 +22,11 @@ from moe_posterior.calibrators import (
     VectorScaling,
 )
 from moe_posterior.metrics import (
+    Configurations,
     action_threshold,
     bin_indices,
     calibration_error,
     centred_interval,
-    configuration_ids,
     negative_log_likelihood,
     rce_curve,
     risk_coverage,
@@ -34,6 +34,7 @@ from moe_posterior.metrics import (
     shared_confidence,
     top_label,
 )
+from moe_posterior.training.outputs import normalised, numbered_configurations
 from moe_posterior.training.report.bootstrap import bootstrap_sums
 
 __all__ = ["Judged", "fit_calibrators", "further_sections", "pooled"]
@@ -230,16 +231,9 @@ def _online(
     return {"name": arm, "panel": panel, "x": list(steps), "y": errors}
 
 
-def _configurations(outputs: Outputs) -> Any:
+def _configurations(outputs: Outputs) -> Configurations:
     assert outputs.configuration is not None
-    ids = outputs.configuration
-    return configuration_ids(ids, torch.zeros(len(ids), 1).long(), 1, num_clusters=int(ids.max()) + 1)
-
-
-def normalised(probs: Tensor) -> Tensor:  # (n, K) -> (n, K) float64
-    """Rows that sum to 1 to the last digit."""
-    probs = probs.double()
-    return probs / probs.sum(dim=1, keepdim=True)
+    return numbered_configurations(outputs.configuration)
 
 
 def pooled(parts: Sequence[Judged]) -> Judged:

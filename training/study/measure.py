@@ -25,13 +25,13 @@ from moe_posterior.calibrators import (
 from moe_posterior.metrics import (
     brier_score,
     calibration_error,
-    configuration_ids,
     human_divergence,
     negative_log_likelihood,
     rce_curve,
 )
 from moe_posterior.training.data import CIFAR10H
 from moe_posterior.training.data.base import generator_for
+from moe_posterior.training.outputs import normalised, numbered_configurations
 from moe_posterior.training.study.plan import Cell
 
 __all__ = ["DELIVERED", "RHOS", "figures_of_cell", "figures_of_simulation"]
@@ -139,7 +139,7 @@ def _record(cell: Cell, calibrator: str, subset: str, metric: str, value: float)
 
 
 def _records(cell: Cell, calibrator: str, subset: str, outputs: Outputs, target: Tensor) -> Iterator[dict[str, Any]]:
-    probs = _normalised(outputs.probs)
+    probs = normalised(outputs.probs)
     for metric, value in (
         ("accuracy", (probs.argmax(dim=1) == target).double().mean()),
         ("ece", calibration_error(probs, target)),
@@ -182,7 +182,7 @@ def _human(cell: Cell, parts: Parts, calibrators: Mapping[str, Calibrator]) -> I
     human = CIFAR10H().human_probs()
     for subset, mask in cell.data().subsets().items():
         for name in ("none", "temperature", "configuration"):
-            probs = _normalised(outputs.probs if name == "none" else calibrators[name](outputs))
+            probs = normalised(outputs.probs if name == "none" else calibrators[name](outputs))
             distance = human_divergence(probs[mask], human[mask].double())
             for metric, value in (("human_kl", distance.kl), ("human_brier", distance.brier)):
                 yield _record(cell, name, subset, metric, float(value))
@@ -212,8 +212,7 @@ def _rce(cell: Cell, worlds: Sequence[tuple[Mapping[str, Calibrator], Outputs, T
         probs = torch.cat([outputs.probs if name == "none" else fitted[name](outputs) for fitted, outputs, _ in worlds])
         target = torch.cat([target for *_, target in worlds])
         ids = torch.cat([_configuration(outputs) for _, outputs, _ in worlds])
-        configurations = configuration_ids(ids, torch.zeros(len(ids), 1).long(), 1, num_clusters=int(ids.max()) + 1)
-        curve = rce_curve(_normalised(probs), target, configurations, RHOS)
+        curve = rce_curve(normalised(probs), target, numbered_configurations(ids), RHOS)
         for rho, value in zip(RHOS, curve.value.tolist(), strict=True):
             yield _record(cell, name, "training distribution", f"rce_{rho}", value)
 
@@ -221,8 +220,3 @@ def _rce(cell: Cell, worlds: Sequence[tuple[Mapping[str, Calibrator], Outputs, T
 def _configuration(outputs: Outputs) -> Tensor:
     assert outputs.configuration is not None
     return outputs.configuration
-
-
-def _normalised(probs: Tensor) -> Tensor:
-    probs = probs.double()
-    return probs / probs.sum(dim=1, keepdim=True)
