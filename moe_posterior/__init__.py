@@ -10,7 +10,7 @@ from moe_posterior.errors import (
 )
 from moe_posterior.evidence import Evidence, ProxyNoise
 from moe_posterior.experts import ExpertsFFN
-from moe_posterior.gates import Gate, PosteriorGate, Routing, SoftmaxGate
+from moe_posterior.gates import Gate, PosteriorGate, PriorGate, Routing, SoftmaxGate
 from moe_posterior.layer import MixtureOfExperts, PosteriorMoE
 from moe_posterior.posterior import BetaPosterior
 from moe_posterior.record import Trace, record
@@ -33,6 +33,7 @@ __all__ = [
     "PosteriorGate",
     "PosteriorMoE",
     "PosteriorRouter",
+    "PriorGate",
     "ProxyNoise",
     "Routing",
     "SoftmaxGate",

@@ -143,6 +143,7 @@ class BetaPosterior(ChangingPool):
         expert_indices: Tensor | None = None,  # (N, k) int64
         *,
         threshold: float | None = None,
+        keep: Tensor | None = None,  # ()
         sync: bool = True,
     ) -> None:
         """Add observed outcomes to the evidence; every (cluster, expert) pair counts as often as it occurs.
@@ -154,6 +155,7 @@ class BetaPosterior(ChangingPool):
             expert_indices: the experts the columns belong to; None if the outcome covers all E experts.
             threshold: None (default) counts fractionally, ``successes += r`` and ``failures += 1 - r``; a number τ counts
                 ``r >= τ`` as one success and anything below as one failure (the paper's binarisation).
+            keep: share in [0, 1] of all evidence so far, of untouched cells too, to keep; alike on all ranks. None keeps it all.
             sync: where torch.distributed is initialised, sum the new evidence over all ranks, so that every rank holds the
                 same belief. This is then a collective call: a rank without tokens calls it with an empty batch.
 
@@ -182,12 +184,16 @@ class BetaPosterior(ChangingPool):
             if alarm is not None:
                 torch.distributed.all_reduce(alarm)
             touched = None  # other ranks touched other clusters
+        if keep is not None:
+            self.successes *= keep
+            self.failures *= keep
+            touched = None
         fired = alarm is not None and self._suspect(alarm)  # before the new evidence, which is not stale
         kept = 1.0 if fading is None else fading ** sums[2]
         for counts, added in ((self.successes.view(-1), sums[0]), (self.failures.view(-1), sums[1])):
             counts[cells] = counts[cells] * kept + added
         if self.shrinkage is not None:
-            self._pool(None if fired else (cells % self.num_experts).unique())
+            self._pool(None if fired or keep is not None else (cells % self.num_experts).unique())
             touched = None  # an expert's pooled record speaks in every cluster
         self._notify(None if fired else touched)
 

@@ -13,6 +13,7 @@ from moe_posterior.gates import (
     NearestNeighbourGate,
     OracleGate,
     PosteriorGate,
+    PriorGate,
     Routing,
     SoftmaxGate,
 )
@@ -47,6 +48,8 @@ GATES: dict[str, Callable[[int], Gate]] = {
     "posterior quantile": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="quantile"),
     "posterior outliers": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, novelty="class"),
     "posterior thompson": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="thompson"),
+    "prior": lambda k: PriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k),
+    "prior with amnesty": lambda k: PriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, amnesty=50.0, pooling=None),
     "expert threshold": lambda k: ExpertThresholdGate(HIDDEN_SIZE, NUM_EXPERTS, k),
     "bandit ucb1": lambda k: BanditGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k),
     "bandit discounted ucb": lambda k: BanditGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, policy="discounted_ucb"),

@@ -6,6 +6,7 @@ from moe_posterior.gates.baselines import SoftmaxGate
 from moe_posterior.gates.fixed import FixedGate, OracleGate
 from moe_posterior.gates.neighbours import NearestNeighbourGate
 from moe_posterior.gates.posterior import PosteriorGate
+from moe_posterior.gates.prior import PriorGate
 from moe_posterior.gates.threshold import ExpertThresholdGate
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "NearestNeighbourGate",
     "OracleGate",
     "PosteriorGate",
+    "PriorGate",
     "Routing",
     "SoftmaxGate",
 ]

@@ -1,0 +1,296 @@
+"""A learned gate that evidence can overrule: its logits stay, and experts that fell short of themselves lose some.
+
+Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from moe_posterior import beta as beta_functions
+from moe_posterior import evidence as evidence_functions
+from moe_posterior.clustering import Clusterer
+from moe_posterior.errors import InvalidArgumentError, NotFittedError
+from moe_posterior.gates.base import Gate, Routing
+from moe_posterior.kernels.reference import Assignment, select
+from moe_posterior.posterior import BetaPosterior
+from moe_posterior.precision import FixedPrecision
+
+
+class PriorGate(Gate, FixedPrecision):
+    """A softmax gate plus a penalty for experts that are credibly worse than they were: innocent until proven.
+
+    Every (cluster, expert) has a reference competence, measured on healthy data by :meth:`warm_start`. The belief starts there, and
+
+        penalty = η · min(0, log((mean + z · std) / reference))
+
+    is added to the learned logits: exactly 0 without evidence and for as long as an expert may be as good as it was, strongly
+    negative once even its credible upper bound is below. The choice is then top-k of the sums, the weights their softmax over
+    the chosen, so that the learned weights stay trainable. Before :meth:`fit` this is a softmax gate and nothing else.
+
+    Args:
+        hidden_size, num_experts, num_clusters, top_k: D, E, C, k.
+        penalty: η ≥ 0, logits by which a halved competence costs ``η · log 2``. The default 20 sends next to nothing to an expert
+            that fell by a quarter.
+        confidence: z ≥ 0, posterior standard deviations of doubt in the expert's favour; default 2.
+        strength: k0 > 0, pseudo-observations that the reference is worth in each cell; default 30.
+        half_life: observations of a cell after which what was seen there before counts half; default 300. None never forgets.
+        amnesty: tokens observed by the gate after which all evidence counts half, also of experts that are no longer chosen and
+            so could never prove themselves again. None (default) never pardons.
+        pooling: pseudo-observations after which an expert's shortfall over all clusters together moves what is expected of it in
+            each, downwards only; default 30. None keeps clusters apart.
+        innocent: False drops the rule, ``penalty = η · log(mean / reference)``, for comparison: every fluctuation then moves logits.
+        learned: whether the gate has a linear router of its own; a gate inside another router has none.
+
+    Raises:
+        InvalidArgumentError: a knob out of range. NotFittedError: observed before :meth:`fit`.
+
+    Source: the tempering of a learned gate by posterior competence in *Bayesian Posterior Routing in Multi-Agent Systems*,
+    "Posterior Routing Mechanism and Calibration Framework"; the rule and its defaults are this project's.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> hidden = torch.randn(400, 4, generator=generator)
+    >>> gate = PriorGate(hidden_size=4, num_experts=3, num_clusters=2, top_k=1)
+    >>> gate.fit(hidden)
+    >>> gate.warm_start(hidden, torch.full((400, 3), 0.8))
+    >>> learned = gate(hidden).expert_indices
+    >>> gate.observe(gate(hidden), torch.where(learned == 1, 0.0, 0.8))  # expert 1 now fails wherever it is asked
+    >>> bool((gate(hidden).expert_indices == 1).any())
+    False
+    """
+
+    evidence_bias: Tensor  # (C, E) float32, derived: at most 0, -inf for an expert that was removed
+    biased: bool  # whether any of it is not 0: known on the host, so that asking costs no synchronisation
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        num_clusters: int = 64,
+        top_k: int = 2,
+        *,
+        penalty: float = 20.0,
+        confidence: float = 2.0,
+        strength: float = 30.0,
+        half_life: float | None = 300.0,
+        amnesty: float | None = None,
+        pooling: float | None = 30.0,
+        innocent: bool = True,
+        learned: bool = True,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k)
+        for name, value in (("penalty", penalty), ("confidence", confidence)):
+            if not 0.0 <= value < float("inf"):
+                raise InvalidArgumentError(f"{name} must be at least 0 and finite; got {value}")
+        for name, option in (("strength", strength), ("amnesty", amnesty), ("pooling", pooling)):
+            if option is not None and not 0.0 < option < float("inf"):
+                raise InvalidArgumentError(f"{name} must be positive and finite; got {option}")
+        self.penalty, self.confidence, self.strength = penalty, confidence, strength
+        self.amnesty, self.pooling, self.innocent = amnesty, pooling, innocent
+        self.router = nn.Linear(hidden_size, num_experts, bias=False) if learned else None
+        self.clusterer = Clusterer(num_clusters, hidden_size)
+        half = strength / 2
+        self.posterior = BetaPosterior(
+            num_clusters, num_experts, prior_alpha=half, prior_beta=half, half_life=half_life
+        )
+        self.biased = False
+        self.register_buffer("evidence_bias", torch.zeros(num_clusters, num_experts), persistent=False)
+        self.posterior.subscribe(self._refresh)
+
+    @property
+    def num_clusters(self) -> int:
+        """C."""
+        return self.clusterer.num_clusters
+
+    @property
+    def reference(self) -> Tensor:  # (C, E) float64
+        """The competence every expert is held to: the warm start's, ½ before one."""
+        return beta_functions.mean(self.posterior.prior_alpha, self.posterior.prior_beta)
+
+    def fit(self, hidden: Tensor, *, generator: torch.Generator | None = None) -> None:  # (..., D)
+        """Find the clusters by k-means and forget reference and evidence: they spoke of other clusters."""
+        self.clusterer.fit(hidden, generator=generator)
+        self.posterior.reset(prior=True)
+
+    def warm_start(self, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
+        """Measure the reference from outcomes of healthy experts; NaN = not observed. See :meth:`warm_start_from_counts`."""
+        self.validate_hidden(hidden)
+        counts = BetaPosterior(self.num_clusters, self.num_experts).to(hidden.device)
+        counts.observe(self.clusterer(hidden).cluster_ids, outcome, sync=False)
+        self.warm_start_from_counts(counts.successes, counts.failures)
+
+    @torch.no_grad()
+    def warm_start_from_counts(self, successes: Tensor, failures: Tensor) -> None:  # (C, E), (C, E)
+        """Set the reference from counts on healthy data; evidence so far is forgotten.
+
+        A cell with few observations is drawn to what its expert and its cluster lead one to expect, see :func:`reference_from`.
+
+        Raises:
+            InvalidArgumentError: wrong shape, or counts that are negative or not finite; nothing has changed.
+        """
+        shape = tuple(self.posterior.successes.shape)
+        for name, counts in (("successes", successes), ("failures", failures)):
+            if tuple(counts.shape) != shape or not bool((torch.isfinite(counts) & (counts >= 0)).all()):
+                raise InvalidArgumentError(
+                    f"{name} must be finite counts of at least 0 of shape {shape}; got shape {tuple(counts.shape)}"
+                )
+        held = self.posterior.prior_alpha
+        expected = reference_from(successes.to(held), failures.to(held))
+        self.posterior.prior_alpha.copy_(self.strength * expected)
+        self.posterior.prior_beta.copy_(self.strength * (1 - expected))
+        self.posterior.reset()
+
+    def assign(self, hidden: Tensor) -> Assignment:  # (N, D)
+        """Clusters and distances; cluster 0 at distance 0 before :meth:`fit`, when clusters mean nothing yet."""
+        if self.clusterer.fitted:
+            return self.clusterer(hidden)
+        ids = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        return Assignment(ids, torch.zeros(len(hidden), device=hidden.device))
+
+    def forward(self, hidden: Tensor) -> Routing:  # (N, D)
+        """Choose experts for every token; changes no state.
+
+        A row that holds NaN or inf has NaN weights, as in any softmax router, and observing it adds no evidence.
+        """
+        self.validate_hidden(hidden)
+        if self.router is None:
+            raise InvalidArgumentError("a gate made with learned=False has no router of its own to route by")
+        ids, distance = self.assign(hidden)
+        scores = self.router(hidden).float()
+        if self.biased:
+            scores = scores + self.evidence_bias[ids]
+        selection = select(scores, ids, self.top_k)
+        weights = torch.softmax(selection.scores, dim=-1)
+        return Routing(selection.expert_indices, weights, ids, selection.scores, distance)
+
+    def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (N, k) or (N, E)
+        """Add outcomes to the evidence; arguments as :meth:`Gate.observe`.
+
+        Raises:
+            InvalidArgumentError: as :meth:`Gate.observe`. NotFittedError: before :meth:`fit`; nothing has changed in either case.
+        """
+        slots = self.slots_of(routing, outcome, dense)
+        if not self.clusterer.fitted:
+            raise NotFittedError("this gate has no clusters to hold evidence yet: call fit(hidden) first")
+        lost = ~torch.isfinite(routing.distance).to(outcome.device)
+        outcome = torch.where(lost[:, None], torch.nan, outcome)
+        keep = None if self.amnesty is None else self._kept(outcome, self.amnesty)
+        self.posterior.observe(routing.cluster_ids, outcome, slots, keep=keep)
+
+    def _kept(self, outcome: Tensor, amnesty: float) -> Tensor:  # -> ()
+        """The share kept of the evidence so far once these tokens, those of all ranks, have been observed."""
+        tokens = (~outcome.isnan()).any(dim=1).sum().to(self.posterior.successes)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(tokens)
+        return torch.exp2(-tokens / amnesty)
+
+    def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
+        """Posterior mean competence of the chosen experts as of now."""
+        alpha, beta = self.posterior.parameters_of(routing.cluster_ids)
+        return beta_functions.mean(alpha, beta).gather(1, routing.expert_indices).float()
+
+    def remove_expert(self, expert: int) -> None:
+        """Never choose this expert again; indices of the others stay. See :meth:`BetaPosterior.remove_expert`.
+
+        Raises:
+            InvalidArgumentError: there is no such active expert, or fewer than ``top_k`` would be left.
+        """
+        if int(self.posterior.active.sum()) <= self.top_k:
+            raise InvalidArgumentError(
+                f"expert {expert} cannot be removed: top_k={self.top_k} experts must stay active"
+            )
+        self.posterior.remove_expert(expert)
+
+    def extra_repr(self) -> str:
+        knobs = f"penalty={self.penalty:g}, confidence={self.confidence:g}, strength={self.strength:g}"
+        return f"{super().extra_repr()}, num_clusters={self.num_clusters}, {knobs}, biased={self.biased}"
+
+    @torch.no_grad()
+    def _refresh(self, cluster_ids: Tensor | None) -> None:
+        """The whole table: pooling lets what was seen in one cluster speak in all."""
+        belief = self.posterior
+        if belief.successes.device.type == "meta":
+            return
+        expected, beta = belief.prior_alpha, belief.prior_beta
+        if self.pooling is not None:
+            share = shortfall(belief.successes, belief.failures, self.reference, self.pooling, self.confidence)
+            expected = expected * share
+            beta = belief.prior_alpha + belief.prior_beta - expected
+        bias = evidence_bias(
+            expected + belief.successes,
+            beta + belief.failures,
+            self.reference,
+            penalty=self.penalty,
+            confidence=self.confidence,
+            innocent=self.innocent,
+        )
+        bias = bias.masked_fill(~belief.active, -torch.inf)
+        self.evidence_bias = bias.float()  # replaced, not written into: it may stand on another device after a load
+        self.biased = bool((bias != 0).any())
+
+
+def evidence_bias(
+    alpha: Tensor,  # (C, E)
+    beta: Tensor,  # (C, E)
+    reference: Tensor,  # (C, E) in (0, 1)
+    *,
+    penalty: float,
+    confidence: float,
+    innocent: bool = True,
+) -> Tensor:  # (C, E)
+    """What a belief adds to a learned gate's logits, ``η · min(0, log((mean + z · std) / reference))``.
+
+    Without ``innocent`` it is ``η · log(mean / reference)``, which also rewards.
+
+    >>> alpha, beta = torch.tensor([[16.0, 2.0]]), torch.tensor([[14.0, 28.0]])
+    >>> [round(value, 2) for value in evidence_bias(alpha, beta, torch.full((1, 2), 0.6), penalty=20, confidence=2)[0].tolist()]
+    [0.0, -26.91]
+    """
+    mean = beta_functions.mean(alpha, beta)
+    if not innocent:
+        return penalty * torch.log(mean / reference)
+    upper = mean + confidence * beta_functions.std(alpha, beta)
+    return penalty * torch.log(upper / reference).clamp(max=0.0)
+
+
+def shortfall(
+    successes: Tensor,  # (C, E)
+    failures: Tensor,  # (C, E)
+    reference: Tensor,  # (C, E)
+    strength: float,
+    confidence: float,
+) -> Tensor:  # (E,) in (0, 1]
+    """The share of its reference competence that an expert, over all clusters together, may still have reached.
+
+    ``(κ m + Σ s + z · sd) / (κ m + Σ n p)``, at most 1, with p the reference of a cell, m the expert's mean reference, κ the strength
+    and sd the standard deviation of Σ s if the reference held. 1 without evidence.
+
+    >>> reference = torch.full((2, 2), 0.8)
+    >>> successes, failures = torch.tensor([[80.0, 10.0], [80.0, 0.0]]), torch.tensor([[20.0, 90.0], [20.0, 0.0]])
+    >>> [round(share, 3) for share in shortfall(successes, failures, reference, 10.0, 2.0).tolist()]
+    [1.0, 0.295]
+    """
+    total = successes + failures
+    start = strength * reference.mean(dim=0)
+    doubt = confidence * (total * reference * (1 - reference)).sum(dim=0).sqrt()
+    return ((start + successes.sum(dim=0) + doubt) / (start + (total * reference).sum(dim=0))).clamp(max=1.0)
+
+
+def reference_from(successes: Tensor, failures: Tensor) -> Tensor:  # (C, E), (C, E) -> (C, E) in (0, 1)
+    """Competence of every cell from healthy counts, drawn to expert and cluster means where counts are small.
+
+    A cell's expectation is, in log-odds, expert mean + cluster mean − overall mean; it counts as many pseudo-observations as the
+    expert's clusters are alike, by moments (:func:`~moe_posterior.evidence.between_cluster_strength`).
+
+    >>> reference_from(torch.zeros(2, 3), torch.zeros(2, 3))[0].tolist()
+    [0.5, 0.5, 0.5]
+    """
+    overall = _log_odds(successes.sum(), failures.sum())
+    of_expert, of_cluster = (_log_odds(successes.sum(dim=d), failures.sum(dim=d)) for d in (0, 1))
+    expected = torch.sigmoid(of_expert[None, :] + of_cluster[:, None] - overall)
+    worth = evidence_functions.between_cluster_strength(successes, failures)
+    return (successes + worth * expected) / (successes + failures + worth)
+
+
+def _log_odds(successes: Tensor, failures: Tensor) -> Tensor:
+    """With half an observation on either side: finite also where nothing, or only one kind, was seen."""
+    return torch.log((successes + 0.5) / (failures + 0.5))
