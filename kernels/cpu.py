@@ -1,16 +1,21 @@
 """Nearest centroids on a CPU: a bfloat16 product proposes, a bound certifies, float32 decides where it cannot.
 
-Dimensions: N tokens, D hidden size, C clusters.
+Dimensions: N tokens, D hidden size, C clusters, k experts per token.
 
 The product with the centroids is nearly all of a table gate's cost, and a CPU with bfloat16 instructions does it several times faster
 in bfloat16. Its error is bounded: rounding x and d to 8 bits and the sum to 8 bits changes x·d by at most ``3.1 · 2⁻⁹ ‖x‖ ‖d‖``
 (Cauchy-Schwarz; the float32 accumulation is in the margin). Where the best similarity leads the second by more than twice that, it is
 the best in float32 too; the other tokens are assigned by the reference. So the choice is the reference's, not an approximation.
+
+A single token is decided in numpy: there a torch operation costs more than its arithmetic.
 """
 
+import math
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_posterior.kernels import reference
@@ -38,11 +43,16 @@ def _flag(name: str) -> bool:
 
 def applies(hidden: Tensor) -> bool:  # (N, D)
     """Whether :func:`assign` may stand in: it has no gradient and looks at the data, so no graph can hold it."""
-    if torch.compiler.is_compiling() or hidden.device.type != "cpu" or hidden.dtype != torch.float32:
+    if (
+        not hidden.is_cpu
+        or hidden.dtype is not torch.float32
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    ):
         return False
-    if torch.is_grad_enabled() and hidden.requires_grad:
+    if hidden.requires_grad and torch.is_grad_enabled():
         return False
-    return len(hidden) > 0
+    return hidden.shape[0] > 0
 
 
 def assign(hidden: Tensor, centroids: Centroids, *, low_precision: bool | None = None) -> Assignment:  # (N, D) float32
@@ -55,6 +65,9 @@ def assign(hidden: Tensor, centroids: Centroids, *, low_precision: bool | None =
     """
     if low_precision is None:
         low_precision = len(hidden) >= LEAST_TOKENS and hidden.shape[1] >= LEAST_SIZE and has_bfloat16()
+    if torch.is_autocast_enabled("cpu"):  # it would run the deciding product in bfloat16
+        with torch.autocast("cpu", enabled=False):
+            return assign(hidden, centroids, low_precision=low_precision)
     if low_precision:
         cluster_ids = _propose_and_check(hidden, centroids)
     else:
@@ -68,17 +81,71 @@ def assign(hidden: Tensor, centroids: Centroids, *, low_precision: bool | None =
     return Assignment(cluster_ids, distance)
 
 
+class Views:
+    """Numpy views of centroids and tables, kept between calls: making them takes as long as a decision.
+
+    Each call compares where the tensors lie, so that no view outlives its memory: ``.to()``, a load, ``share_memory_`` and handing
+    a module to another process all move it. A copied or unpickled owner makes its own views.
+    """
+
+    def __init__(self) -> None:
+        self._kept: _Kept = ([], (), (), ())
+
+    @np.errstate(over="ignore", invalid="ignore")  # a broken row is reported by its distance
+    def assign_one(
+        self,
+        vector: NDArray,  # (D,) float32
+        centroids: tuple[
+            Tensor, ...
+        ],  # points (C, D), directions (C, D), offsets (C,) and, if there is one, radius (C,)
+        tables: tuple[Tensor, ...] = (),  # each (C, k)
+    ) -> tuple[int, float, tuple[NDArray, ...]]:  # tables as (C, 1, k)
+        """Cluster and distance of one token: :func:`moe_posterior.kernels.reference.assign` in numpy, equal up to rounding.
+
+        Shapes and dtypes must stay the same between calls.
+        """
+        addresses = [*map(_address, centroids), *map(_address, tables)]
+        kept, views, rows, _ = self._kept
+        if kept != addresses:
+            views, rows = tuple(c.numpy() for c in centroids), tuple(table.numpy()[:, None] for table in tables)
+            self._kept = (addresses, views, rows, centroids + tables)  # at once: other threads see the old or the new
+        points, directions, offsets, *radius = views
+        similarity = directions.dot(vector)
+        similarity -= offsets
+        cluster = int(similarity.argmax())
+        offset = vector - points[cluster]
+        squared = offset.dot(offset)
+        if squared < math.inf:  # NaN is not
+            distance = math.sqrt(squared)
+        else:
+            distance = math.inf
+            cluster = cluster if math.isfinite(similarity[cluster]) else 0
+        if radius and distance > radius[0][cluster]:
+            cluster = len(points)
+        return cluster, distance, rows
+
+    def __reduce__(self) -> tuple[type["Views"], tuple[()]]:
+        return Views, ()
+
+
+_Kept = tuple[list[int], tuple[NDArray, ...], tuple[NDArray, ...], tuple[Tensor, ...]]
+_address = Tensor.data_ptr
+
+
 def _exact(hidden: Tensor, centroids: Centroids) -> Tensor:  # (N,)
     return (hidden @ centroids.directions.T - centroids.offsets).max(dim=-1).indices
 
 
 def _propose_and_check(hidden: Tensor, centroids: Centroids) -> Tensor:  # (N,)
-    proposed = hidden.bfloat16() @ centroids.directions.bfloat16().T
+    rounded, reach = centroids.rounded, centroids.reach
+    if rounded is None or reach is None:
+        rounded, reach = reference.round_directions(centroids.directions)
+    proposed = hidden.bfloat16() @ rounded.T
     similarity = proposed.float().sub_(centroids.offsets)
     if similarity.shape[1] == 1:
         return similarity.new_zeros(len(similarity), dtype=torch.int64)
     best = similarity.topk(2, dim=-1)
-    lengths = torch.linalg.vector_norm(hidden, dim=-1) * torch.linalg.vector_norm(centroids.directions, dim=-1).max()
+    lengths = torch.linalg.vector_norm(hidden, dim=-1) * reach
     # NaN compares false: a row whose product overflowed is uncertain as well.
     certain = best.values[:, 0] - best.values[:, 1] > 2 * ROUNDING * lengths
     cluster_ids = best.indices[:, 0]

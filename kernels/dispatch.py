@@ -16,6 +16,7 @@ from moe_posterior.kernels import cpu, operators, reference
 Backend = Literal["auto", "eager", "triton"]
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BACKENDS = get_args(Backend)
 _MAX_TOP_K = 64  # of the full path on Triton: the best so far stay in registers
 
 
@@ -44,7 +45,7 @@ def route_by_table(
             rows = assignment.cluster_ids
             return assignment, reference.Selection(topk_indices[rows], topk_scores[rows]), topk_weights[rows]
         return reference.route_by_table(hidden, centroids, topk_indices, topk_weights, topk_scores)
-    return _named(operators.route_by_table(hidden, *centroids, topk_indices, topk_weights, topk_scores))
+    return _named(operators.route_by_table(hidden, *centroids[:4], topk_indices, topk_weights, topk_scores))
 
 
 def route(
@@ -80,7 +81,7 @@ def route(
         return reference.route(
             hidden, centroids, alpha, beta, top_k=top_k, risk_aversion=risk_aversion, temperature=temperature
         )
-    return _named(operators.route(hidden, *centroids, alpha, beta, top_k, risk_aversion, temperature))
+    return _named(operators.route(hidden, *centroids[:4], alpha, beta, top_k, risk_aversion, temperature))
 
 
 def _named(outputs: operators.Outputs) -> tuple[reference.Assignment, reference.Selection, Tensor]:
@@ -89,8 +90,8 @@ def _named(outputs: operators.Outputs) -> tuple[reference.Assignment, reference.
 
 
 def _choose(backend: Backend, hidden: Tensor, obstacle: str | None = None) -> str:
-    if backend not in get_args(Backend):
-        raise InvalidArgumentError(f"backend must be one of {list(get_args(Backend))}; got {backend!r}")
+    if backend not in _BACKENDS:
+        raise InvalidArgumentError(f"backend must be one of {list(_BACKENDS)}; got {backend!r}")
     if backend == "eager":
         return "eager"
     obstacle = _obstacle(hidden) or obstacle

@@ -35,6 +35,8 @@ class Centroids(NamedTuple):
     directions: Tensor  # (C, D) float32, points less their mean
     offsets: Tensor  # (C,) float32
     radius: Tensor | None = None  # (C,) float32; given, a token farther than its centroid's radius belongs to cluster C
+    rounded: Tensor | None = None  # (C, D) bfloat16 directions, which :mod:`moe_posterior.kernels.cpu` proposes by
+    reach: Tensor | None = None  # () float32, the longest direction
 
 
 def prepare_centroids(points: Tensor) -> Centroids:  # (C, D)
@@ -48,7 +50,13 @@ def prepare_centroids(points: Tensor) -> Centroids:  # (C, D)
     mean = exact.mean(dim=0)
     directions = exact - mean
     offsets = directions @ mean + directions.square().sum(dim=-1) / 2
-    return Centroids(points.float(), directions.float(), offsets.float())
+    rounded, reach = round_directions(directions.float())
+    return Centroids(points.float(), directions.float(), offsets.float(), rounded=rounded, reach=reach)
+
+
+def round_directions(directions: Tensor) -> tuple[Tensor, Tensor]:  # (C, D) -> (C, D) bfloat16, ()
+    """The directions in bfloat16, and the longest of them: what a choice made in bfloat16 and its error bound need."""
+    return directions.bfloat16(), torch.linalg.vector_norm(directions, dim=-1).max()
 
 
 def assign(hidden: Tensor, centroids: Centroids) -> Assignment:  # (N, D)

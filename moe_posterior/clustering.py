@@ -45,6 +45,8 @@ class Clusterer(FixedPrecision):
     radius: Tensor  # (C,) float32; NaN until fitted
     directions: Tensor  # (C, D) float32, derived
     offsets: Tensor  # (C,) float32, derived
+    rounded: Tensor  # (C, D) bfloat16, derived
+    reach: Tensor  # () float32, derived
 
     def __init__(self, num_clusters: int, hidden_size: int, *, outliers: bool = False) -> None:
         super().__init__()
@@ -57,6 +59,8 @@ class Clusterer(FixedPrecision):
         self.register_buffer("radius", torch.full((num_clusters,), torch.nan, dtype=torch.float32))
         self.register_buffer("directions", self.centroids.clone(), persistent=False)
         self.register_buffer("offsets", self.radius.clone(), persistent=False)
+        self.register_buffer("rounded", self.centroids.bfloat16(), persistent=False)
+        self.register_buffer("reach", self.radius.new_full((), torch.nan), persistent=False)
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
     def forward(self, hidden: Tensor) -> reference.Assignment:  # (N, D) -> (N,), (N,)
@@ -77,7 +81,7 @@ class Clusterer(FixedPrecision):
     def prepared(self) -> reference.Centroids:
         """The centroids as :mod:`moe_posterior.kernels` takes them."""
         radius = self.radius if self.outliers else None
-        return reference.Centroids(self.centroids, self.directions, self.offsets, radius)
+        return reference.Centroids(self.centroids, self.directions, self.offsets, radius, self.rounded, self.reach)
 
     @property
     def num_classes(self) -> int:
@@ -186,6 +190,7 @@ class Clusterer(FixedPrecision):
         # Replaced, not copied into: after a load with assign=True they may still be on the meta device.
         prepared = reference.prepare_centroids(self.centroids)
         self.directions, self.offsets = prepared.directions, prepared.offsets
+        self.rounded, self.reach = reference.round_directions(prepared.directions)
         self._fitted = self.centroids.device.type != "meta" and bool(torch.isfinite(self.centroids).all())
 
 

@@ -3,7 +3,6 @@
 Dimensions: N queries, D embedding size, C clusters, E experts, k experts per query.
 """
 
-import math
 import threading
 from collections.abc import Mapping
 from os import PathLike
@@ -15,7 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import PosteriorGate, Routing
-from moe_posterior.kernels.reference import Centroids
 
 
 class Decision(NamedTuple):
@@ -48,22 +46,6 @@ class Decisions(NamedTuple):
 _Choice = tuple[
     int, float, list[int], list[float], list[float], bool
 ]  # cluster, distance, experts, scores, weights, explored
-
-
-@np.errstate(over="ignore", invalid="ignore")  # a broken row is reported by its distance
-def assign_one(vector: NDArray, centroids: Centroids) -> tuple[int, float]:  # (D,) float32
-    """Cluster and distance of one query: :func:`moe_posterior.kernels.reference.assign` in numpy, equal up to rounding."""
-    similarity = centroids.directions.numpy() @ vector
-    similarity -= centroids.offsets.numpy()
-    cluster = int(similarity.argmax())
-    if not math.isfinite(similarity[cluster]):
-        cluster = 0
-    offset = vector - centroids.points.numpy()[cluster]
-    squared = float(offset @ offset)
-    distance = math.sqrt(squared) if squared < math.inf else math.inf  # NaN is no distance either
-    if centroids.radius is not None and distance > centroids.radius.numpy()[cluster]:
-        cluster = len(centroids.points)
-    return cluster, distance
 
 
 class PosteriorRouter:
@@ -306,12 +288,10 @@ class PosteriorRouter:
         """One query in numpy: torch's overhead a call would be most of the time it takes."""
         gate = self.gate
         gate.clusterer.require_fitted()
-        cluster, distance = assign_one(vector, gate.clusterer.prepared)
+        cluster, distance, tables = gate.assign_one(vector)
         if gate.lazy and gate.stale.numpy()[cluster]:
             gate.refresh_rows(torch.tensor([cluster]))
-        experts, scores, weights = (
-            table.numpy()[cluster].tolist() for table in (gate.topk_indices, gate.topk_scores, gate.topk_weights)
-        )
+        experts, weights, scores = (table[cluster, 0].tolist() for table in tables)
         return cluster, distance, experts, scores, weights, False
 
     def _choose_one_per_token(self, vector: NDArray) -> "_Choice":  # (D,)

@@ -5,8 +5,6 @@ import pytest
 import torch
 
 from moe_posterior import InvalidArgumentError, NotFittedError, PosteriorRouter
-from moe_posterior.kernels.reference import assign, prepare_centroids
-from moe_posterior.router import assign_one
 
 E, D, C = 5, 6, 4
 EMBEDDINGS = np.random.default_rng(0).normal(size=(200, D)).astype(np.float32)
@@ -37,21 +35,6 @@ def test_one_at_a_time_and_batched_decide_alike(options: dict) -> None:
         batched.resolve_batch(batch.ids, outcomes)
         single.resolve_batch([d.id for d in decisions], outcomes)
     assert torch.equal(single.posterior.successes, batched.posterior.successes)
-
-
-@pytest.mark.parametrize("far", [0.0, 1e4])
-@pytest.mark.parametrize("with_radius", [False, True])
-def test_one_query_in_numpy_is_assigned_as_the_reference_does(far: float, with_radius: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    centroids = prepare_centroids(torch.randn(40, 16, generator=generator) + far)
-    if with_radius:
-        centroids = centroids._replace(radius=torch.full((40,), 5.0))
-    queries = torch.randn(300, 16, generator=generator) * 1.2 + far
-    queries[0, 3], queries[1, 0], queries[2], queries[3] = torch.nan, torch.inf, -torch.inf, 3e38
-    expected = assign(queries, centroids)
-    found = [assign_one(query.numpy(), centroids) for query in queries]
-    assert [cluster for cluster, _ in found] == expected.cluster_ids.tolist()
-    np.testing.assert_allclose([distance for _, distance in found], expected.distance, rtol=1e-5)
 
 
 def test_it_learns_which_expert_is_right() -> None:

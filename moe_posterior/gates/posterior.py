@@ -6,7 +6,9 @@ Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_posterior import beta as beta_functions
@@ -14,7 +16,7 @@ from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import ProxyNoise, novelty_weight
 from moe_posterior.gates.base import Gate, Routing
-from moe_posterior.kernels import dispatch, reference
+from moe_posterior.kernels import cpu, dispatch, reference
 from moe_posterior.posterior import BetaPosterior
 from moe_posterior.precision import FixedPrecision
 
@@ -122,6 +124,7 @@ class PosteriorGate(Gate, FixedPrecision):
             raise InvalidArgumentError(f"threshold must lie in [0, 1] or be None; got {threshold}")
         self.novelty = novelty
         self.threshold, self.lazy, self.seed, self.backend = threshold, lazy, seed, backend
+        self._views = cpu.Views()
         table = (self.clusterer.num_classes, top_k)
         self.register_buffer("topk_indices", torch.zeros(table, dtype=torch.int64), persistent=False)
         self.register_buffer("topk_weights", torch.zeros(table, dtype=torch.float32), persistent=False)
@@ -204,6 +207,10 @@ class PosteriorGate(Gate, FixedPrecision):
 
         A row that holds NaN or inf is routed as cluster 0 with distance inf, and observing it adds no evidence.
         """
+        alone = hidden.shape == (1, self.hidden_size) and self.backend == "auto" and cpu.applies(hidden)
+        modules: dict[str, Any] = self._modules  # read directly: nn.Module's attribute access takes half a microsecond
+        if alone and not self.lazy and not self.chooses_per_token and modules["clusterer"].fitted:
+            return self._forward_one(hidden)
         self.validate_hidden(hidden)
         self.clusterer.require_fitted()
         if self.chooses_per_token:
@@ -291,6 +298,30 @@ class PosteriorGate(Gate, FixedPrecision):
         else:
             scores = beta_functions.mean(alpha, beta)
         return scores.masked_fill(~self.posterior.active, -torch.inf)
+
+    def _forward_one(self, hidden: Tensor) -> Routing:  # (1, D)
+        """One token by the tables, in numpy."""
+        vector = (hidden.detach() if hidden.requires_grad else hidden).numpy()[0]
+        cluster, distance, (indices, weights, scores) = self.assign_one(vector)
+        tensor, array = torch.from_numpy, np.array
+        return Routing(
+            tensor(indices[cluster].copy()),
+            tensor(weights[cluster].copy()),
+            tensor(array([cluster])),
+            tensor(scores[cluster].copy()),
+            tensor(array([distance], np.float32)),
+        )
+
+    def assign_one(self, vector: NDArray) -> tuple[int, float, tuple[NDArray, ...]]:  # (D,) float32 -> 3 x (C, 1, k)
+        """Cluster and distance of one token, and numpy views of the tables of indices, weights and scores."""
+        own: dict[str, Any] = self._buffers  # as in forward
+        clusterer: Any = self._modules["clusterer"]
+        buffers = clusterer._buffers
+        centroids: tuple[Tensor, ...] = buffers["centroids"], buffers["directions"], buffers["offsets"]
+        if clusterer.outliers:
+            centroids += (buffers["radius"],)
+        tables = own["topk_indices"], own["topk_weights"], own["topk_scores"]
+        return self._views.assign_one(vector, centroids, tables)
 
     @torch.no_grad()
     def _forward_per_token(self, hidden: Tensor) -> Routing:

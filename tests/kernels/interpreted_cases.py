@@ -191,7 +191,7 @@ def test_the_distance_has_the_reference_s_gradient_and_nothing_else_has_one(gene
 
 @pytest.mark.parametrize("with_radius", [False, True])
 def test_the_operators_pass_opcheck(generator, with_radius) -> None:
-    hidden, (points, directions, offsets, _) = sample(generator, 20, 5, 12)
+    hidden, (points, directions, offsets, *_) = sample(generator, 20, 5, 12)
     radius = torch.full((5,), 3.0) if with_radius else None
     belief = torch.rand(2, 5 + with_radius, 9, generator=generator) + 1
     common = (hidden.requires_grad_(), points, directions, offsets, radius)

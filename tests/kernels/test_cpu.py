@@ -70,6 +70,42 @@ def test_broken_rows_and_outliers_are_the_references(with_radius: bool) -> None:
         torch.testing.assert_close(found.distance, expected.distance)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("far", [0.0, 1e4])
+@pytest.mark.parametrize("with_radius", [False, True])
+def test_one_token_in_numpy_is_assigned_as_the_reference_does(far: float, with_radius: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centroids = reference.prepare_centroids(torch.randn(40, 16, generator=generator) + far)
+    if with_radius:
+        centroids = centroids._replace(radius=torch.full((40,), 5.0))
+    queries = torch.randn(300, 16, generator=generator) * 1.2 + far
+    queries[0, 3], queries[1, 0], queries[2], queries[3] = torch.nan, torch.inf, -torch.inf, 3e38
+    expected = reference.assign(queries, centroids)
+    views, tensors = cpu.Views(), tuple(tensor for tensor in centroids[:4] if tensor is not None)
+    found = [views.assign_one(query.numpy(), tensors) for query in queries]
+    assert [cluster for cluster, *_ in found] == expected.cluster_ids.tolist()
+    torch.testing.assert_close(torch.tensor([distance for _, distance, _ in found]), expected.distance)
+
+
+def test_views_follow_storage_that_is_moved_in_place() -> None:
+    _, centroids = world(1, 16, 8, 1.0)
+    views, tensors = cpu.Views(), tuple(tensor.clone() for tensor in centroids[:3])
+    table = torch.arange(8)[:, None]
+    query = tensors[0][5].numpy().copy()
+    assert views.assign_one(query, tensors, (table,))[2][0][5] == 5
+    table.share_memory_()  # the same tensor object, other memory
+    table.add_(10)
+    assert views.assign_one(query, tensors, (table,))[2][0][5] == 15
+
+
+@pytest.mark.parametrize("low_precision", [True, False])
+def test_autocast_does_not_decide_near_ties_in_bfloat16(low_precision: bool) -> None:
+    hidden, centroids = world(2000, 64, 200, 4.0)
+    expected = reference.assign(hidden, centroids).cluster_ids
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(cpu.assign(hidden, centroids, low_precision=low_precision).cluster_ids, expected)
+
+
 def test_it_stands_in_only_where_it_may() -> None:
     hidden = torch.randn(300, 64)
     assert cpu.applies(hidden)
