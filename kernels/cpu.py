@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_posterior.kernels import reference
-from moe_posterior.kernels.reference import Assignment, Centroids
+from moe_posterior.kernels.reference import Assignment, Centroids, Levels
 
 ROUNDING = 3.1 * 2.0**-9
 LEAST_TOKENS = 32  # below, converting the centroids costs what the product saves
@@ -58,6 +58,8 @@ def applies(hidden: Tensor) -> bool:  # (N, D)
 def assign(hidden: Tensor, centroids: Centroids, *, low_precision: bool | None = None) -> Assignment:  # (N, D) float32
     """As :func:`moe_posterior.kernels.reference.assign`: the same clusters, and distances equal up to rounding.
 
+    Where the centroids come with levels, a batch is assigned by them: to a valid cluster, near, but not always the nearest.
+
     Args:
         hidden: float32 on a CPU.
         centroids: prepared.
@@ -68,7 +70,9 @@ def assign(hidden: Tensor, centroids: Centroids, *, low_precision: bool | None =
     if torch.is_autocast_enabled("cpu"):  # it would run the deciding product in bfloat16
         with torch.autocast("cpu", enabled=False):
             return assign(hidden, centroids, low_precision=low_precision)
-    if low_precision:
+    if centroids.levels is not None and len(hidden) >= LEAST_TOKENS:
+        cluster_ids = _by_levels(hidden, centroids.levels)
+    elif low_precision:
         cluster_ids = _propose_and_check(hidden, centroids)
     else:
         cluster_ids = _exact(hidden, centroids)
@@ -152,6 +156,40 @@ def _propose_and_check(hidden: Tensor, centroids: Centroids) -> Tensor:  # (N,)
     if not bool(certain.all()):
         doubtful = (~certain).nonzero().flatten()
         cluster_ids[doubtful] = _exact(hidden[doubtful], centroids)
+    return cluster_ids
+
+
+def prepare_levels(centroids: Centroids, means: Tensor, groups: Tensor, num_candidates: int) -> Levels:
+    """Candidates for every group: its own centroids, then those nearest to its mean, as many for each group.
+
+    Args:
+        means: (G, D), of the groups.
+        groups: (C,) int64, the group of each centroid; each in 0 … G - 1.
+        num_candidates: at least so many for a group; more where a group owns more.
+    """
+    points = centroids.points
+    width = min(len(points), max(num_candidates, int(torch.bincount(groups).max())))
+    apart = torch.cdist(means, points)
+    apart[groups, torch.arange(len(points), device=points.device)] = -1.0
+    members = apart.topk(width, largest=False).indices.sort().values
+    coarse = reference.prepare_centroids(means)
+    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+    directions = centroids.directions.to(dtype)
+    return Levels(coarse.directions.to(dtype), coarse.offsets, members, directions[members], centroids.offsets[members])
+
+
+def _by_levels(hidden: Tensor, levels: Levels) -> Tensor:  # (N,)
+    tokens = hidden.to(levels.directions.dtype)
+    groups = (tokens @ levels.directions.T).float().sub_(levels.offsets).argmax(dim=-1)
+    order = groups.argsort(stable=True)
+    counts = torch.bincount(groups, minlength=len(levels.directions)).tolist()
+    found = []
+    for group, rows in enumerate(tokens[order].split(counts)):
+        if len(rows):
+            similarity = (rows @ levels.member_directions[group].T).float().sub_(levels.member_offsets[group])
+            found.append(levels.members[group][similarity.argmax(dim=-1)])
+    cluster_ids = torch.empty_like(groups)
+    cluster_ids[order] = torch.cat(found)
     return cluster_ids
 
 

@@ -20,6 +20,11 @@ _BACKENDS = get_args(Backend)
 _MAX_TOP_K = 64  # of the full path on Triton: the best so far stay in registers
 
 
+def assign(hidden: Tensor, centroids: reference.Centroids) -> reference.Assignment:  # (N, D)
+    """Nearest centroid and distance, by :mod:`moe_posterior.kernels.cpu` where it applies, else by plain torch."""
+    return cpu.assign(hidden, centroids) if cpu.applies(hidden) else reference.assign(hidden, centroids)
+
+
 def route_by_table(
     hidden: Tensor,  # (N, D)
     centroids: reference.Centroids,

@@ -28,6 +28,16 @@ class Selection(NamedTuple):
     scores: Tensor  # (N, k)
 
 
+class Levels(NamedTuple):
+    """Groups of centroids, so that a token is compared with G group means and M candidates instead of C centroids."""
+
+    directions: Tensor  # (G, D) of the group means, bfloat16 where the processor multiplies it, else float32
+    offsets: Tensor  # (G,) float32
+    members: Tensor  # (G, M) int64, ascending: the group's own centroids and those nearest to it
+    member_directions: Tensor  # (G, M, D)
+    member_offsets: Tensor  # (G, M) float32
+
+
 class Centroids(NamedTuple):
     """Centroids and what the search for the nearest one wants to have at hand; see :func:`prepare_centroids`."""
 
@@ -37,6 +47,7 @@ class Centroids(NamedTuple):
     radius: Tensor | None = None  # (C,) float32; given, a token farther than its centroid's radius belongs to cluster C
     rounded: Tensor | None = None  # (C, D) bfloat16 directions, which :mod:`moe_posterior.kernels.cpu` proposes by
     reach: Tensor | None = None  # () float32, the longest direction
+    levels: Levels | None = None  # given, a batch on a CPU is assigned by them, approximately
 
 
 def prepare_centroids(points: Tensor) -> Centroids:  # (C, D)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
-from moe_posterior.kernels import reference
+from moe_posterior.kernels import cpu, dispatch, reference
 from moe_posterior.precision import FixedPrecision
 
 _CHUNK = 16_384  # rows an assignment step handles at a time: bounds memory to chunk x C floats
@@ -33,6 +33,11 @@ class Clusterer(FixedPrecision):
         hidden_size: D, at least 1.
         outliers: if True, tokens outside their cluster's radius are assigned to one more class, with index C: what is unlike
             anything seen is then learned about together, instead of being mistaken for the nearest known thing.
+        levels: 1 (default) compares a token with all centroids, exactly. 2 groups them, and compares a token of a float32 batch on
+            a CPU with about sqrt(2 C) group means, then with C / 8 candidates of the nearest group: at hundreds of clusters several
+            times faster. The id is always valid, but the nearest cluster is missed where it lies outside the candidates or leads
+            by less than bfloat16 resolves: for a fraction of a percent of tokens close to one of 512 centroids, for a tenth of
+            those that lie between clusters or have few to choose from. Everywhere else, on a GPU and for a single token too, 2 is as 1.
 
     >>> points = torch.tensor([[0.0, 0.0], [0.0, 1.0], [9.0, 9.0], [9.0, 8.0]])
     >>> clusterer = Clusterer(num_clusters=2, hidden_size=2).fit(points)
@@ -48,12 +53,15 @@ class Clusterer(FixedPrecision):
     rounded: Tensor  # (C, D) bfloat16, derived
     reach: Tensor  # () float32, derived
 
-    def __init__(self, num_clusters: int, hidden_size: int, *, outliers: bool = False) -> None:
+    def __init__(self, num_clusters: int, hidden_size: int, *, outliers: bool = False, levels: int = 1) -> None:
         super().__init__()
         for name, size in (("num_clusters", num_clusters), ("hidden_size", hidden_size)):
             if size < 1:
                 raise InvalidArgumentError(f"{name} must be at least 1; got {size}")
-        self.num_clusters, self.hidden_size, self.outliers = num_clusters, hidden_size, outliers
+        if levels not in (1, 2):
+            raise InvalidArgumentError(f"levels must be 1 or 2; got {levels}")
+        self.num_clusters, self.hidden_size, self.outliers, self.levels = num_clusters, hidden_size, outliers, levels
+        self._levels: reference.Levels | None = None
         self._fitted = False
         self.register_buffer("centroids", torch.full((num_clusters, hidden_size), torch.nan, dtype=torch.float32))
         self.register_buffer("radius", torch.full((num_clusters,), torch.nan, dtype=torch.float32))
@@ -75,13 +83,15 @@ class Clusterer(FixedPrecision):
         self.require_fitted()
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
             raise InvalidArgumentError(f"hidden must have shape (N, {self.hidden_size}); got {tuple(hidden.shape)}")
-        return reference.assign(hidden, self.prepared)
+        return dispatch.assign(hidden, self.prepared)
 
     @property
     def prepared(self) -> reference.Centroids:
         """The centroids as :mod:`moe_posterior.kernels` takes them."""
         radius = self.radius if self.outliers else None
-        return reference.Centroids(self.centroids, self.directions, self.offsets, radius, self.rounded, self.reach)
+        return reference.Centroids(
+            self.centroids, self.directions, self.offsets, radius, self.rounded, self.reach, self._levels
+        )
 
     @property
     def num_classes(self) -> int:
@@ -192,6 +202,7 @@ class Clusterer(FixedPrecision):
         self.directions, self.offsets = prepared.directions, prepared.offsets
         self.rounded, self.reach = reference.round_directions(prepared.directions)
         self._fitted = self.centroids.device.type != "meta" and bool(torch.isfinite(self.centroids).all())
+        self._levels = _group(prepared) if self.levels == 2 and self._fitted else None
 
 
 def _refresh_after_load(module: torch.nn.Module, incompatible_keys: object) -> None:
@@ -229,6 +240,17 @@ def _assign(points: Tensor, centroids: Tensor) -> reference.Assignment:
     prepared = reference.prepare_centroids(centroids)
     parts = [reference.assign(chunk, prepared) for chunk in points.split(_CHUNK)]
     return reference.Assignment(torch.cat([p.cluster_ids for p in parts]), torch.cat([p.distance for p in parts]))
+
+
+@torch.no_grad()
+def _group(centroids: reference.Centroids) -> reference.Levels:
+    """Two levels, on the CPU, where alone they are used; the same centroids give the same groups."""
+    points = centroids.points.cpu()
+    num_groups = min(round(math.sqrt(2 * len(points))), len(points.unique(dim=0)))
+    means = _seed_centroids(points, num_groups, torch.Generator().manual_seed(0))
+    means = _lloyd(points, means, max_iterations=20, tolerance=0.0)
+    groups = _assign(points, means).cluster_ids
+    return cpu.prepare_levels(reference.prepare_centroids(points), means, groups, math.ceil(len(points) / 8))
 
 
 def _lloyd(

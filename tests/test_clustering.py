@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +10,7 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
 from moe_posterior import Clusterer, InvalidArgumentError, NotFittedError
+from moe_posterior.kernels.reference import prepare_centroids
 
 DIGITS = torch.from_numpy(load_digits().data).float() / 16
 
@@ -91,6 +95,28 @@ def test_state_dict_round_trip_restores_the_fit_bit_for_bit() -> None:
     assert torch.equal(restored.radius, clusterer.radius)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda clusterer: clusterer.set_centroids(DIGITS[100:105]),
+        lambda clusterer: (clusterer.load_state_dict(Clusterer(5, 64).fit(DIGITS[:99]).state_dict()), clusterer)[1],
+        lambda clusterer: clusterer.to(torch.float16),
+        lambda clusterer: clusterer.double(),
+        lambda clusterer: copy.deepcopy(clusterer),
+        lambda clusterer: pickle.loads(pickle.dumps(clusterer)),
+    ],
+    ids=["set", "load", "half", "double", "deepcopy", "pickle"],
+)
+def test_what_is_derived_from_the_centroids_follows_them(change) -> None:
+    clusterer = change(Clusterer(5, 64).fit(DIGITS))
+    expected = prepare_centroids(clusterer.centroids)
+    for found, wanted in zip(
+        clusterer.prepared[:3] + clusterer.prepared[4:6], expected[:3] + expected[4:6], strict=True
+    ):
+        assert found.dtype == wanted.dtype
+        assert torch.equal(found, wanted)
+
+
 def test_an_unfitted_state_dict_restores_an_unfitted_clusterer() -> None:
     clusterer = Clusterer(5, 64).fit(DIGITS)
     clusterer.load_state_dict(Clusterer(5, 64).state_dict())
@@ -172,3 +198,62 @@ def test_centroids_that_arrive_by_a_broadcast_of_buffers_count_as_fitted() -> No
     source, target = Clusterer(5, 64).fit(DIGITS), Clusterer(5, 64)
     target.centroids.copy_(source.centroids)
     assert torch.equal(target(DIGITS).cluster_ids, source(DIGITS).cluster_ids)
+
+
+def mixture(tokens: int, size: int, clusters: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    centroids = torch.randn(clusters, size, generator=generator)
+    hidden = centroids[torch.randint(clusters, (tokens,), generator=generator)]
+    return centroids, hidden + spread * torch.randn(tokens, size, generator=generator)
+
+
+@pytest.mark.parametrize(("spread", "least"), [(0.3, 0.99), (1.0, 0.9)])
+def test_two_levels_find_the_nearest_of_many_clusters(spread: float, least: float) -> None:
+    centroids, hidden = mixture(2000, 256, 300, spread)
+    flat, two = (Clusterer(300, 256, levels=levels).set_centroids(centroids)(hidden) for levels in (1, 2))
+    assert (flat.cluster_ids == two.cluster_ids).double().mean() >= least
+    same = flat.cluster_ids == two.cluster_ids
+    torch.testing.assert_close(flat.distance[same], two.distance[same])
+    assert (two.distance >= flat.distance - 1e-3).all()
+
+
+def test_two_levels_find_the_nearest_cluster_of_real_digits() -> None:
+    centroids = Clusterer(200, 64).fit(DIGITS[:1200], max_iterations=5).centroids
+    flat, two = (Clusterer(200, 64, levels=levels).set_centroids(centroids)(DIGITS[1200:]) for levels in (1, 2))
+    assert (flat.cluster_ids == two.cluster_ids).double().mean() >= 0.9
+    assert two.distance.mean() < 1.01 * flat.distance.mean()
+
+
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 1000))
+def test_two_levels_never_give_an_invalid_id(num_clusters: int, size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    centroids = torch.randn(num_clusters, size, generator=generator)
+    centroids[::2] = centroids[0].clone()  # many are the same
+    clusterer = Clusterer(num_clusters, size, levels=2, outliers=bool(seed % 2)).set_centroids(
+        centroids, radius=torch.full((num_clusters,), 3.0)
+    )
+    hidden = 3 * torch.randn(50, size, generator=generator)
+    hidden[0], hidden[1], hidden[2] = torch.nan, torch.inf, 3e38
+    ids, distance = clusterer(hidden)
+    assert ids.min() >= 0
+    assert ids.max() < clusterer.num_classes
+    torch.testing.assert_close(ids[:2], Clusterer.forward(clusterer.double(), hidden.double())[0][:2])
+    own = clusterer.centroids[ids[3:].clamp(max=num_clusters - 1)]
+    inside = ids[3:] < num_clusters
+    torch.testing.assert_close(distance[3:][inside], (hidden[3:] - own).norm(dim=1)[inside], rtol=1e-4, atol=1e-3)
+
+
+def test_two_levels_travel_with_the_clusterer() -> None:
+    centroids, hidden = mixture(500, 64, 100, 3.0)  # so far apart that candidates miss
+    clusterer = Clusterer(100, 64, levels=2).set_centroids(centroids)
+    loaded = Clusterer(100, 64, levels=2)
+    loaded.load_state_dict(clusterer.state_dict())
+    expected = clusterer(hidden).cluster_ids
+    assert not torch.equal(expected, Clusterer(100, 64).set_centroids(centroids)(hidden).cluster_ids)
+    for other in (loaded, copy.deepcopy(clusterer), pickle.loads(pickle.dumps(clusterer)), clusterer.half()):
+        assert torch.equal(other(hidden).cluster_ids, expected)
+
+
+def test_levels_are_one_or_two() -> None:
+    with pytest.raises(InvalidArgumentError, match="levels must be 1 or 2; got 3"):
+        Clusterer(4, 2, levels=3)

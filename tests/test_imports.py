@@ -26,7 +26,8 @@ ORDER = [
 ]
 LEAVES = {"losses", "metrics", "calibrators", "page"}  # may use errors alone, and be used by any room after the gates
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-SCRIPTS = {PACKAGE / "kernels" / "bench.py"}  # run and never imported: it times whole layers
+# Run and imported by each other alone: they time whole layers.
+SCRIPTS = {PACKAGE / "kernels" / name for name in ("bench.py", "bench_common.py", "bench_layers.py")}
 LIGHT = {"torch", "einops", "moe_posterior"}
 
 

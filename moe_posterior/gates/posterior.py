@@ -51,6 +51,7 @@ class PosteriorGate(Gate, FixedPrecision):
         false_positive_rate, false_negative_rate: known error rates of the outcomes; counts are de-biased by them.
         lazy: where a change of the belief touches every cluster, as under ``shrinkage``, refresh a row of the tables when it is next
             needed: for many clusters and experts and few tokens at a time. Such a gate cannot be compiled to one graph.
+        levels: 2 looks for the nearest of many clusters in two steps, faster and approximately, see :class:`Clusterer`.
         seed: start of the draws. They depend on (seed, number of ``observe`` calls) alone: a forward run twice, as under
             activation checkpointing, draws the same.
         backend: ``"auto"`` or a backend of :mod:`moe_posterior.kernels.dispatch`.
@@ -102,6 +103,7 @@ class PosteriorGate(Gate, FixedPrecision):
         false_positive_rate: float = 0.0,
         false_negative_rate: float = 0.0,
         lazy: bool = False,
+        levels: int = 1,
         seed: int = 0,
         backend: dispatch.Backend = "auto",
     ) -> None:
@@ -109,7 +111,7 @@ class PosteriorGate(Gate, FixedPrecision):
         noisy = false_positive_rate != 0 or false_negative_rate != 0
         if novelty not in get_args(Novelty):
             raise InvalidArgumentError(f"novelty must be one of {list(get_args(Novelty))}; got {novelty!r}")
-        self.clusterer = Clusterer(num_clusters, hidden_size, outliers=novelty == "class")
+        self.clusterer = Clusterer(num_clusters, hidden_size, outliers=novelty == "class", levels=levels)
         self.posterior = BetaPosterior(
             self.clusterer.num_classes,
             num_experts,

@@ -247,3 +247,14 @@ def test_outliers_are_learned_about_together_and_apart_from_the_clusters() -> No
     gate.observe(routing, (torch.arange(NUM_EXPERTS) == 3).double().expand(30, -1))
     assert (gate(far).expert_indices == 3).all()
     assert torch.equal(gate.topk_indices[:CLUSTERS], before)
+
+
+def test_two_levels_reach_the_gates_batches(generator) -> None:
+    centroids = torch.randn(100, 64, generator=generator)
+    hidden = 5 * torch.randn(400, 64, generator=generator)
+    gates = [PosteriorGate(64, 4, 100, top_k=1, levels=levels) for levels in (1, 2)]
+    flat, two = (gate.clusterer.set_centroids(centroids)(hidden).cluster_ids for gate in gates)
+    assert not torch.equal(flat, two)
+    assert torch.equal(gates[0](hidden).cluster_ids, flat)
+    assert torch.equal(gates[1](hidden).cluster_ids, two)
+    assert torch.equal(gates[1](hidden[:1]).cluster_ids, flat[:1])  # one token is compared with all

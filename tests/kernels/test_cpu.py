@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moe_posterior.kernels import cpu, reference
+from moe_posterior.kernels.bench_common import posterior_gate
 
 
 def world(
@@ -104,6 +107,40 @@ def test_autocast_does_not_decide_near_ties_in_bfloat16(low_precision: bool) -> 
     expected = reference.assign(hidden, centroids).cluster_ids
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(cpu.assign(hidden, centroids, low_precision=low_precision).cluster_ids, expected)
+
+
+class Made(TorchDispatchMode):
+    """Shapes of the tensors that operators allocate; views of what was there are not made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        for leaf in tree_leaves(output):
+            if torch.is_tensor(leaf) and leaf.untyped_storage().data_ptr() not in given:
+                self.shapes.append(tuple(leaf.shape))
+        return output
+
+
+@pytest.mark.parametrize("low_precision", [True, False])
+def test_a_forward_makes_nothing_anew_that_does_not_depend_on_its_tokens(low_precision, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: low_precision)
+    tokens = 96
+    gate, hidden = posterior_gate(tokens, 64, 40, 7, torch.Generator().manual_seed(0))
+    with Made() as made:
+        gate(hidden)
+    assert len(made.shapes) > 5
+    assert [shape for shape in made.shapes if shape and shape[0] != tokens] == []
+
+
+def test_centroids_rounded_beforehand_decide_as_those_rounded_in_the_call() -> None:
+    hidden, centroids = world(600, 65, 130, 4.0)
+    bare = centroids._replace(rounded=None, reach=None)
+    expected = cpu.assign(hidden, bare, low_precision=True)
+    assert torch.equal(cpu.assign(hidden, centroids, low_precision=True).cluster_ids, expected.cluster_ids)
 
 
 def test_it_stands_in_only_where_it_may() -> None:
