@@ -6,7 +6,8 @@ Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
 
 A variant is a kernel, a dtype and the tiles that :func:`moe_posterior.kernels.launch.tiles` picks for some sizes. Registers, stack
 and shared memory are read from the machine code (``cuobjdump`` of Triton's own wheel, the metadata of the AMD object), matrix
-instructions from the assembly. Traffic is computed from the tensors that the kernel's loops declare, not measured.
+instructions from the assembly. Bytes are counted in the PTX, see :mod:`moe_posterior.kernels.traffic`, for tokens that need no second
+pass; for AMD, whose assembly is not read, they are those of :mod:`moe_posterior.kernels.roofline`.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+from moe_posterior.kernels import roofline, traffic
+from moe_posterior.kernels.roofline import Variant
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -31,24 +34,9 @@ TARGETS = {
 }
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _LONG = {"topk_indices", "cluster_ids", "expert_indices"}
+_OUTPUTS = {"distances", "cluster_ids", "expert_indices", "routing_weights", "scores"}
+_GATHERED = {"radius", "topk_indices", "topk_weights", "topk_scores", "alpha", "beta", "evidence_bias"}
 _MATRIX = re.compile(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma)[\w.:]*")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Sizes that lead to one compiled kernel; E = 0 stands for kernel 1, which knows no experts."""
-
-    dtype: torch.dtype
-    num_tokens: int
-    hidden_size: int
-    num_clusters: int
-    num_experts: int
-    top_k: int = 8
-    radius: bool = False
-
-    @property
-    def kernel(self) -> str:
-        return "assign_and_select" if self.num_experts else "assign_and_gather"
 
 
 @dataclass(frozen=True)
@@ -72,18 +60,25 @@ class Report:
     launches: int
     token_reads: int
     minimal_bytes: float
-    requested_bytes: float
+    requested_bytes: float  # as the model has it
+    counted_bytes: float | None  # as the PTX has it
+    memory_ratio: float  # to the minimum: tokens and outputs as often as asked for, all else once a launch
+    requested_ratio: float  # to the minimum: everything as often as asked for
+    resident_bytes: int  # that once supposes to stay in the second-level cache
 
 
 def variants() -> Iterator[Variant]:
-    """All combinations of dtype, tiles and kernel, the full path up to C = 512, E = 1024."""
+    """All combinations of dtype, tiles and kernel, the full path up to C = 512, E = 1024.
+
+    D is an argument of the kernels, not a constant; here it is small, so that the count of their bytes is soon done.
+    """
     for dtype in _POINTERS:
         for num_tokens in (1, 4096, 8192):
-            for num_clusters in (16, 64, 512):
-                yield Variant(dtype, num_tokens, 4096, num_clusters, 0)
-                yield Variant(dtype, num_tokens, 4096, num_clusters, 1024)
-        yield Variant(dtype, 8192, 4096, 64, 0, radius=True)
-        yield Variant(dtype, 8192, 4096, 64, 64, radius=True)
+            for num_clusters in (16, 64, 256, 512):
+                yield Variant(dtype, num_tokens, 1024, num_clusters, 0)
+                yield Variant(dtype, num_tokens, 1024, num_clusters, 1024)
+        yield Variant(dtype, 8192, 1024, 64, 0, radius=True)
+        yield Variant(dtype, 8192, 1024, 64, 64, radius=True)
 
 
 def largest() -> Iterator[Variant]:
@@ -121,6 +116,9 @@ def compile_variant(variant: Variant, target: str) -> Report:
     options = {name: tiles[name] for name in ("num_warps", "num_stages")} | launch.compiler_options(amd=amd)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     assembly = compiled.asm["amdgcn" if amd else "ptx"]
+    names = [name for name in kernel.arg_names if signature[name] != "constexpr"]
+    counted = None if amd else count_bytes(assembly, names, variant, tiles)
+    minimum, requested = roofline.minimal_bytes(variant), roofline.requested_bytes(variant, constants)
     registers, spilled = _resources_amd(assembly) if amd else _resources_nvidia(compiled.asm["cubin"])
     return Report(
         target,
@@ -133,37 +131,38 @@ def compile_variant(variant: Variant, target: str) -> Report:
         shared_bytes=compiled.metadata.shared,
         matrix_instructions=sorted(set(_MATRIX.findall(assembly))),
         launches=len(re.findall(r"\.amdhsa_kernel|\.visible \.entry", assembly)),
-        token_reads=-(-variant.num_clusters // tiles["BLOCK_C"]) + 1,
-        minimal_bytes=minimal_bytes(variant),
-        requested_bytes=requested_bytes(variant, tiles["BLOCK_N"], tiles["BLOCK_C"]),
+        token_reads=roofline.token_reads(variant, constants),
+        minimal_bytes=minimum,
+        requested_bytes=requested,
+        counted_bytes=sum(counted.values()) if counted else None,
+        memory_ratio=memory_bytes(variant, constants, counted) / minimum,
+        requested_ratio=(sum(counted.values()) if counted else requested) / minimum,
+        resident_bytes=roofline.resident_bytes(variant),
     )
 
 
-def minimal_bytes(variant: Variant) -> float:
-    """Per token: each input read once in a launch, each output written once."""
-    used = min(variant.num_tokens, variant.num_clusters)
-    once = variant.num_clusters * (4 * variant.hidden_size + 4) + used * (4 * variant.hidden_size + _row_bytes(variant))
-    return _token_bytes(variant) + _output_bytes(variant) + once / variant.num_tokens
+def count_bytes(ptx: str, names: list[str], variant: Variant, tiles: dict[str, int]) -> dict[str, float]:
+    """Bytes per token that the compiled code asks for, by parameter."""
+    sizes = {"N": variant.num_tokens, "C": variant.num_clusters, "D": variant.hidden_size, "E": variant.num_experts}
+    values = sizes | {"stride_n": variant.hidden_size, "risk_aversion": 0, "temperature": 0, "seed": 0}
+    arguments = {i: values[name] for i, name in enumerate(names) if name in values}
+    found = traffic.walk(ptx, arguments, 32 * tiles["num_warps"])
+    tokens = min(variant.num_tokens, tiles["BLOCK_N"])
+    # A walk without data takes every token for one of cluster 0: what it gathers must not be merged.
+    amounts = {names[i]: access.by_thread if names[i] in _GATHERED else access.merged for i, access in found.items()}
+    return {name: amount / tokens for name, amount in amounts.items()}
 
 
-def requested_bytes(variant: Variant, block_n: int, block_c: int) -> float:
-    """Per token, what programs ask of the caches: a program reads all directions, and a token once a tile of them and once more."""
-    reads = -(-variant.num_clusters // block_c) + 1
-    directions = variant.num_clusters * (4 * variant.hidden_size + 4) / min(block_n, variant.num_tokens)
-    own = 4 * variant.hidden_size + _row_bytes(variant)
-    return reads * _token_bytes(variant) + directions + own + _output_bytes(variant)
-
-
-def _token_bytes(variant: Variant) -> int:
-    return variant.hidden_size * variant.dtype.itemsize
-
-
-def _row_bytes(variant: Variant) -> int:
-    return 8 * variant.num_experts if variant.num_experts else 16 * variant.top_k
-
-
-def _output_bytes(variant: Variant) -> int:
-    return 8 + 4 + 16 * variant.top_k
+def memory_bytes(variant: Variant, tiles: dict[str, int], counted: dict[str, float] | None) -> float:
+    """Per token, from and to memory: tokens and outputs as often as the code asks for them, all else once a launch."""
+    if counted is None:
+        streamed: float = roofline.token_reads(variant, tiles) * roofline.token_bytes(variant) + roofline.output_bytes(
+            variant
+        )
+    else:
+        streamed = counted["hidden"] + sum(counted.get(name, 0.0) for name in _OUTPUTS)
+    once = roofline.minimal_bytes(variant) - roofline.token_bytes(variant) - roofline.output_bytes(variant)
+    return streamed + once
 
 
 def _type_of(name: str, dtype: torch.dtype, constants: dict[str, Any]) -> str:
@@ -199,16 +198,18 @@ def _resources_amd(assembly: str) -> tuple[int, int]:
 
 
 def table(reports: list[Report]) -> str:
-    """The reports as lines of fixed columns."""
+    """The reports as lines of fixed columns; memory and requested are ratios to the minimum."""
     head = ["target", "kernel", "dtype", "N", "C", "E", "registers", "spilled B", "shared B", "token reads"]
-    head += ["B/token", "minimum", "launches", "matrix instruction"]
+    head += ["B/token", "minimum", "memory", "requested", "launches", "matrix instruction"]
     rows = [head]
     for r in reports:
         sizes = [str(r.num_tokens), str(r.num_clusters) + "+1" * r.radius, str(r.num_experts or "-")]
         counts = [str(n) for n in (r.registers, r.spilled_bytes, r.shared_bytes, r.token_reads)]
-        traffic = [f"{r.requested_bytes:.0f}", f"{r.minimal_bytes:.0f}", str(r.launches)]
+        asked = r.requested_bytes if r.counted_bytes is None else r.counted_bytes
+        ratios = [f"{r.memory_ratio:.3f}", f"{r.requested_ratio:.2f}"]
         matrix = " ".join(r.matrix_instructions) or "none"
-        rows.append([r.target, r.kernel, r.dtype, *sizes, *counts, *traffic, matrix])
+        moved = [f"{asked:.0f}", f"{r.minimal_bytes:.0f}", *ratios, str(r.launches)]
+        rows.append([r.target, r.kernel, r.dtype, *sizes, *counts, *moved, matrix])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import MoEPosteriorError
-from moe_posterior.kernels import aot, dispatch, reference
+from moe_posterior.kernels import dispatch, reference, roofline
 
 SHAPES = [(8192, 4096, 64, 64, 8), (16384, 2048, 128, 128, 8), (4096, 7168, 256, 256, 8), (1, 4096, 64, 64, 8)]
 DTYPES = [torch.bfloat16, torch.float32]
@@ -164,7 +164,10 @@ def run(
             num_tokens, size, clusters, num_experts, top_k = shape
             for name, us in times.items():
                 experts = num_experts if name.startswith("full") else 0
-                minimal = aot.minimal_bytes(aot.Variant(dtype, num_tokens, size, clusters, experts, top_k)) * num_tokens
+                minimal = (
+                    roofline.minimal_bytes(roofline.Variant(dtype, num_tokens, size, clusters, experts, top_k))
+                    * num_tokens
+                )
                 row = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "path": name, "us": us}
                 row |= {"ratio": us / times["softmax top-k, eager"], **checked}
                 ours = not name.startswith("softmax")

@@ -18,14 +18,17 @@ _PROGRAMS = 128  # about one a multiprocessor: with fewer tokens than fill them,
 def tiles(num_tokens: int, num_clusters: int, dtype: torch.dtype, *, amd: bool) -> dict[str, int]:
     """Block sizes, warps and stages; fixed rather than tuned, so that what was proved not to spill is what runs.
 
-    The tile of the clusters bounds how often a token is read: once for every 128 of them, and once more for the distance.
+    Up to 256 clusters are one tile, so that a token is read once; of 256 a program has registers for 32 tokens. Beyond, a token is
+    read once for every 128 clusters, and the more tokens share a read of the centroids the better.
     """
     block_n = max(16, min(64, triton.next_power_of_2(triton.cdiv(num_tokens, _PROGRAMS))))
     block_c = 16 if num_clusters <= 16 else 64 if num_clusters <= 64 else 128
+    if 128 < num_clusters <= 256:
+        block_c, block_n = 256, min(block_n, 32)
     return {
         "BLOCK_N": block_n,
         "BLOCK_C": block_c,
-        "BLOCK_D": (64 if block_c < 128 and not amd else 32) if dtype == torch.bfloat16 else 16,
+        "BLOCK_D": 32 if dtype == torch.bfloat16 and block_c != 128 else 16,
         "num_warps": 8,
         "num_stages": 2,
     }

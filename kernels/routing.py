@@ -2,8 +2,12 @@
 
 Dimensions: N tokens, D hidden size, C clusters, E experts, K experts per token. In the kernels ``i_`` is an index of this
 program, ``o_`` are offsets, ``m_`` masks, ``b_`` blocks of values; BLOCK_X is the tile along X. A program owns BLOCK_N tokens: it
-walks over the clusters in tiles and in each over D, keeps the best cluster so far, then reads its tokens once more, backwards
-so that the caches still hold most of them, for the distance.
+walks over the clusters in tiles and in each over D, and keeps the best cluster so far.
+
+The distance comes with the similarities. With m the mean of the centroids and d = c - m, a similarity is s = x·d - (m·d + ‖d‖²/2),
+and ``‖x - c‖² = ‖x - m‖² - 2 s``, whose first term is summed from differences while the first tile of clusters is multiplied. What is
+lost in it is a few roundings of ``Σ|x_i d_i| ≤ (‖x - m‖ + ‖m‖) (‖x - m‖ + ‖x - c‖)``; where ``‖x - c‖²`` is less than 2^-6 of that, or
+not finite, the token is read once more and its distance taken from the differences.
 
 How the similarity is multiplied (``DOT``), always summed in float32:
 
@@ -39,48 +43,71 @@ def _accumulate(b_d, b_x, acc, DOT: tl.constexpr):  # (BLOCK_C, BLOCK_D) float32
 
 
 @triton.jit
+def _similarity(
+    rows, points, directions, offsets, i_c, m_n, C, D,
+    FIRST: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_C, BLOCK_N), -inf where there is none; with FIRST also ‖x - m‖² and ‖m‖², m the mean of the centroids."""
+    o_c = i_c + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    clusters = directions + o_c[:, None].to(tl.int64) * D
+    acc = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+    squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    squares_of_mean = tl.zeros((BLOCK_D,), tl.float32)
+    for i_d in range(0, D, BLOCK_D):
+        o_d = i_d + tl.arange(0, BLOCK_D)
+        m_d = o_d < D
+        b_x = tl.load(rows + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
+        b_d = tl.load(clusters + o_d[None, :], mask=m_c[:, None] & m_d[None, :], other=0.0)
+        if FIRST:
+            b_m = tl.load(points + o_d, mask=m_d, other=0.0) - tl.load(directions + o_d, mask=m_d, other=0.0)
+            apart = b_x.to(tl.float32) - b_m[None, :]
+            squares += apart * apart
+            squares_of_mean += b_m * b_m
+        acc = _accumulate(b_d, b_x, acc, DOT)
+    similarity = acc - tl.load(offsets + o_c, mask=m_c, other=0.0)[:, None]
+    # False for NaN too: a row that holds NaN or inf has no finite similarity and stays with cluster 0
+    similarity = tl.where(m_c[:, None] & (similarity < float("inf")), similarity, float("-inf"))
+    return similarity, tl.sum(squares, axis=1), tl.sum(squares_of_mean, axis=0)
+
+
+@triton.jit
 def _nearest(
-    hidden, directions, offsets, o_n, N, C, D, stride_n,
+    hidden, points, directions, offsets, o_n, N, C, D, stride_n,
     DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Cluster of the highest similarity, the lower one of equals; 0 where none is finite."""
+    """Cluster of the highest similarity, the lower one of equals, 0 where none is finite; ‖x - c‖² of it, and the scale of
+    what cancelled in it."""
     rows = hidden + o_n[:, None] * stride_n
     m_n = o_n < N
-    best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    cluster = tl.zeros((BLOCK_N,), tl.int32)
-    for i_c in range(0, C, BLOCK_C):
-        o_c = i_c + tl.arange(0, BLOCK_C)
-        m_c = o_c < C
-        clusters = directions + o_c[:, None].to(tl.int64) * D
-        acc = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-        for i_d in range(0, D, BLOCK_D):
-            o_d = i_d + tl.arange(0, BLOCK_D)
-            m_d = o_d < D
-            b_x = tl.load(rows + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
-            b_d = tl.load(clusters + o_d[None, :], mask=m_c[:, None] & m_d[None, :], other=0.0)
-            acc = _accumulate(b_d, b_x, acc, DOT)
-        similarity = acc - tl.load(offsets + o_c, mask=m_c, other=0.0)[:, None]
-        # False for NaN too: a row that holds NaN or inf has no finite similarity and stays with cluster 0
-        similarity = tl.where(m_c[:, None] & (similarity < float("inf")), similarity, float("-inf"))
+    similarity, from_mean, of_mean = _similarity(
+        rows, points, directions, offsets, 0, m_n, C, D, True, DOT, BLOCK_N, BLOCK_C, BLOCK_D
+    )  # fmt: skip
+    best, cluster = tl.max(similarity, axis=0, return_indices=True)
+    for i_c in range(BLOCK_C, C, BLOCK_C):
+        similarity, _, _ = _similarity(
+            rows, points, directions, offsets, i_c, m_n, C, D, False, DOT, BLOCK_N, BLOCK_C, BLOCK_D
+        )  # fmt: skip
         top, place = tl.max(similarity, axis=0, return_indices=True)
         better = top > best
         cluster = tl.where(better, i_c + place, cluster)
         best = tl.where(better, top, best)
-    return cluster
+    squared = from_mean - 2.0 * best
+    reach = tl.sqrt_rn(from_mean)
+    scale = (reach + tl.sqrt_rn(of_mean)) * (reach + tl.sqrt_rn(tl.maximum(squared, 0.0)))
+    return cluster, squared, scale
 
 
 @triton.jit
 def _distance_to(
-    hidden, points, cluster, o_n, N, D, stride_n, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    hidden, points, cluster, o_n, m_n, D, stride_n, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """From the differences: ‖x‖² - 2 x·c + ‖c‖² would leave nothing but rounding for data far from the origin."""
-    m_n = o_n < N
+    """From the differences, at the price of reading the rows of ``m_n`` again."""
     rows = hidden + o_n[:, None] * stride_n
     own = points + cluster[:, None].to(tl.int64) * D
     squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    tiles = tl.cdiv(D, BLOCK_D)
-    for i in range(0, tiles):
-        o_d = (tiles - 1 - i) * BLOCK_D + tl.arange(0, BLOCK_D)
+    for i_d in range(0, D, BLOCK_D):
+        o_d = i_d + tl.arange(0, BLOCK_D)
         mask = m_n[:, None] & (o_d < D)[None, :]
         b_x = tl.load(rows + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
         b_c = tl.load(own + o_d[None, :], mask=mask, other=0.0)
@@ -95,12 +122,18 @@ def _assign(
     HAS_RADIUS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write cluster id and distance of this program's tokens; return the tokens' offsets and their clusters."""
+    CANCELLED: tl.constexpr = 0.015625  # 2^-6: below, more than 6 of the sum's 24 bits are gone
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
-    cluster = _nearest(
-        hidden, directions, offsets, o_n, N, C, D, stride_n, DOT, BLOCK_N, BLOCK_C, BLOCK_D
+    cluster, squared, scale = _nearest(
+        hidden, points, directions, offsets, o_n, N, C, D, stride_n, DOT, BLOCK_N, BLOCK_C, BLOCK_D
     )  # fmt: skip
-    distance = _distance_to(hidden, points, cluster, o_n, N, D, stride_n, BLOCK_N, BLOCK_D)
+    sound = (squared >= CANCELLED * scale) & (squared < float("inf"))  # False for NaN too
+    distance = tl.sqrt_rn(tl.where(sound, squared, 0.0))
+    doubtful = m_n & (sound == 0)
+    if tl.max(doubtful.to(tl.int32), axis=0) > 0:
+        again = _distance_to(hidden, points, cluster, o_n, doubtful, D, stride_n, BLOCK_N, BLOCK_D)
+        distance = tl.where(doubtful, again, distance)
     if HAS_RADIUS:
         cluster = tl.where(distance > tl.load(radius + cluster), C, cluster)
     tl.store(cluster_ids + o_n, cluster.to(tl.int64), mask=m_n)
