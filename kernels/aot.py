@@ -52,6 +52,7 @@ class Report:
     num_experts: int
     top_k: int
     radius: bool
+    draws: bool
     tiles: dict[str, int]
     registers: int
     spilled_bytes: int
@@ -77,13 +78,22 @@ def variants() -> Iterator[Variant]:
             for num_clusters in (16, 64, 256, 512):
                 yield Variant(dtype, num_tokens, 1024, num_clusters, 0)
                 yield Variant(dtype, num_tokens, 1024, num_clusters, 1024)
+        for num_clusters in (16, 64, 256, 512):
+            yield Variant(dtype, 8192, 1024, num_clusters, 1024, masked=True, draws=True)
+            yield Variant(dtype, 8192, 1024, num_clusters, 1024, masked=True, prior=True)
         yield Variant(dtype, 8192, 1024, 64, 0, radius=True)
         yield Variant(dtype, 8192, 1024, 64, 64, radius=True)
 
 
 def largest() -> Iterator[Variant]:
-    """Of every dtype the variants with the most tokens: those that need the most registers."""
-    return (v for v in variants() if v.num_tokens == 8192 and v.num_clusters != 16 and not v.radius)
+    """Of every dtype and kernel the variants with the most tokens and clusters, of kernel 1 those that read a token once.
+
+    Draws, which are slow to compile and touch no token, in bfloat16 alone.
+    """
+    for v in variants():
+        most = v.num_clusters == 512 if v.num_experts else v.num_clusters in (64, 256)
+        if v.num_tokens == 8192 and most and not v.radius and not (v.draws and v.dtype != torch.bfloat16):
+            yield v
 
 
 def compile_variant(variant: Variant, target: str) -> Report:
@@ -104,11 +114,13 @@ def compile_variant(variant: Variant, target: str) -> Report:
 
     amd = TARGETS[target][0] == "hip"
     kernel: Any = getattr(routing, variant.kernel)
-    tiles = launch.tiles(variant.num_tokens, variant.num_clusters, variant.dtype, amd=amd)
+    tiles = launch.tiles(variant.num_tokens, variant.num_clusters, variant.dtype, amd=amd, prior=variant.prior)
     constants: dict[str, Any] = {name: value for name, value in tiles.items() if name.startswith("BLOCK")}
     k, num_experts = variant.top_k, variant.num_experts
-    constants |= launch.expert_tile(k, num_experts) if num_experts else launch.table_tile(k)
+    constants |= launch.expert_tile(k, num_experts, draws=variant.draws) if num_experts else launch.table_tile(k)
     constants |= {"HAS_RADIUS": variant.radius, "DOT": launch.precision(variant.dtype, amd=amd)}
+    constants |= {"HAS_ACTIVE": variant.masked, "HAS_BIAS": variant.masked, "DRAWS": variant.draws}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: _type_of(name, variant.dtype, constants) for name in kernel.arg_names}
     # The launcher specialises on the same facts: torch aligns its tensors, and hidden sizes are multiples of 16.
     aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in ("D", "stride_n")]
@@ -124,7 +136,7 @@ def compile_variant(variant: Variant, target: str) -> Report:
         target,
         variant.kernel,
         str(variant.dtype).removeprefix("torch."),
-        *(variant.num_tokens, variant.hidden_size, variant.num_clusters, num_experts, k, variant.radius),
+        *(variant.num_tokens, variant.hidden_size, variant.num_clusters, num_experts, k, variant.radius, variant.draws),
         tiles=tiles,
         registers=registers,
         spilled_bytes=spilled,
@@ -168,8 +180,12 @@ def memory_bytes(variant: Variant, tiles: dict[str, int], counted: dict[str, flo
 def _type_of(name: str, dtype: torch.dtype, constants: dict[str, Any]) -> str:
     if name in constants:
         return "constexpr"
-    if name == "hidden":
+    if name in ("hidden", "gate_weight"):
         return _POINTERS[dtype]
+    if name == "active":
+        return "*i1"
+    if name == "seed":
+        return "i64"
     if name in _LONG:
         return "*i64"
     if name in ("risk_aversion", "temperature"):
@@ -209,7 +225,7 @@ def table(reports: list[Report]) -> str:
         ratios = [f"{r.memory_ratio:.3f}", f"{r.requested_ratio:.2f}"]
         matrix = " ".join(r.matrix_instructions) or "none"
         moved = [f"{asked:.0f}", f"{r.minimal_bytes:.0f}", *ratios, str(r.launches)]
-        rows.append([r.target, r.kernel, r.dtype, *sizes, *counts, *moved, matrix])
+        rows.append([r.target, r.kernel + ", draws" * r.draws, r.dtype, *sizes, *counts, *moved, matrix])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

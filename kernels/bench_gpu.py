@@ -23,7 +23,7 @@ from moe_posterior.kernels import dispatch, reference, roofline
 
 SHAPES = [(8192, 4096, 64, 64, 8), (16384, 2048, 128, 128, 8), (4096, 7168, 256, 256, 8), (1, 4096, 64, 64, 8)]
 DTYPES = [torch.bfloat16, torch.float32]
-KNOBS = {"risk_aversion": 1.0, "temperature": 0.1}
+KNOBS: dict[str, Any] = {"risk_aversion": 1.0, "temperature": 0.1}
 _NEAR_TIE = 1e-4  # of a token's similarity to its own centroid: below it, float32 itself does not know the nearest
 _REPLAYS, _SAMPLES = 20, 15
 _FLUSH_BYTES = 256 * 2**20  # more than any second-level cache

@@ -62,6 +62,8 @@ def route(
     top_k: int,
     risk_aversion: float,
     temperature: float,
+    active: Tensor | None = None,  # (E,) bool
+    seed: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[reference.Assignment, reference.Selection, Tensor]:  # weights (N, k)
     """Nearest centroid, lower confidence bounds of its experts, the k best, their weights, by the chosen backend.
@@ -70,10 +72,14 @@ def route(
         alpha, beta: pseudo-counts; one row more than there are centroids where these have a radius. Triton takes float32: counts
             kept in float64 are to be copied once a change, not once a call.
         top_k, risk_aversion, temperature: as of :class:`~moe_posterior.gates.posterior.PosteriorGate`; Triton takes k ≤ 64.
+        active: experts that may be chosen; the others score -inf and come last. None (default): all.
+        seed: None (default) ranks by lower confidence bounds; a number ≥ 0 ranks by one draw from each expert's posterior instead. It
+            depends on (seed, place of the token in the batch, expert) alone. See :mod:`moe_posterior.kernels.sampling`.
         backend: as of :func:`route_by_table`.
 
     Raises:
-        InvalidArgumentError: the backend is unknown or cannot run here. MissingDependencyError: Triton is not installed.
+        InvalidArgumentError: the backend is unknown or cannot run here; a seed below 0 or beyond 63 bits.
+        MissingDependencyError: Triton is not installed.
 
     >>> centroids = reference.prepare_centroids(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
     >>> alpha, beta = torch.tensor([[9.0, 1.0], [1.0, 9.0]]), torch.tensor([[1.0, 9.0], [9.0, 1.0]])
@@ -81,12 +87,55 @@ def route(
     >>> selection.expert_indices.tolist(), weights.tolist()
     ([[1]], [[1.0]])
     """
-    obstacle = _obstacle_to_selection(alpha, beta, top_k)
+    if seed is not None and not 0 <= seed < 2**63:
+        raise InvalidArgumentError(f"seed must lie in [0, 2^63) or be None; got {seed}")
+    obstacle = _obstacle_to_selection(top_k, alpha=alpha, beta=beta)
     if _choose(backend, hidden, obstacle) == "eager":
-        return reference.route(
-            hidden, centroids, alpha, beta, top_k=top_k, risk_aversion=risk_aversion, temperature=temperature
-        )
-    return _named(operators.route(hidden, *centroids[:4], alpha, beta, top_k, risk_aversion, temperature))
+        knobs: dict[str, float] = {"risk_aversion": risk_aversion, "temperature": temperature}
+        return reference.route(hidden, centroids, alpha, beta, top_k=top_k, active=active, seed=seed, **knobs)
+    return _named(operators.route(hidden, *centroids[:4], alpha, beta, active, top_k, risk_aversion, temperature, seed))
+
+
+def route_prior(
+    hidden: Tensor,  # (N, D)
+    centroids: reference.Centroids,
+    gate_weight: Tensor,  # (E, D)
+    evidence_bias: Tensor,  # (C, E)
+    *,
+    top_k: int,
+    gate_bias: Tensor | None = None,  # (E,)
+    active: Tensor | None = None,  # (E,) bool
+    backend: Backend = "auto",
+) -> tuple[reference.Assignment, reference.Selection, Tensor]:  # weights (N, k)
+    """Nearest centroid, a learned gate's logits plus that cluster's bias, the k best, softmax over them, by the chosen backend.
+
+    Ties, broken rows and the class of the unlike are as in :func:`route`; a logit that is NaN counts as -inf. Gradients flow through
+    scores and weights to ``hidden``, ``gate_weight`` and ``gate_bias``, and through the distance to ``hidden``.
+
+    Args:
+        gate_weight, gate_bias: of the learned gate; Triton takes a weight of the dtype of ``hidden``.
+        evidence_bias: float32, one row more than there are centroids where these have a radius; 0 leaves the gate as it is. Takes part
+            in no gradient.
+        top_k: k; Triton takes k ≤ 64.
+        active: experts that may be chosen; the others score -inf and come last. None (default): all.
+        backend: as of :func:`route_by_table`.
+
+    Raises:
+        InvalidArgumentError: the backend is unknown or cannot run here. MissingDependencyError: Triton is not installed.
+
+    >>> centroids = reference.prepare_centroids(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    >>> gate, bias = torch.eye(3, 2), torch.tensor([[0.0, 0.0, 0.0], [0.0, -9.0, 0.0]])
+    >>> _, selection, _ = route_prior(torch.ones(1, 2), centroids, gate, bias, top_k=2)  # logits 1, 1, 0
+    >>> selection.expert_indices.tolist(), selection.scores.tolist()
+    ([[0, 2]], [[1.0, 0.0]])
+    """
+    obstacle = _obstacle_to_selection(top_k, evidence_bias=evidence_bias)
+    if gate_weight.dtype != hidden.dtype:
+        obstacle = obstacle or f"gate_weight of {hidden.dtype}, as hidden; got {gate_weight.dtype}"
+    if _choose(backend, hidden, obstacle) == "eager":
+        gate = {"gate_bias": gate_bias, "active": active}
+        return reference.route_prior(hidden, centroids, gate_weight, evidence_bias, top_k=top_k, **gate)
+    return _named(operators.route_prior(hidden, *centroids[:4], gate_weight, gate_bias, evidence_bias, active, top_k))
 
 
 def _named(outputs: operators.Outputs) -> tuple[reference.Assignment, reference.Selection, Tensor]:
@@ -119,7 +168,7 @@ def _obstacle(hidden: Tensor) -> str | None:
     return None
 
 
-def _obstacle_to_selection(alpha: Tensor, beta: Tensor, top_k: int) -> str | None:
-    if alpha.dtype != torch.float32 or beta.dtype != torch.float32:
-        return f"alpha and beta of float32; got {alpha.dtype} and {beta.dtype}"
+def _obstacle_to_selection(top_k: int, **beliefs: Tensor) -> str | None:
+    if any(belief.dtype != torch.float32 for belief in beliefs.values()):
+        return f"{' and '.join(beliefs)} of float32; got {' and '.join(str(b.dtype) for b in beliefs.values())}"
     return f"top_k of at most {_MAX_TOP_K}; got {top_k}" if top_k > _MAX_TOP_K else None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior import beta as beta_functions
+from moe_posterior.kernels import sampling
 
 
 class Assignment(NamedTuple):
@@ -109,8 +110,12 @@ def select(
 
 
 def weigh(scores: Tensor, temperature: float) -> Tensor:  # (N, k) -> (N, k)
-    """Routing weights: softmax of ``score / temperature`` over the chosen experts; k = 1 gives exactly 1."""
-    return torch.softmax(scores / temperature, dim=-1)
+    """Routing weights: softmax of ``score / temperature`` over the chosen experts; k = 1 gives exactly 1.
+
+    An infinite score counts as the largest number of its sign, so that a row of removed experts alone has weights too.
+    """
+    largest = torch.finfo(scores.dtype).max
+    return torch.softmax((scores / temperature).clamp(-largest, largest), dim=-1)
 
 
 def route(
@@ -122,13 +127,49 @@ def route(
     top_k: int,
     risk_aversion: float,
     temperature: float,
+    active: Tensor | None = None,  # (E,) bool
+    seed: int | None = None,
 ) -> tuple[Assignment, Selection, Tensor]:  # weights (N, k)
-    """The full path in one call: nearest centroid, lower confidence bound, top-k, weights."""
+    """The full path in one call: nearest centroid, lower confidence bound or with a seed a draw, top-k, weights."""
     prepared = centroids if isinstance(centroids, Centroids) else prepare_centroids(centroids)
     assignment = assign(hidden, prepared)
-    scores = beta_functions.lcb(alpha, beta, risk_aversion)[assignment.cluster_ids]
-    selection = select(scores, assignment.cluster_ids, top_k)
+    rows = assignment.cluster_ids
+    if seed is None:
+        scores = beta_functions.lcb(alpha, beta, risk_aversion)[rows]
+    else:
+        scores = sampling.beta_draws(alpha[rows], beta[rows], seed)
+    selection = select(without(scores, active), rows, top_k)
     return assignment, selection, weigh(selection.scores, temperature)
+
+
+def without(scores: Tensor, active: Tensor | None) -> Tensor:  # (N, E), (E,) bool -> (N, E)
+    """The scores, -inf for experts that were removed."""
+    return scores if active is None else scores.masked_fill(~active, -torch.inf)
+
+
+def route_prior(
+    hidden: Tensor,  # (N, D)
+    centroids: Centroids,
+    gate_weight: Tensor,  # (E, D)
+    evidence_bias: Tensor,  # (C, E)
+    *,
+    top_k: int,
+    gate_bias: Tensor | None = None,  # (E,)
+    active: Tensor | None = None,  # (E,) bool
+) -> tuple[Assignment, Selection, Tensor]:  # weights (N, k)
+    """Prior mode: a learned gate's logits plus the bias of the token's cluster, top-k, softmax over the chosen.
+
+    Logits are float32 also under autocast. A logit that is NaN, as of a row that holds NaN or inf, counts as -inf.
+    """
+    assignment = assign(hidden, centroids)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.float() @ gate_weight.float().T
+        if gate_bias is not None:
+            logits = logits + gate_bias.float()
+        scores = logits + evidence_bias.detach()[assignment.cluster_ids]
+    scores = without(torch.where(torch.isnan(scores), -torch.inf, scores), active)
+    selection = select(scores, assignment.cluster_ids, top_k)
+    return assignment, selection, weigh(selection.scores, 1.0)
 
 
 def route_by_table(

@@ -114,7 +114,7 @@ def rows() -> Iterator[tuple[str, ...]]:
             }
             shape, name = f"{n}, {d}, {c}, {e}, {k}", str(dtype).removeprefix("torch.")
             for path, variant in paths.items():
-                tiles = launch.tiles(n, c, dtype, amd=False) | launch.expert_tile(k, max(1, e))
+                tiles = launch.tiles(n, c, dtype, amd=False, prior=variant.prior) | launch.expert_tile(k, e)
                 least, asked = minimal_bytes(variant) * n, requested_bytes(variant, tiles) * n
                 cells = [*_cells(least, MEMORY_BYTES_PER_US), *_flop_cells(flops(variant), dtype)]
                 yield (shape, name, path, *cells, *_cells(asked, CACHE_BYTES_PER_US))

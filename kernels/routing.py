@@ -1,21 +1,9 @@
 """Triton kernels: the routing of :mod:`moe_posterior.kernels.reference` in one launch.
 
 Dimensions: N tokens, D hidden size, C clusters, E experts, K experts per token. In the kernels ``i_`` is an index of this
-program, ``o_`` are offsets, ``m_`` masks, ``b_`` blocks of values; BLOCK_X is the tile along X. A program owns BLOCK_N tokens: it
-walks over the clusters in tiles and in each over D, and keeps the best cluster so far.
-
-The distance comes with the similarities. With m the mean of the centroids and d = c - m, a similarity is s = x·d - (m·d + ‖d‖²/2),
-and ``‖x - c‖² = ‖x - m‖² - 2 s``, whose first term is summed from differences while the first tile of clusters is multiplied. What is
-lost in it is a few roundings of ``Σ|x_i d_i| ≤ (‖x - m‖ + ‖m‖) (‖x - m‖ + ‖x - c‖)``; where ``‖x - c‖²`` is less than 2^-6 of that, or
-not finite, the token is read once more and its distance taken from the differences.
-
-How the similarity is multiplied (``DOT``), always summed in float32:
-
-- ``split``: for bfloat16 tokens. The float32 direction is cut into three bfloat16 parts, which together hold its 24 bits, so that
-  every product is exact and runs on the matrix units.
-- ``tf32x3``: for float16 and float32 tokens on NVIDIA. Three TF32 products keep 21 bits of each factor.
-- ``ieee``: for float16 and float32 tokens on AMD, whose matrix units multiply float32 as it is.
-- ``emulated``: ``split`` with float32 products, for Triton's interpreter, which multiplies bfloat16 wrongly without a word.
+program, ``o_`` are offsets, ``m_`` masks, ``b_`` blocks of values; BLOCK_X is the tile along X. A program owns BLOCK_N tokens:
+:mod:`moe_posterior.kernels.assigning` finds their clusters, then it reads a row of the tables, or walks over the experts in tiles
+and keeps the K best so far.
 """
 
 # Triton's parameters are no Python values and its kernels are traced: no annotations but constexpr.
@@ -24,121 +12,8 @@ How the similarity is multiplied (``DOT``), always summed in float32:
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _accumulate(b_d, b_x, acc, DOT: tl.constexpr):  # (BLOCK_C, BLOCK_D) float32, (BLOCK_N, BLOCK_D), (BLOCK_C, BLOCK_N)
-    if DOT == "split" or DOT == "emulated":
-        high = b_d.to(tl.bfloat16)
-        rest = b_d - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        if DOT == "emulated":
-            high, middle, low = high.to(tl.float32), middle.to(tl.float32), low.to(tl.float32)
-            b_x = b_x.to(tl.float32)
-        acc = tl.dot(high, tl.trans(b_x), acc, input_precision="ieee")
-        acc = tl.dot(middle, tl.trans(b_x), acc, input_precision="ieee")
-        return tl.dot(low, tl.trans(b_x), acc, input_precision="ieee")
-    else:
-        return tl.dot(b_d, tl.trans(b_x.to(tl.float32)), acc, input_precision=DOT)
-
-
-@triton.jit
-def _similarity(
-    rows, points, directions, offsets, i_c, m_n, C, D,
-    FIRST: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_C, BLOCK_N), -inf where there is none; with FIRST also ‖x - m‖² and ‖m‖², m the mean of the centroids."""
-    o_c = i_c + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    clusters = directions + o_c[:, None].to(tl.int64) * D
-    acc = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    squares_of_mean = tl.zeros((BLOCK_D,), tl.float32)
-    for i_d in range(0, D, BLOCK_D):
-        o_d = i_d + tl.arange(0, BLOCK_D)
-        m_d = o_d < D
-        b_x = tl.load(rows + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
-        b_d = tl.load(clusters + o_d[None, :], mask=m_c[:, None] & m_d[None, :], other=0.0)
-        if FIRST:
-            b_m = tl.load(points + o_d, mask=m_d, other=0.0) - tl.load(directions + o_d, mask=m_d, other=0.0)
-            apart = b_x.to(tl.float32) - b_m[None, :]
-            squares += apart * apart
-            squares_of_mean += b_m * b_m
-        acc = _accumulate(b_d, b_x, acc, DOT)
-    similarity = acc - tl.load(offsets + o_c, mask=m_c, other=0.0)[:, None]
-    # False for NaN too: a row that holds NaN or inf has no finite similarity and stays with cluster 0
-    similarity = tl.where(m_c[:, None] & (similarity < float("inf")), similarity, float("-inf"))
-    return similarity, tl.sum(squares, axis=1), tl.sum(squares_of_mean, axis=0)
-
-
-@triton.jit
-def _nearest(
-    hidden, points, directions, offsets, o_n, N, C, D, stride_n,
-    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Cluster of the highest similarity, the lower one of equals, 0 where none is finite; ‖x - c‖² of it, and the scale of
-    what cancelled in it."""
-    rows = hidden + o_n[:, None] * stride_n
-    m_n = o_n < N
-    similarity, from_mean, of_mean = _similarity(
-        rows, points, directions, offsets, 0, m_n, C, D, True, DOT, BLOCK_N, BLOCK_C, BLOCK_D
-    )  # fmt: skip
-    best, cluster = tl.max(similarity, axis=0, return_indices=True)
-    for i_c in range(BLOCK_C, C, BLOCK_C):
-        similarity, _, _ = _similarity(
-            rows, points, directions, offsets, i_c, m_n, C, D, False, DOT, BLOCK_N, BLOCK_C, BLOCK_D
-        )  # fmt: skip
-        top, place = tl.max(similarity, axis=0, return_indices=True)
-        better = top > best
-        cluster = tl.where(better, i_c + place, cluster)
-        best = tl.where(better, top, best)
-    squared = from_mean - 2.0 * best
-    reach = tl.sqrt_rn(from_mean)
-    scale = (reach + tl.sqrt_rn(of_mean)) * (reach + tl.sqrt_rn(tl.maximum(squared, 0.0)))
-    return cluster, squared, scale
-
-
-@triton.jit
-def _distance_to(
-    hidden, points, cluster, o_n, m_n, D, stride_n, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """From the differences, at the price of reading the rows of ``m_n`` again."""
-    rows = hidden + o_n[:, None] * stride_n
-    own = points + cluster[:, None].to(tl.int64) * D
-    squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for i_d in range(0, D, BLOCK_D):
-        o_d = i_d + tl.arange(0, BLOCK_D)
-        mask = m_n[:, None] & (o_d < D)[None, :]
-        b_x = tl.load(rows + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        b_c = tl.load(own + o_d[None, :], mask=mask, other=0.0)
-        squares += (b_x - b_c) * (b_x - b_c)
-    distance = tl.sqrt_rn(tl.sum(squares, axis=1))
-    return tl.where(distance != distance, float("inf"), distance)
-
-
-@triton.jit
-def _assign(
-    hidden, points, directions, offsets, radius, distances, cluster_ids, N, C, D, stride_n,
-    HAS_RADIUS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Write cluster id and distance of this program's tokens; return the tokens' offsets and their clusters."""
-    CANCELLED: tl.constexpr = 0.015625  # 2^-6: below, more than 6 of the sum's 24 bits are gone
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < N
-    cluster, squared, scale = _nearest(
-        hidden, points, directions, offsets, o_n, N, C, D, stride_n, DOT, BLOCK_N, BLOCK_C, BLOCK_D
-    )  # fmt: skip
-    sound = (squared >= CANCELLED * scale) & (squared < float("inf"))  # False for NaN too
-    distance = tl.sqrt_rn(tl.where(sound, squared, 0.0))
-    doubtful = m_n & (sound == 0)
-    if tl.max(doubtful.to(tl.int32), axis=0) > 0:
-        again = _distance_to(hidden, points, cluster, o_n, doubtful, D, stride_n, BLOCK_N, BLOCK_D)
-        distance = tl.where(doubtful, again, distance)
-    if HAS_RADIUS:
-        cluster = tl.where(distance > tl.load(radius + cluster), C, cluster)
-    tl.store(cluster_ids + o_n, cluster.to(tl.int64), mask=m_n)
-    tl.store(distances + o_n, distance, mask=m_n)
-    return o_n, cluster
+from moe_posterior.kernels.assigning import assign
+from moe_posterior.kernels.drawing import beta_draws
 
 
 @triton.jit
@@ -152,7 +27,7 @@ def assign_and_gather(
     HAS_RADIUS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Nearest centroid, distance, and the cluster's row of the three tables."""
-    o_n, cluster = _assign(
+    o_n, cluster = assign(
         hidden, points, directions, offsets, radius, distances, cluster_ids, N, C, D, stride_n,
         HAS_RADIUS, DOT, BLOCK_N, BLOCK_C, BLOCK_D,
     )  # fmt: skip
@@ -192,57 +67,137 @@ def _score_of(ranks):
 
 
 @triton.jit
-def _best_ranks(
-    alpha, beta, cluster, m_n, E, risk_aversion, LOWEST: tl.constexpr,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """The K highest ranks of every token, in no order; columns from K on hold LOWEST."""
+def _none_chosen(LOWEST: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Distinct ranks, so that an eviction takes one; what lies beyond K is never the least and never evicted."""
     o_k = tl.arange(0, BLOCK_K)[None, :].to(tl.int64)
-    # Distinct, so that an eviction takes one; what lies beyond K is never the least and never evicted.
-    best = tl.zeros((BLOCK_N, BLOCK_K), tl.int64) + tl.where(o_k < K, LOWEST + o_k, 0x7FFFFFFFFFFFFFFF)
+    return tl.zeros((BLOCK_N, BLOCK_K), tl.int64) + tl.where(o_k < K, LOWEST + o_k, 0x7FFFFFFFFFFFFFFF)
+
+
+@triton.jit
+def _keep_best(best, ranks, LOWEST: tl.constexpr, K: tl.constexpr):  # (BLOCK_N, BLOCK_K), (BLOCK_N, BLOCK_E)
+    """The K highest of both, in no order."""
+    for _ in range(K):
+        top = tl.max(ranks, axis=1)[:, None]
+        ranks = tl.where(ranks == top, LOWEST, ranks)
+        worst = tl.min(best, axis=1)[:, None]
+        best = tl.where(best == worst, tl.maximum(top, worst), best)
+    return best
+
+
+@triton.jit
+def _logits(scores, temperature):
+    """Finite, so that a row of removed experts alone has weights too."""
+    scaled = tl.div_rn(scores, tl.zeros_like(scores) + temperature)
+    return tl.minimum(tl.maximum(scaled, -3.4028234663852886e38), 3.4028234663852886e38)
+
+
+@triton.jit
+def _write_choice(
+    best, cluster, o_n, m_n, expert_indices, routing_weights, scores, temperature, E,
+    LOWEST: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Experts, weights and scores from the ranks, best first."""
+    chosen = (tl.arange(0, BLOCK_K) < K)[None, :]
+    best = tl.where(chosen, best, LOWEST)
+    highest = _logits(_score_of(tl.max(best, axis=1)), temperature)
+    powers = tl.exp(_logits(_score_of(best), temperature) - highest[:, None])
+    total = tl.sum(tl.where(chosen, powers, 0.0), axis=1)
+    for i_k in range(K):
+        top = tl.max(best, axis=1)
+        best = tl.where(best == top[:, None], LOWEST, best)
+        score = _score_of(top)
+        turn = E - 1 - (top & 0xFFFFFFFF)
+        weight = tl.exp(_logits(score, temperature) - highest)
+        tl.store(expert_indices + o_n * K + i_k, (cluster + turn) % E, mask=m_n)
+        tl.store(scores + o_n * K + i_k, score, mask=m_n)
+        tl.store(routing_weights + o_n * K + i_k, tl.div_rn(weight, total), mask=m_n)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def assign_and_select(
+    hidden,  # (N, D) at (stride_n); all others contiguous
+    points, directions, offsets, radius,  # (C, D), (C, D), (C,), (C,) float32
+    alpha, beta, active,  # (C, E), (C, E) float32, one row more with a radius; (E,) bool
+    distances, cluster_ids, expert_indices, routing_weights, scores,  # out: (N,), (N,), (N, K) x 3
+    risk_aversion, temperature, seed, N, C, D, E, stride_n,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, HAS_ACTIVE: tl.constexpr, DRAWS: tl.constexpr,
+    HAS_RADIUS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Nearest centroid, distance, lower confidence bounds (or draws) of the cluster's experts, the best K, their weights."""
+    LOWEST: tl.constexpr = -0x8000000000000000
+    o_n, cluster = assign(
+        hidden, points, directions, offsets, radius, distances, cluster_ids, N, C, D, stride_n,
+        HAS_RADIUS, DOT, BLOCK_N, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
+    m_n = o_n < N
+    best = _none_chosen(LOWEST, K, BLOCK_K, BLOCK_N)
     for i_e in range(0, E, BLOCK_E):
         o_e = i_e + tl.arange(0, BLOCK_E)[None, :]
         at = cluster[:, None].to(tl.int64) * E + o_e
         mask = m_n[:, None] & (o_e < E)
         b_a = tl.load(alpha + at, mask=mask, other=1.0)
         b_b = tl.load(beta + at, mask=mask, other=1.0)
-        ranks = _rank(_lower_bound(b_a, b_b, risk_aversion), o_e, cluster[:, None], E, LOWEST)
-        for _ in range(K):
-            top = tl.max(ranks, axis=1)[:, None]
-            ranks = tl.where(ranks == top, LOWEST, ranks)
-            worst = tl.min(best, axis=1)[:, None]
-            best = tl.where(best == worst, tl.maximum(top, worst), best)
-    return tl.where(o_k < K, best, LOWEST)
+        if DRAWS:
+            b_s = beta_draws(b_a, b_b, seed, o_n[:, None], o_e)
+        else:
+            b_s = _lower_bound(b_a, b_b, risk_aversion)
+        if HAS_ACTIVE:
+            b_s = tl.where(tl.load(active + o_e, mask=o_e < E, other=0) != 0, b_s, float("-inf"))
+        best = _keep_best(best, _rank(b_s, o_e, cluster[:, None], E, LOWEST), LOWEST, K)
+    _write_choice(
+        best, cluster, o_n, m_n, expert_indices, routing_weights, scores, temperature, E, LOWEST, K, BLOCK_K
+    )  # fmt: skip
 
 
 @triton.jit
-def assign_and_select(
+def _gate_product(b_w, b_x, acc, DOT: tl.constexpr):  # (BLOCK_E, BLOCK_D), (BLOCK_N, BLOCK_D), (BLOCK_E, BLOCK_N)
+    """Products of 16-bit factors are exact in float32 as they are."""
+    if DOT == "emulated":
+        return tl.dot(b_w.to(tl.float32), tl.trans(b_x.to(tl.float32)), acc, input_precision="ieee")
+    else:
+        return tl.dot(b_w, tl.trans(b_x), acc, input_precision="ieee" if DOT == "split" else DOT)
+
+
+@triton.jit
+def assign_and_add(
     hidden,  # (N, D) at (stride_n); all others contiguous
     points, directions, offsets, radius,  # (C, D), (C, D), (C,), (C,) float32
-    alpha, beta,  # (C, E) float32, one row more with a radius
+    gate_weight, gate_bias, evidence_bias, active,  # (E, D) as hidden, (E,), (C, E) float32, (E,) bool
     distances, cluster_ids, expert_indices, routing_weights, scores,  # out: (N,), (N,), (N, K) x 3
-    risk_aversion, temperature, N, C, D, E, stride_n,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    N, C, D, E, stride_n,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, HAS_ACTIVE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RADIUS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Nearest centroid, distance, lower confidence bounds of the cluster's experts, the best K, their weights."""
+    """Nearest centroid, distance, a learned gate's logits plus the cluster's bias, the best K, their weights."""
     LOWEST: tl.constexpr = -0x8000000000000000
-    o_n, cluster = _assign(
+    o_n, cluster = assign(
         hidden, points, directions, offsets, radius, distances, cluster_ids, N, C, D, stride_n,
         HAS_RADIUS, DOT, BLOCK_N, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     m_n = o_n < N
-    best = _best_ranks(alpha, beta, cluster, m_n, E, risk_aversion, LOWEST, K, BLOCK_K, BLOCK_N, BLOCK_E)
-    logits = tl.div_rn(_score_of(best), tl.zeros_like(_score_of(best)) + temperature)
-    highest = tl.div_rn(_score_of(tl.max(best, axis=1)), tl.zeros((BLOCK_N,), tl.float32) + temperature)
-    chosen = (tl.arange(0, BLOCK_K) < K)[None, :]
-    total = tl.sum(tl.where(chosen, tl.exp(logits - highest[:, None]), 0.0), axis=1)
-    for i_k in range(K):
-        top = tl.max(best, axis=1)
-        best = tl.where(best == top[:, None], LOWEST, best)
-        score = _score_of(top)
-        turn = E - 1 - (top & 0xFFFFFFFF)
-        weight = tl.exp(tl.div_rn(score, tl.zeros_like(score) + temperature) - highest)
-        tl.store(expert_indices + o_n * K + i_k, (cluster + turn) % E, mask=m_n)
-        tl.store(scores + o_n * K + i_k, score, mask=m_n)
-        tl.store(routing_weights + o_n * K + i_k, tl.div_rn(weight, total), mask=m_n)
+    rows = hidden + o_n[:, None] * stride_n
+    best = _none_chosen(LOWEST, K, BLOCK_K, BLOCK_N)
+    for i_e in range(0, E, BLOCK_E):
+        o_e = i_e + tl.arange(0, BLOCK_E)
+        m_e = o_e < E
+        experts = gate_weight + o_e[:, None].to(tl.int64) * D
+        acc = tl.zeros((BLOCK_E, BLOCK_N), tl.float32)
+        for i_d in range(0, D, BLOCK_D):
+            o_d = i_d + tl.arange(0, BLOCK_D)
+            m_d = o_d < D
+            b_x = tl.load(rows + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
+            b_w = tl.load(experts + o_d[None, :], mask=m_e[:, None] & m_d[None, :], other=0.0)
+            acc = _gate_product(b_w, b_x, acc, DOT)
+        b_s = tl.trans(acc)
+        if HAS_BIAS:
+            b_s += tl.load(gate_bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
+        at = cluster[:, None].to(tl.int64) * E + o_e[None, :]
+        b_s += tl.load(evidence_bias + at, mask=m_n[:, None] & m_e[None, :], other=0.0)
+        b_s = tl.where(b_s == 0.0, 0.0, b_s)  # -0.0 equals 0.0 and would sort below it
+        b_s = tl.where(b_s == b_s, b_s, float("-inf"))
+        if HAS_ACTIVE:
+            b_s = tl.where(tl.load(active + o_e, mask=m_e, other=0)[None, :] != 0, b_s, float("-inf"))
+        best = _keep_best(best, _rank(b_s, o_e[None, :], cluster[:, None], E, LOWEST), LOWEST, K)
+    _write_choice(
+        best, cluster, o_n, m_n, expert_indices, routing_weights, scores, 1.0, E, LOWEST, K, BLOCK_K
+    )  # fmt: skip

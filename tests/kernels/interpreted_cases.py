@@ -259,7 +259,7 @@ def test_the_operators_pass_opcheck(generator, with_radius) -> None:
     belief = torch.rand(2, 5 + with_radius, 9, generator=generator) + 1
     common = (hidden.requires_grad_(), points, directions, offsets, radius)
     torch.library.opcheck(operators.route_by_table, (*common, *random_tables(generator, 5 + with_radius, 9, 3)))
-    torch.library.opcheck(operators.route, (*common, *belief, 3, 0.7, 0.1))
+    torch.library.opcheck(operators.route, (*common, *belief, None, 3, 0.7, 0.1, None))
 
 
 def test_a_gate_on_triton_compiles_to_one_graph_for_any_batch(generator) -> None:

@@ -33,13 +33,15 @@ def compiled(target: str, folder: Path, *options: str) -> list[dict]:
 def assert_sound(rows: list[dict], target: str) -> None:
     assert {row["spilled_bytes"] for row in rows} == {0}
     assert {row["launches"] for row in rows} == {1}
-    assert {row["kernel"] for row in rows} == {"assign_and_gather", "assign_and_select"}
+    assert {row["kernel"] for row in rows} == {"assign_and_gather", "assign_and_select", "assign_and_add"}
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16", "float16"}
     for row in rows:
         unit = "mma.sync" if row["num_clusters"] == 16 and target != "gfx942" else MATRIX_UNIT[target]
         assert any(name.startswith(unit) for name in row["matrix_instructions"]), row
-        bfloat16 = any("bf16" in name for name in row["matrix_instructions"]) or "kind::f16" in str(row)
-        assert bfloat16 == (row["dtype"] == "bfloat16"), row  # float32 tokens are never rounded to bfloat16
+        # Tokens are never rounded: 16 bits meet the float32 directions as they are, or a gate's weights of their own dtype.
+        narrow = any("f16" in name for name in row["matrix_instructions"])
+        of_gate = row["dtype"] == "float16" and row["kernel"] == "assign_and_add"
+        assert narrow == (row["dtype"] == "bfloat16" or of_gate), row
         assert row["resident_bytes"] < 50e6, row
         if row["num_clusters"] <= 256 and row["kernel"] == "assign_and_gather":
             assert row["token_reads"] == 1, row
@@ -51,7 +53,7 @@ def assert_sound(rows: list[dict], target: str) -> None:
 @pytest.mark.parametrize("target", list(aot.TARGETS))
 def test_the_largest_kernels_spill_nothing_and_use_the_matrix_units(target, tmp_path) -> None:
     rows = compiled(target, tmp_path, "--largest")
-    assert len(rows) == 18
+    assert len(rows) == 13
     assert max(row["num_clusters"] * row["num_experts"] for row in rows) == 512 * 1024
     assert_sound(rows, target)
 

@@ -1,4 +1,4 @@
-"""Runs interpreted_cases.py: Triton interprets its kernels only where it was told so before its import."""
+"""Runs the interpreted cases: Triton interprets its kernels only where it was told so before its import."""
 
 import os
 import subprocess
@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-CASES = Path(__file__).with_name("interpreted_cases.py")
+HERE = Path(__file__).parent
 
 
-def test_the_interpreted_kernels_equal_the_reference() -> None:
+@pytest.mark.parametrize("cases", ["interpreted_cases.py", "interpreted_prior_cases.py"])
+def test_the_interpreted_kernels_equal_the_reference(cases) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    root = CASES.parents[2]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / cases)]
+    root = HERE.parents[1]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout

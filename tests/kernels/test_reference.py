@@ -58,3 +58,42 @@ def test_the_table_path_equals_the_full_path(generator) -> None:
     assert torch.equal(by_table[0].cluster_ids, assignment.cluster_ids)
     assert torch.equal(by_table[1].expert_indices, selection.expert_indices)
     assert torch.equal(by_table[2], weights)
+
+
+@pytest.mark.parametrize("dressed", [False, True])
+def test_prior_mode_matches_a_loop_over_tokens(generator, dressed) -> None:
+    hidden, centroids = torch.randn(63, 10, generator=generator), torch.randn(5, 10, generator=generator)
+    gate, evidence = torch.randn(7, 10, generator=generator), -torch.rand(5, 7, generator=generator)
+    offset = torch.randn(7, generator=generator) if dressed else torch.zeros(7)
+    active = torch.arange(7) != 2 if dressed else torch.ones(7, dtype=torch.bool)
+    given = {"gate_bias": offset, "active": active} if dressed else {}
+    prepared = reference.prepare_centroids(centroids)
+    assignment, selection, weights = reference.route_prior(hidden, prepared, gate, evidence, top_k=3, **given)
+    for n, (cluster, _) in enumerate(nearest_centroid(hidden, centroids)):
+        scores = [
+            sum(float(x) * float(w) for x, w in zip(hidden[n], gate[e], strict=True))
+            + float(offset[e])
+            + float(evidence[cluster, e])
+            if active[e]
+            else -float("inf")
+            for e in range(7)
+        ]
+        chosen = best_experts(scores, cluster, 3)
+        assert assignment.cluster_ids[n] == cluster
+        assert selection.expert_indices[n].tolist() == chosen
+        assert selection.scores[n].tolist() == pytest.approx([scores[e] for e in chosen], rel=1e-4, abs=1e-5)
+        assert weights[n].tolist() == pytest.approx(softmax([scores[e] for e in chosen], 1.0), rel=1e-4)
+
+
+def test_prior_mode_without_evidence_is_the_gate_itself(generator) -> None:
+    hidden, gate = torch.randn(63, 10, generator=generator), torch.randn(7, 10, generator=generator)
+    centroids = reference.prepare_centroids(torch.randn(5, 10, generator=generator))
+    _, selection, weights = reference.route_prior(hidden, centroids, gate, torch.zeros(5, 7), top_k=2)
+    best = (hidden @ gate.T).topk(2, dim=-1)
+    assert torch.equal(selection.expert_indices, best.indices)
+    assert torch.equal(weights, torch.softmax(best.values, dim=-1))
+
+
+def test_a_row_of_removed_experts_alone_still_has_weights() -> None:
+    scores = torch.tensor([[-torch.inf, -torch.inf], [0.5, -torch.inf], [torch.inf, 0.0]])
+    assert reference.weigh(scores, 0.1).tolist() == [[0.5, 0.5], [1.0, 0.0], [1.0, 0.0]]
