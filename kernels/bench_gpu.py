@@ -12,6 +12,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import MoEPosteriorError
-from moe_posterior.kernels import dispatch, reference, roofline
+from moe_posterior.kernels import dispatch, reference, roofline, sampling
 
 SHAPES = [(8192, 4096, 64, 64, 8), (16384, 2048, 128, 128, 8), (4096, 7168, 256, 256, 8), (1, 4096, 64, 64, 8)]
 DTYPES = [torch.bfloat16, torch.float32]
 KNOBS: dict[str, Any] = {"risk_aversion": 1.0, "temperature": 0.1}
+SEED = 1  # of the draws
 _NEAR_TIE = 1e-4  # of a token's similarity to its own centroid: below it, float32 itself does not know the nearest
 _REPLAYS, _SAMPLES = 20, 15
 _FLUSH_BYTES = 256 * 2**20  # more than any second-level cache
@@ -39,7 +41,8 @@ class Problem:
     alpha: Tensor  # (C, E) float32
     beta: Tensor  # (C, E) float32
     tables: tuple[Tensor, Tensor, Tensor]  # experts, weights, scores (C, k)
-    gate: Tensor  # (E, D), of the softmax gate
+    gate: Tensor  # (E, D), of the softmax gate and of prior mode
+    bias: Tensor  # (C, E) float32, of prior mode
     top_k: int
 
 
@@ -59,31 +62,36 @@ def make_problem(shape: tuple[int, int, int, int, int], dtype: torch.dtype, devi
     _, selection, weights = reference.route(centroids.points, centroids, alpha, beta, top_k=top_k, **KNOBS)
     tables = (selection.expert_indices, weights, selection.scores)
     gate = torch.randn(num_experts, size, generator=generator).to(device, dtype)
-    return Problem(hidden, centroids, alpha, beta, tables, gate, top_k)
+    bias = -torch.rand(clusters, num_experts, generator=generator).to(device)
+    return Problem(hidden, centroids, alpha, beta, tables, gate, bias, top_k)
 
 
 def check(problem: Problem) -> dict[str, float]:
-    """Hold both kernels to the reference; what they may differ in is near-ties and last digits.
+    """Hold all kernels to the reference; what they may differ in is near-ties and last digits.
 
     Raises:
-        WrongAnswerError: a cluster that is no near-tie, experts that are not the cluster's, or a distance off by more than 1e-4.
+        WrongAnswerError: a cluster that is no near-tie, experts or weights that are not the cluster's, a distance off by more than
+            1e-4, a draw or a gate's choice that is no near-tie of the reference's.
     """
     p = problem
     expected = reference.route_by_table(p.hidden, p.centroids, *p.tables)
     exact = p.hidden.double() @ p.centroids.directions.double().T - p.centroids.offsets.double()
-    best = exact.max(dim=1).values
     differing = 0.0
-    for name, call in (("table", lambda: by_table(p, "triton")), ("full", lambda: full_path(p, "triton"))):
-        assignment, selection, weights = call()
+    answers = {name: call(p, "triton") for name, call in PATHS.items()}
+    for name, (assignment, selection, weights) in answers.items():
         ids = assignment.cluster_ids
-        regret = (best - exact.gather(1, ids[:, None])[:, 0]) / best.abs().clamp(min=1.0)
         own = torch.linalg.vector_norm(p.hidden.float() - p.centroids.points[ids], dim=1)
         failures = {
-            "cluster": bool((regret > _NEAR_TIE).any()),
-            "experts": not torch.equal(selection.expert_indices, p.tables[0][ids]),
-            "weights": not torch.allclose(weights, p.tables[1][ids], rtol=1e-4, atol=1e-6),
+            "cluster": bool((_regret(exact, ids[:, None]) > _NEAR_TIE).any()),
             "distance": not torch.allclose(assignment.distance, own, rtol=1e-4),
         }
+        if name in ("table", "full"):
+            failures["experts"] = not torch.equal(selection.expert_indices, p.tables[0][ids])
+            failures["weights"] = not torch.allclose(weights, p.tables[1][ids], rtol=1e-4, atol=1e-6)
+        else:
+            failures |= _failures_of_choice(
+                _scores(p, name, ids), selection, weights, KNOBS["temperature"] if name == "draws" else 1.0
+            )
         if any(failures.values()):
             wrong = [what for what, failed in failures.items() if failed]
             raise WrongAnswerError(
@@ -91,6 +99,31 @@ def check(problem: Problem) -> dict[str, float]:
             )
         differing = max(differing, float((ids != expected[0].cluster_ids).float().mean()))
     return {"differing_near_ties": differing}
+
+
+def _scores(problem: Problem, name: str, ids: Tensor) -> Tensor:  # (N, E)
+    p = problem
+    if name == "draws":
+        return sampling.beta_draws(p.alpha[ids], p.beta[ids], SEED).double()
+    return p.hidden.double() @ p.gate.double().T + p.bias.double()[ids]
+
+
+def _regret(scores: Tensor, chosen: Tensor) -> Tensor:  # (N, M), (N, k) -> (N, k)
+    """How far each choice lies below the one that belongs in its place, relative to the latter."""
+    best = scores.topk(chosen.shape[1], dim=1).values
+    return (best - scores.gather(1, chosen)).abs() / best.abs().clamp(min=1.0)
+
+
+def _failures_of_choice(
+    scores: Tensor, selection: reference.Selection, weights: Tensor, temperature: float
+) -> dict[str, bool]:
+    own = scores.gather(1, selection.expert_indices)
+    expected = reference.weigh(selection.scores, temperature)
+    return {
+        "experts": bool((_regret(scores, selection.expert_indices) > _NEAR_TIE).any()),
+        "scores": not torch.allclose(selection.scores.double(), own, rtol=_NEAR_TIE, atol=1e-3),
+        "weights": not torch.allclose(weights, expected, rtol=1e-4, atol=1e-6),
+    }
 
 
 def by_table(problem: Problem, backend: dispatch.Backend) -> Any:
@@ -104,6 +137,26 @@ def full_path(problem: Problem, backend: dispatch.Backend) -> Any:
     return dispatch.route(p.hidden, p.centroids, p.alpha, p.beta, top_k=p.top_k, **KNOBS, backend=backend)
 
 
+def draws(problem: Problem, backend: dispatch.Backend) -> Any:
+    """The full path by Thompson draws."""
+    p = problem
+    return dispatch.route(p.hidden, p.centroids, p.alpha, p.beta, top_k=p.top_k, **KNOBS, seed=SEED, backend=backend)
+
+
+def prior_mode(problem: Problem, backend: dispatch.Backend) -> Any:
+    """A learned gate and the evidence's bias."""
+    p = problem
+    return dispatch.route_prior(p.hidden, p.centroids, p.gate, p.bias, top_k=p.top_k, backend=backend)
+
+
+PATHS: dict[str, Callable[[Problem, dispatch.Backend], Any]] = {
+    "table": by_table,
+    "full": full_path,
+    "draws": draws,
+    "prior": prior_mode,
+}
+
+
 def softmax_gate(problem: Problem) -> tuple[Tensor, Tensor]:
     """What is replaced: Linear, softmax, top-k."""
     probabilities = torch.softmax(torch.nn.functional.linear(problem.hidden, problem.gate).float(), dim=-1)
@@ -113,15 +166,12 @@ def softmax_gate(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def paths(problem: Problem, compiled: Callable[[Call], Call]) -> dict[str, Call]:
     """What is timed."""
-    calls: dict[str, Call] = {
-        "table, triton": lambda: by_table(problem, "triton"),
-        "full, triton": lambda: full_path(problem, "triton"),
-        "table, eager": lambda: by_table(problem, "eager"),
-        "full, eager": lambda: full_path(problem, "eager"),
-        "softmax top-k, eager": lambda: softmax_gate(problem),
-    }
-    eager = {name: call for name, call in calls.items() if name.endswith("eager")}
-    return calls | {name.replace("eager", "compiled"): compiled(call) for name, call in eager.items()}
+    ours = {name: partial(path, problem, "triton") for name, path in PATHS.items()}
+    eager: dict[str, Call] = {name: partial(path, problem, "eager") for name, path in PATHS.items()}
+    eager["softmax top-k"] = partial(softmax_gate, problem)
+    calls: dict[str, Call] = {f"{name}, triton": call for name, call in ours.items()}
+    calls |= {f"{name}, eager": call for name, call in eager.items()}
+    return calls | {f"{name}, compiled": compiled(call) for name, call in eager.items()}
 
 
 def microseconds(call: Call) -> float:
@@ -163,11 +213,9 @@ def run(
             times = {name: timer(call) for name, call in paths(problem, compiled).items()}
             num_tokens, size, clusters, num_experts, top_k = shape
             for name, us in times.items():
-                experts = num_experts if name.startswith("full") else 0
-                minimal = (
-                    roofline.minimal_bytes(roofline.Variant(dtype, num_tokens, size, clusters, experts, top_k))
-                    * num_tokens
-                )
+                sizes = (num_tokens, size, clusters, 0 if name.startswith("table") else num_experts, top_k)
+                variant = roofline.Variant(dtype, *sizes, prior=name.startswith("prior"))
+                minimal = roofline.minimal_bytes(variant) * num_tokens
                 row = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "path": name, "us": us}
                 row |= {"ratio": us / times["softmax top-k, eager"], **checked}
                 ours = not name.startswith("softmax")

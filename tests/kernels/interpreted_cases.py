@@ -304,7 +304,7 @@ def test_the_gpu_benchmark_checks_then_times_every_path() -> None:
     rows = bench_gpu.run(
         "cpu", lambda call: float(len(timed.append(call()) or timed)), lambda f: f, [(40, 12, 5, 9, 2)]
     )
-    assert len(rows) == len(timed) == 2 * 8
+    assert len(rows) == len(timed) == 2 * 14
     assert {row["path"].split(", ")[1] for row in rows} == {"triton", "eager", "compiled"}
     assert "softmax top-k, compiled" in bench_gpu.table(rows)
     assert next(row["ratio"] for row in rows if row["path"] == "softmax top-k, eager") == 1.0
