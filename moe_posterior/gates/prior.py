@@ -11,7 +11,8 @@ from moe_posterior import evidence as evidence_functions
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
 from moe_posterior.gates.base import Gate, Routing
-from moe_posterior.kernels.reference import Assignment, select
+from moe_posterior.kernels import dispatch, reference
+from moe_posterior.kernels.reference import Assignment
 from moe_posterior.posterior import BetaPosterior
 from moe_posterior.precision import FixedPrecision
 
@@ -40,6 +41,7 @@ class PriorGate(Gate, FixedPrecision):
             each, downwards only; default 30. None keeps clusters apart.
         innocent: False drops the rule, ``penalty = η · log(mean / reference)``, for comparison: every fluctuation then moves logits.
         learned: whether the gate has a linear router of its own; a gate inside another router has none.
+        backend: ``"auto"`` or a backend of :mod:`moe_posterior.kernels.dispatch`.
 
     Raises:
         InvalidArgumentError: a knob out of range. NotFittedError: observed before :meth:`fit`.
@@ -76,6 +78,7 @@ class PriorGate(Gate, FixedPrecision):
         pooling: float | None = 30.0,
         innocent: bool = True,
         learned: bool = True,
+        backend: dispatch.Backend = "auto",
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k)
         for name, value in (("penalty", penalty), ("confidence", confidence)):
@@ -85,7 +88,7 @@ class PriorGate(Gate, FixedPrecision):
             if option is not None and not 0.0 < option < float("inf"):
                 raise InvalidArgumentError(f"{name} must be positive and finite; got {option}")
         self.penalty, self.confidence, self.strength = penalty, confidence, strength
-        self.amnesty, self.pooling, self.innocent = amnesty, pooling, innocent
+        self.amnesty, self.pooling, self.innocent, self.backend = amnesty, pooling, innocent, backend
         self.router = nn.Linear(hidden_size, num_experts, bias=False) if learned else None
         self.clusterer = Clusterer(num_clusters, hidden_size)
         half = strength / 2
@@ -149,17 +152,24 @@ class PriorGate(Gate, FixedPrecision):
     def forward(self, hidden: Tensor) -> Routing:  # (N, D)
         """Choose experts for every token; changes no state.
 
-        A row that holds NaN or inf has NaN weights, as in any softmax router, and observing it adds no evidence.
+        A row that holds NaN or inf has equal weights, and observing it adds no evidence.
         """
         self.validate_hidden(hidden)
         if self.router is None:
             raise InvalidArgumentError("a gate made with learned=False has no router of its own to route by")
-        ids, distance = self.assign(hidden)
-        scores = self.router(hidden).float()
-        if self.biased:
-            scores = scores + self.evidence_bias[ids]
-        selection = select(scores, ids, self.top_k)
-        weights = torch.softmax(selection.scores, dim=-1)
+        if self.clusterer.fitted:
+            (ids, distance), selection, weights = dispatch.route_prior(
+                hidden,
+                self.clusterer.prepared,
+                self.router.weight,
+                self.evidence_bias,
+                top_k=self.top_k,
+                backend=self.backend,
+            )
+        else:
+            ids, distance = self.assign(hidden)
+            selection = reference.select(self.router(hidden).float(), ids, self.top_k)
+            weights = reference.weigh(selection.scores, 1.0)
         return Routing(selection.expert_indices, weights, ids, selection.scores, distance)
 
     def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (N, k) or (N, E)

@@ -131,7 +131,7 @@ def test_each_output_of_prior_mode_has_its_gradient_alone(generator, part) -> No
 def test_prior_mode_passes_opcheck(generator) -> None:
     hidden, centroids, gate, bias = gate_problem(generator, 20, 5, 12, 9)
     active = torch.arange(9) > 0
-    given = (hidden.requires_grad_(), *centroids, gate.requires_grad_(), None, bias, active, 3)
+    given = (hidden.requires_grad_(), *centroids[:4], gate.requires_grad_(), None, bias, active, 3)
     torch.library.opcheck(operators.route_prior, given)
 
 
@@ -234,7 +234,7 @@ def test_prior_mode_says_what_triton_needs(generator) -> None:
 def test_the_operators_pass_opcheck_with_a_mask_and_a_seed(generator) -> None:
     hidden, centroids, *_ = gate_problem(generator, 20, 5, 12, 9)
     alpha, b = torch.rand(2, 5, 9, generator=generator) + 1
-    torch.library.opcheck(operators.route, (hidden, *centroids, alpha, b, torch.arange(9) > 0, 3, 0.7, 0.1, 3))
+    torch.library.opcheck(operators.route, (hidden, *centroids[:4], alpha, b, torch.arange(9) > 0, 3, 0.7, 0.1, 3))
 
 
 def test_the_constants_of_a_draw_are_the_reference_s() -> None:
