@@ -56,10 +56,11 @@ def resident_bytes(variant: Variant) -> int:
 def requested_bytes(variant: Variant, tiles: dict[str, int]) -> float:
     """Per token, what programs ask of the caches, without a second pass.
 
-    A program reads all directions and gate weights, the centroids' mean, a token once a tile of clusters and of the gate's experts,
-    and a row of the tables or of the belief for each token.
+    A program reads all directions and gate weights, a token once a tile of clusters and of the gate's experts, and a row of the tables
+    or of the belief for each token. For the centroids' mean it reads a point and its direction, each twice: the compiler wants them in
+    two layouts.
     """
-    shared = _centroid_bytes(variant) + 4 * variant.hidden_size + _gate_bytes(variant)
+    shared = _centroid_bytes(variant) + 3 * 4 * variant.hidden_size + _gate_bytes(variant)
     rows = min(tiles["BLOCK_N"], variant.num_tokens)
     own = token_reads(variant, tiles) * token_bytes(variant) + _row_bytes(variant) + output_bytes(variant)
     return own + shared / rows

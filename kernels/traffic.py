@@ -131,7 +131,11 @@ def _understood(s: _Statement) -> bool:
     base, *_, kind = s.operation.split(".")
     if base == "ld" and not s.operation.startswith("ld.param"):
         return False
-    return base in _OPERATIONS and not kind.startswith(("f", "bf")) and "{" not in "".join(s.operands)
+    if base == "ld" and "{" in s.operands[0]:
+        raise UnreadableCodeError(f"parameters must be loaded one by one; got {s.operation}")
+    return (
+        base in _OPERATIONS and not kind.startswith(("f", "bf")) and (base == "mov" or "{" not in "".join(s.operands))
+    )
 
 
 def _guard(s: _Statement, registers: dict[str, Value]) -> Value:
@@ -185,15 +189,39 @@ def _unsigned(value: Value, bits: int) -> Value:
 def _execute(s: _Statement, registers: dict[str, Value], guard: np.ndarray, arguments: dict[int, int]) -> None:
     base, *middle, kind = s.operation.split(".")
     bits = 1 if kind == "pred" else int(kind[1:])
+    target, *sources = s.operands
+    if target.startswith("{"):
+        return _unpack(target, _value(sources[0], registers), bits, registers)
     if base == "ld":
         position = int(_PARAMETER.search(s.operands[1])[1])  # type: ignore[index]
         value: Value = arguments.get(position, (position + 1) << _SPACE)
+    elif sources[0].startswith("{"):
+        value = _pack([_value(part, registers) for part in _parts(sources[0])], bits)
     else:
-        values = [np.asarray(_value(operand, registers), dtype=np.int64) for operand in s.operands[1:]]
+        values = [np.asarray(_value(operand, registers), dtype=np.int64) for operand in sources]
         value = _OPERATIONS[base](middle, kind[0] == "u", bits, values)
     if s.predicate is not None:
         value = np.where(guard, value, registers[s.operands[0]])
     registers[s.operands[0]] = value
+
+
+def _parts(operand: str) -> list[str]:
+    return [part.strip() for part in operand.strip("{}").split(",")]
+
+
+def _unpack(target: str, value: Value, bits: int, registers: dict[str, Value]) -> None:
+    parts = _parts(target)
+    width = bits // len(parts)
+    for i, part in enumerate(parts):
+        registers[part] = _wrap(np.asarray(value, dtype=np.int64) >> (i * width), width)
+
+
+def _pack(parts: list[Value], bits: int) -> Value:
+    width = bits // len(parts)
+    total = np.zeros((), dtype=np.int64)
+    for i, part in enumerate(parts):
+        total = total | (_unsigned(np.asarray(part, dtype=np.int64), width) << (i * width))
+    return _wrap(total, bits)
 
 
 def _compare(middle: list[str], unsigned: bool, bits: int, values: list[Value]) -> Value:
