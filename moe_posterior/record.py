@@ -58,12 +58,22 @@ class Trace:
     def observe_gradients(self) -> None:
         """Credit each slot with its own sign, after the loss's backward: did this expert's share lower this token's loss?
 
-        The loss's gradient on a routing weight is the inner product of the gradient on the layer's output with that expert's
-        output, so ``gradient · weight < 0`` says the contribution helped: one bit a slot and layer, at no extra forward.
-        A gradient of exactly zero or NaN is not observed.
-
         Raises:
             InvalidArgumentError: a recorded routing weight has no gradient: no backward has run, or it did not reach this gate.
+        """
+        for name, routing, outcome in self.gradient_outcomes():
+            self.gates[name].observe(routing, outcome, dense=False)
+        self._done()
+
+    def gradient_outcomes(self) -> list[tuple[str, Routing, Tensor]]:
+        """What :meth:`observe_gradients` observes, as (name of the gate, its routing, outcome (N, k)); changes nothing.
+
+        The loss's gradient on a routing weight is the inner product of the gradient on the layer's output with that expert's
+        output, so ``gradient · weight < 0`` says the contribution helped: one bit a slot and layer, at no extra forward.
+        A gradient of exactly zero or NaN is not observed, and stands as NaN.
+
+        Raises:
+            InvalidArgumentError: as :meth:`observe_gradients`.
         """
         self._require_routings()
         outcomes = []
@@ -75,12 +85,9 @@ class Trace:
                     f"forward first"
                 )
             share = gradient * routing.routing_weights.detach()
-            outcomes.append(
-                torch.where(share == 0, torch.nan, (share < 0).to(share.dtype)).where(~share.isnan(), torch.nan)
-            )
-        for (name, routing), outcome in zip(self.routings, outcomes, strict=True):
-            self.gates[name].observe(routing, outcome, dense=False)
-        self._done()
+            unseen = (share == 0) | share.isnan()
+            outcomes.append((name, routing, (share < 0).to(share.dtype).masked_fill(unseen, torch.nan)))
+        return outcomes
 
     def close(self) -> None:
         """Take the hooks off the gates. Observing does it too; until then they stay, for a recomputation in the backward pass."""

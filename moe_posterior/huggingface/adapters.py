@@ -1,0 +1,220 @@
+"""What routers return, class by class: how to read their choice, and how to hand back other weights or another choice.
+
+Most routers of transformers return ``(logits, weights (T, k), indices (T, k), …)``; one adapter serves them. The others have one each.
+
+Dimensions: T tokens, D hidden size, E experts, W logits a token (at least E), k experts per token.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_posterior.errors import InvalidArgumentError
+
+_CORRECTIONS = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+
+
+class UnknownRouterError(InvalidArgumentError):
+    """A router does not behave as its adapter expects, so it cannot be swapped without guessing."""
+
+
+class Adapter:
+    """The common return: a tuple that begins with logits, weights (T, k), indices (T, k)."""
+
+    kind = "swapped"  # what the report calls it
+
+    def num_experts(self, router: nn.Module) -> int:
+        """E; where a router scores more than its experts (a zero expert, say), those count as experts too."""
+        return _projection(router)[0]
+
+    def hidden_size(self, router: nn.Module) -> int:
+        """D."""
+        return _projection(router)[1]
+
+    def width(self, router: nn.Module) -> int:
+        """W."""
+        return _projection(router)[0]
+
+    def top_k(self, router: nn.Module) -> int:
+        """k."""
+        top_k = getattr(router, "top_k", None)
+        if top_k is None:
+            top_k = getattr(getattr(router, "config", None), "top_k_experts", None)
+        if not isinstance(top_k, int):
+            raise UnknownRouterError(
+                f"{type(router).__name__} has no attribute top_k that says how many experts it chooses"
+            )
+        return top_k
+
+    def hidden(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:  # -> (..., D)
+        """The hidden states among a call's arguments."""
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden, Tensor):
+            raise UnknownRouterError(f"hidden states must come first or as hidden_states; got {type(hidden).__name__}")
+        return hidden
+
+    def correction(
+        self, router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor | None:  # -> (W,)
+        """What this call adds to the scores for the choice alone, if anything."""
+        holders = (router, getattr(router, "moe_statics", None))
+        found = [getattr(holder, name, None) for holder in holders for name in _CORRECTIONS]
+        found += [kwargs.get(name) for name in _CORRECTIONS]
+        found += list(args[1:2])
+        width = self.width(router)
+        return next(
+            (x.reshape(-1) for x in found if isinstance(x, Tensor) and x.numel() == width and x.is_floating_point()),
+            None,
+        )
+
+    def read(self, router: nn.Module, output: Any) -> tuple[Tensor, Tensor]:  # -> (T, k), (T, k)
+        """Expert indices and their weights.
+
+        Raises:
+            UnknownRouterError: the output does not look as expected.
+        """
+        fits = isinstance(output, tuple) and len(output) >= 3 and all(isinstance(part, Tensor) for part in output[:3])
+        if not fits:
+            raise _unexpected(router, "(logits, weights, indices)", output)
+        _, weights, indices = output[:3]
+        if weights.ndim != 2 or weights.shape != indices.shape or indices.dtype != torch.int64:
+            raise _unexpected(router, "weights (T, k) and int64 indices (T, k)", output)
+        return indices, weights
+
+    def write(self, router: nn.Module, output: Any, indices: Tensor, weights: Tensor) -> Any:  # (T, k), (T, k)
+        """The output with another choice or other weights in it."""
+        return (output[0], weights, indices, *output[3:])
+
+
+class SharedInside(Adapter):
+    """Inkling, Zaya: the last of the logits belong to shared experts, or to the choice of none."""
+
+    kind = "special"
+
+    def num_experts(self, router: nn.Module) -> int:
+        return int(router.num_experts)  # type: ignore[arg-type]
+
+    def hidden_size(self, router: nn.Module) -> int:
+        size = getattr(router, "hidden_size", None)  # Zaya projects its input down first
+        return _projection(router)[1] if size is None else int(size)
+
+    def width(self, router: nn.Module) -> int:
+        width = getattr(router, "num_router_classes", None)
+        return _projection(router)[0] if width is None else int(width)
+
+    def correction(self, router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        if hasattr(
+            router, "n_shared_experts"
+        ):  # the choice is among the routed alone, so it has fewer columns than the logits
+            return None
+        return super().correction(router, args, kwargs)
+
+
+class Dense(Adapter):
+    """Llama 4: ``(scores (T, E), logits)``, scores 0 where an expert was not chosen."""
+
+    kind = "special"
+
+    def read(self, router: nn.Module, output: Any) -> tuple[Tensor, Tensor]:
+        if not (
+            isinstance(output, tuple)
+            and len(output) == 2
+            and output[0].ndim == 2
+            and output[0].shape == output[1].shape
+        ):
+            raise _unexpected(router, "(scores (T, E), logits (T, E))", output)
+        indices = output[0].topk(self.top_k(router), dim=-1).indices
+        return indices, output[0].gather(1, indices)
+
+    def write(self, router: nn.Module, output: Any, indices: Tensor, weights: Tensor) -> Any:
+        return (torch.zeros_like(output[0]).scatter(1, indices, weights), *output[1:])
+
+
+class Grouped(Adapter):
+    """JetMoE: the weights lie sorted by expert, beside what sorts them."""
+
+    kind = "special"
+
+    def read(self, router: nn.Module, output: Any) -> tuple[Tensor, Tensor]:
+        if not (isinstance(output, tuple) and len(output) == 5 and output[2].shape == output[0].shape):
+            raise _unexpected(router, "(order, tokens, weights, counts, logits)", output)
+        order, _, weights, _, logits = output
+        indices = logits.topk(self.top_k(router), dim=1).indices
+        return indices, weights[order.argsort()].reshape(indices.shape)
+
+    def write(self, router: nn.Module, output: Any, indices: Tensor, weights: Tensor) -> Any:
+        flat = indices.flatten()
+        order = flat.sort(0).indices
+        counts = torch.bincount(flat, minlength=self.num_experts(router)).tolist()
+        tokens = order.div(indices.shape[1], rounding_mode="trunc")
+        return (order, tokens, weights.flatten()[order], counts, output[4])
+
+
+class Capacity(Adapter):
+    """Switch: ``(one-hot choice (B, S, E), probability (B, S, 1), logits)``; a token over capacity chose nothing."""
+
+    kind = "special"
+
+    def top_k(self, router: nn.Module) -> int:
+        return 1
+
+    def read(self, router: nn.Module, output: Any) -> tuple[Tensor, Tensor]:
+        if not (isinstance(output, tuple) and len(output) == 3 and output[0].shape == output[2].shape):
+            raise _unexpected(router, "(choice (B, S, E), probability (B, S, 1), logits (B, S, E))", output)
+        taken, indices = output[0].reshape(-1, output[0].shape[-1]).max(dim=-1, keepdim=True)
+        return indices, output[1].reshape(-1, 1) * taken
+
+    def write(self, router: nn.Module, output: Any, indices: Tensor, weights: Tensor) -> Any:
+        taken = (weights != 0).to(output[0].dtype)
+        choice = torch.zeros_like(output[0]).reshape(-1, output[0].shape[-1]).scatter(1, indices, taken)
+        return (choice.reshape(output[0].shape), weights.reshape(output[1].shape), output[2])
+
+
+class Pair(Adapter):
+    """NLLB-MoE: ``(first choice (T, E), weights (T, E), logits)``, weights 0 where an expert was not chosen or was full."""
+
+    kind = "special"
+
+    def top_k(self, router: nn.Module) -> int:
+        return 2
+
+    def read(self, router: nn.Module, output: Any) -> tuple[Tensor, Tensor]:
+        if not (isinstance(output, tuple) and len(output) == 3 and output[1].shape == output[2].shape):
+            raise _unexpected(router, "(first choice (T, E), weights (T, E), logits (T, E))", output)
+        indices = output[1].topk(2, dim=-1).indices
+        return indices, output[1].gather(1, indices)
+
+    def write(self, router: nn.Module, output: Any, indices: Tensor, weights: Tensor) -> Any:
+        return (output[0], torch.zeros_like(output[1]).scatter(1, indices, weights), output[2])
+
+
+SPECIAL: dict[str, Adapter] = {
+    "InklingTopkRouter": SharedInside(),
+    "ZayaRouter": SharedInside(),
+    "Llama4Router": Dense(),
+    "JetMoeTopKGating": Grouped(),
+    "SwitchTransformersTop1Router": Capacity(),
+    "NllbMoeTop2Router": Pair(),
+}
+COMMON = Adapter()
+
+
+def _projection(router: nn.Module) -> tuple[int, int]:  # -> W, D
+    """The shape of the one weight that turns hidden states into logits."""
+    weight = getattr(router, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2:
+        return weight.shape[0], weight.shape[1]
+    linear = [child for child in router.children() if isinstance(child, nn.Linear)]
+    if len(linear) != 1:
+        raise UnknownRouterError(
+            f"{type(router).__name__} must hold one projection to logits; got {len(linear)} linear children"
+        )
+    return linear[0].out_features, linear[0].in_features
+
+
+def _unexpected(router: nn.Module, expected: str, output: Any) -> UnknownRouterError:
+    parts = output if isinstance(output, tuple) else (output,)
+    got = ", ".join(str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in parts)
+    return UnknownRouterError(f"{type(router).__name__} must return {expected}; got ({got})")

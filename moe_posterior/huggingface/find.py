@@ -1,0 +1,62 @@
+"""Find the routers of a model, and say of each what can be done with it."""
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+
+from moe_posterior.huggingface.adapters import COMMON, SPECIAL, Adapter, UnknownRouterError
+
+_ROUTER_NAME = re.compile(r"(Router|Gate|Gating)$")
+
+REFUSED = {
+    "DeepseekV4HashRouter": "its experts are a fixed function of the token's id: there is no choice to change",
+    "DogeCDMoE": "it retrieves experts by product keys and has no logit for each expert",
+    "VitPoseBackboneMoeMLP": "its expert is given by the data set's index: there is no choice to change",
+}
+
+
+class Found(NamedTuple):
+    """A router, or a mixture without one that is understood."""
+
+    name: str
+    module: nn.Module
+    adapter: Adapter | None  # None: refused
+    reason: str  # why it was refused, else ""
+
+
+def find_routers(model: nn.Module) -> list[Found]:
+    """Every router in the model, in the model's order, and every mixture whose router is not known."""
+    found: list[Found] = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in REFUSED:
+            found.append(Found(name, module, None, REFUSED[kind]))
+        elif kind in SPECIAL or _looks_like_router(module):
+            found.append(_examined(name, module, SPECIAL.get(kind, COMMON)))
+    routers = {id(entry.module) for entry in found}
+    for name, module in model.named_modules():
+        holds_experts = isinstance(getattr(module, "experts", None), nn.Module)
+        if holds_experts and not any(id(inner) in routers for inner in module.modules()):
+            reason = "it holds experts, and no router in it is understood"
+            found.append(Found(name, module, None, reason))
+    return found
+
+
+def _looks_like_router(module: nn.Module) -> bool:
+    """By its name, and by knowing how many experts it chooses."""
+    if not _ROUTER_NAME.search(type(module).__name__):
+        return False
+    return hasattr(module, "top_k") or hasattr(getattr(module, "config", None), "top_k_experts")
+
+
+def _examined(name: str, router: nn.Module, adapter: Adapter) -> Found:
+    if "forward" in vars(router):
+        return Found(
+            name, router, None, "its forward was replaced on the instance (by accelerate?): swap the gates before that"
+        )
+    try:
+        adapter.num_experts(router), adapter.hidden_size(router), adapter.top_k(router)
+    except UnknownRouterError as error:
+        return Found(name, router, None, str(error))
+    return Found(name, router, adapter, "")

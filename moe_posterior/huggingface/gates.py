@@ -1,0 +1,90 @@
+"""Gates that live inside another router: they turn what it chose into a Routing, and hold the belief about its experts.
+
+Dimensions: T tokens, D hidden size, E experts, k experts per token.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.gates import Gate, PosteriorGate, PriorGate, Routing
+
+
+class Choice(NamedTuple):
+    """What a router chose by its own rule, and which tokens are real."""
+
+    indices: Tensor  # (T, k) int64
+    weights: Tensor  # (T, k); its gradient is the router's own
+    real: Tensor | None  # (T,) bool, False for padding; None if all are real
+
+
+class HostedPriorGate(PriorGate):
+    """A :class:`PriorGate` without a router of its own: the host chooses, with this gate's bias on its logits."""
+
+    def forward(self, hidden: Tensor, choice: Choice | None = None) -> Routing:  # (T, D)
+        """The host's choice as a Routing; padding lies at distance inf, where nothing is observed."""
+        if choice is None:
+            return super().forward(hidden)
+        ids, distance = self.assign(hidden)
+        return Routing(choice.indices, choice.weights, ids, choice.weights.detach(), _far(distance, choice.real))
+
+    def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (T, k) or (T, E)
+        """As :meth:`PriorGate.observe`; a slot of weight 0, an expert over capacity, took no part and is not observed."""
+        super().observe(routing, without_idle(self, routing, outcome, dense), dense=dense)
+
+
+class HostedPosteriorGate(PosteriorGate):
+    """A :class:`PosteriorGate` in a router's place: it chooses; its weights add up to what the host's own would have."""
+
+    def forward(self, hidden: Tensor, choice: Choice | None = None) -> Routing:  # (T, D)
+        """This gate's choice, weighted to the sum of the host's weights for that token, in the host's dtype."""
+        routing = super().forward(hidden)
+        if choice is None:
+            return routing
+        total = choice.weights.sum(dim=-1, keepdim=True)
+        weights = (routing.routing_weights * total).to(choice.weights.dtype)
+        return routing._replace(routing_weights=weights, distance=_far(routing.distance, choice.real))
+
+    def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (T, k) or (T, E)
+        """As :meth:`PosteriorGate.observe`; a slot of weight 0 took no part and is not observed."""
+        super().observe(routing, without_idle(self, routing, outcome, dense), dense=dense)
+
+
+HostedGate = HostedPriorGate | HostedPosteriorGate
+
+
+def make_gate(
+    mode: str, hidden_size: int, num_experts: int, num_clusters: int, top_k: int, **knobs: object
+) -> HostedGate:
+    """A hosted gate for one layer.
+
+    Raises:
+        InvalidArgumentError: another mode than "prior" or "replace", or a knob that the mode's gate does not take.
+    """
+    kinds: dict[str, type[HostedPriorGate] | type[HostedPosteriorGate]] = {
+        "prior": HostedPriorGate,
+        "replace": HostedPosteriorGate,
+    }
+    if mode not in kinds:
+        raise InvalidArgumentError(f"mode must be one of {list(kinds)}; got {mode!r}")
+    if mode == "prior":
+        knobs = {**knobs, "learned": False}
+    try:
+        return kinds[mode](hidden_size, num_experts, num_clusters, top_k, **knobs)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise InvalidArgumentError(
+            f"knobs must be options of {kinds[mode].__mro__[1].__name__}; got {error}"
+        ) from error
+
+
+def without_idle(gate: Gate, routing: Routing, outcome: Tensor, dense: bool | None) -> Tensor:  # -> as outcome
+    """NaN where a slot carried no weight."""
+    if gate.slots_of(routing, outcome, dense) is None:
+        return outcome
+    return outcome.masked_fill(routing.routing_weights.detach().to(outcome.device) == 0, torch.nan)
+
+
+def _far(distance: Tensor, real: Tensor | None) -> Tensor:  # (T,), (T,) -> (T,)
+    return distance if real is None else distance.masked_fill(~real.to(distance.device), torch.inf)

@@ -1,0 +1,151 @@
+"""A router with a gate inside: the router's own object, parameters and hooks, with one more child and a class derived from its own.
+
+Dimensions: T tokens, D hidden size, E experts, W logits a token (at least E), k experts per token.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.huggingface.adapters import Adapter, UnknownRouterError
+from moe_posterior.huggingface.gates import Choice, HostedGate, HostedPriorGate
+from moe_posterior.huggingface.intercept import LogitsInterceptor
+
+CHILD = "posterior_gate"  # the name of the gate inside its router
+
+
+class Binding:
+    """What a swapped router knows beside its parameters; it is no module, so that nothing of it is saved or cast."""
+
+    def __init__(self, name: str, original: type[nn.Module], adapter: Adapter) -> None:
+        self.name, self.original, self.adapter = name, original, adapter
+        self.proved = False  # whether a forward has shown the adapter to fit
+        self.mask: Tensor | None = None  # (B, S), 0 for padding, of the model call under way
+        self.collector: Callable[[Tensor], None] | None = (
+            None  # takes the hidden states of real tokens while clusters are fitted
+        )
+
+
+class SwappedRouter(nn.Module):
+    """Mixed into a router's class by :func:`swapped_class`; a router becomes one by having its ``__class__`` set."""
+
+    moe_posterior: Binding
+    posterior_gate: HostedGate
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The router's own forward, untouched while there is neither evidence nor anybody listening."""
+        if is_awake(self):
+            return _decide(self, args, kwargs)
+        return self.moe_posterior.original.forward(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty_router, (self.moe_posterior.original,), self.__dict__
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def swapped_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The class derived from a router's own that asks the gate inside; one for each original."""
+    if original not in _CLASSES:
+        _CLASSES[original] = type(f"Swapped{original.__name__}", (SwappedRouter, original), {"__module__": __name__})
+    return _CLASSES[original]
+
+
+def is_awake(router: SwappedRouter) -> bool:
+    """Whether a call needs more than the router's own forward."""
+    gate, binding = router.posterior_gate, router.moe_posterior
+    if not binding.proved or binding.collector is not None or len(gate._forward_hooks) > 0:
+        return True
+    return gate.biased if isinstance(gate, HostedPriorGate) else gate.clusterer._fitted
+
+
+def host(router: nn.Module, name: str, adapter: Adapter, gate: HostedGate) -> None:
+    """Put the gate into the router."""
+    router.moe_posterior = Binding(name, type(router), adapter)  # type: ignore[assignment]
+    router.__class__ = swapped_class(type(router))
+    router.add_module(CHILD, gate)
+
+
+def unhost(router: SwappedRouter) -> None:
+    """Take the gate out again: the router is what it was."""
+    router.__class__ = router.moe_posterior.original  # type: ignore[assignment]
+    delattr(router, CHILD)
+    del router.moe_posterior
+
+
+@torch.compiler.disable
+def _decide(router: SwappedRouter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the router's own forward with the evidence on its logits, and let the gate see, and where it chooses change, the choice."""
+    gate, binding = router.posterior_gate, router.moe_posterior
+    adapter = binding.adapter
+    hidden = adapter.hidden(args, kwargs).detach()
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    real = real_tokens(binding.mask, len(hidden))
+    if binding.collector is not None:
+        binding.collector(hidden if real is None else hidden[real.to(hidden.device)])
+    bias = _bias(gate, hidden, adapter.width(router))
+    correction = None if bias is None else adapter.correction(router, args, kwargs)
+    with LogitsInterceptor(len(hidden), adapter.width(router), bias, correction) as interceptor:
+        output = binding.original.forward(router, *args, **kwargs)
+    if interceptor.products != 1:
+        raise UnknownRouterError(
+            f"{binding.original.__name__} must compute its logits in one matrix product to {adapter.width(router)} columns; "
+            f"got {interceptor.products} (router {binding.name!r}); restore_gates(model) makes the model what it was"
+        )
+    indices, weights = adapter.read(router, output)
+    if len(indices) != len(hidden):
+        raise UnknownRouterError(
+            f"{binding.original.__name__} must route {len(hidden)} tokens; got {len(indices)} (router {binding.name!r})"
+        )
+    binding.proved = True
+    replacing = not isinstance(gate, HostedPriorGate) and gate.clusterer._fitted
+    if not replacing and not gate._forward_hooks:
+        return output
+    routing = gate(hidden, Choice(indices, weights, real))
+    weights = routing.routing_weights
+    if weights.is_leaf and weights.requires_grad:
+        weights = weights.clone()  # experts may scale their weights in place, which a leaf forbids
+    return adapter.write(router, output, routing.expert_indices, weights)
+
+
+def _bias(gate: HostedGate, hidden: Tensor, width: int) -> Tensor | None:  # (T, D) -> (T, W)
+    if not isinstance(gate, HostedPriorGate) or not gate.biased:
+        return None
+    bias = gate.evidence_bias[gate.assign(hidden).cluster_ids]
+    return nn.functional.pad(bias, (0, width - bias.shape[1]))
+
+
+def real_tokens(mask: Tensor | None, num_tokens: int) -> Tensor | None:  # (B, S) -> (T,) bool
+    """Which of the tokens of a call are no padding; None if all are, or if the mask speaks of other tokens.
+
+    With cached keys the mask covers past positions too; a call's own tokens are its last ones.
+
+    >>> real_tokens(torch.tensor([[0, 1, 1], [1, 1, 1]]), 4)
+    tensor([True, True, True, True])
+    >>> real_tokens(torch.tensor([[0, 1, 1], [1, 1, 1]]), 6)
+    tensor([False,  True,  True,  True,  True,  True])
+    """
+    if mask is None or not len(mask) or num_tokens % len(mask) or num_tokens // len(mask) > mask.shape[1]:
+        return None
+    length = num_tokens // len(mask)
+    return mask[:, mask.shape[1] - length :].reshape(-1).bool()
+
+
+def _empty_router(original: type[nn.Module]) -> nn.Module:
+    swapped = swapped_class(original)
+    return swapped.__new__(swapped)
+
+
+def validate_unswapped(model: nn.Module) -> None:
+    """Raise InvalidArgumentError if the model holds a swapped router already, or was compiled."""
+    for name, module in model.named_modules():
+        if isinstance(module, SwappedRouter):
+            raise InvalidArgumentError(
+                f"model must not be swapped already; router {name!r} is: call restore_gates(model) first"
+            )
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise InvalidArgumentError("model must not be compiled yet: swap the gates first, then compile")

@@ -1,0 +1,113 @@
+"""Give the routers of a transformers model a belief about their experts, in place, and take it away again."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from torch import nn
+
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.huggingface.find import Found, find_routers
+from moe_posterior.huggingface.gates import HostedGate, make_gate
+from moe_posterior.huggingface.host import SwappedRouter, host, unhost, validate_unswapped
+from moe_posterior.huggingface.padding import capture_padding
+from moe_posterior.huggingface.report import Layer, SwapReport
+
+Mode = Literal["prior", "replace"]
+_STATE = "_moe_posterior"  # attribute of a swapped model
+
+
+def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", **knobs: Any) -> SwapReport:
+    """Put a gate with a belief into every router of ``model`` that is understood, in place and reversibly.
+
+    The routers stay the objects they are, with their parameters, names and hooks. In ``"prior"`` mode each keeps choosing by its own
+    rule, with a bias on the logits of experts that evidence speaks against (:class:`~moe_posterior.gates.PriorGate`); until then its
+    outputs are the same bit for bit. In ``"replace"`` mode the belief alone chooses once the clusters are fitted
+    (:class:`~moe_posterior.PosteriorGate`), with weights that add up to what the router's own would have, so that its
+    scaling stays. Wherever a router reports its logits, as for an auxiliary loss, they carry the bias that was in force.
+
+    Next: ``report.fit(dataloader)``, then ``report.warm_start(dataloader)``, then observe.
+
+    Args:
+        model: a transformers model, or any module that holds such routers. Not compiled yet.
+        num_clusters: C of every layer.
+        mode: ``"prior"`` for a model that was trained with its routers; ``"replace"`` for the belief alone.
+        knobs: options of the mode's gate, the same for every layer.
+
+    Returns:
+        What was swapped, and what was left alone and why; printed, it is a table. What was left alone is also warned of.
+
+    Raises:
+        InvalidArgumentError: nothing in the model could be swapped, it is swapped or compiled already, or a knob is out of range;
+            the model is as it was.
+
+    >>> from transformers import MixtralConfig, MixtralForCausalLM
+    >>> config = MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+    ...                        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    >>> model = MixtralForCausalLM(config)
+    >>> report = swap_gates(model, num_clusters=8)
+    >>> [(layer.name, layer.num_experts, layer.top_k) for layer in report.swapped]
+    [('model.layers.0.mlp.gate', 4, 2), ('model.layers.1.mlp.gate', 4, 2)]
+    >>> restore_gates(model)
+    """
+    validate_unswapped(model)
+    found = find_routers(model)
+    usable = [entry for entry in found if entry.adapter is not None]
+    if not usable:
+        reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in found) or "it holds no router"
+        raise InvalidArgumentError(
+            f"model must hold a router that can be swapped; got {type(model).__name__} ({reasons})"
+        )
+    gates = [_gate_for(entry, num_clusters, mode, knobs) for entry in usable]
+    for entry, gate in zip(usable, gates, strict=True):
+        assert entry.adapter is not None
+        host(entry.module, entry.name, entry.adapter, gate)
+    handles = capture_padding(model)
+    setattr(model, _STATE, handles)
+    report = SwapReport(model, mode, [_layer(entry) for entry in found])
+    if report.refused:
+        warnings.warn(f"some of the model was left as it is:\n{report}", stacklevel=2)
+    return report
+
+
+def restore_gates(model: nn.Module) -> None:
+    """Undo :func:`swap_gates`: every router is the object and of the class it was, and the belief is gone.
+
+    Raises:
+        InvalidArgumentError: the model is not swapped.
+    """
+    routers = [module for module in model.modules() if isinstance(module, SwappedRouter)]
+    if not routers:
+        raise InvalidArgumentError(
+            f"model must have been swapped by swap_gates; {type(model).__name__} holds no swapped router"
+        )
+    for router in routers:
+        unhost(router)
+    for holder in model.modules():
+        for handle in vars(holder).pop(_STATE, []):
+            handle.remove()
+
+
+def swapped_gates(model: nn.Module) -> Iterator[tuple[str, HostedGate]]:
+    """The gates inside a swapped model, by their routers' names."""
+    for name, module in model.named_modules():
+        if isinstance(module, SwappedRouter):
+            yield name, module.posterior_gate
+
+
+def _gate_for(entry: Found, num_clusters: int, mode: Mode, knobs: dict[str, Any]) -> HostedGate:
+    assert entry.adapter is not None
+    adapter, router = entry.adapter, entry.module
+    sizes = (adapter.hidden_size(router), adapter.num_experts(router))
+    gate = make_gate(mode, *sizes, num_clusters, adapter.top_k(router), **knobs)
+    parameter = next(router.parameters())
+    return gate.to(parameter.device).train(router.training)
+
+
+def _layer(entry: Found) -> Layer:
+    kind, adapter = type(entry.module), entry.adapter
+    if adapter is None:
+        return Layer(entry.name, kind.__name__, "refused", entry.reason, 0, 0)
+    name = next(base.__name__ for base in kind.__mro__ if not issubclass(base, SwappedRouter))
+    router = entry.module
+    return Layer(entry.name, name, adapter.kind, "", adapter.num_experts(router), adapter.top_k(router))
