@@ -11,6 +11,7 @@ from moe_posterior.errors import (
 from moe_posterior.evidence import Evidence, ProxyNoise
 from moe_posterior.experts import ExpertsFFN
 from moe_posterior.gates import Gate, PosteriorGate, PriorGate, Routing, SoftmaxGate
+from moe_posterior.huggingface import restore_gates, swap_gates, token_outcomes
 from moe_posterior.layer import MixtureOfExperts, PosteriorMoE
 from moe_posterior.posterior import BetaPosterior
 from moe_posterior.record import Trace, record
@@ -39,4 +40,7 @@ __all__ = [
     "SoftmaxGate",
     "Trace",
     "record",
+    "restore_gates",
+    "swap_gates",
+    "token_outcomes",
 ]

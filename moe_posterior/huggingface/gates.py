@@ -18,6 +18,7 @@ class Choice(NamedTuple):
     indices: Tensor  # (T, k) int64
     weights: Tensor  # (T, k); its gradient is the router's own
     real: Tensor | None  # (T,) bool, False for padding; None if all are real
+    stands: bool  # whether this choice is final; if not, a gate that replaces the router makes another
 
 
 class HostedPriorGate(PriorGate):
@@ -43,6 +44,9 @@ class HostedPosteriorGate(PosteriorGate):
         routing = super().forward(hidden)
         if choice is None:
             return routing
+        if choice.stands:
+            distance = _far(routing.distance, choice.real)
+            return Routing(choice.indices, choice.weights, routing.cluster_ids, choice.weights.detach(), distance)
         total = choice.weights.sum(dim=-1, keepdim=True)
         weights = (routing.routing_weights * total).to(choice.weights.dtype)
         return routing._replace(routing_weights=weights, distance=_far(routing.distance, choice.real))

@@ -24,6 +24,7 @@ class Binding:
         self.name, self.original, self.adapter = name, original, adapter
         self.proved = False  # whether a forward has shown the adapter to fit
         self.mask: Tensor | None = None  # (B, S), 0 for padding, of the model call under way
+        self.own_choice = False  # whether the router's choice stands even where the gate is to replace it
         self.collector: Callable[[Tensor], None] | None = (
             None  # takes the hidden states of real tokens while clusters are fitted
         )
@@ -60,7 +61,7 @@ def is_awake(router: SwappedRouter) -> bool:
     gate, binding = router.posterior_gate, router.moe_posterior
     if not binding.proved or binding.collector is not None or len(gate._forward_hooks) > 0:
         return True
-    return gate.biased if isinstance(gate, HostedPriorGate) else gate.clusterer._fitted
+    return gate.biased if isinstance(gate, HostedPriorGate) else gate.clusterer.fitted
 
 
 def host(router: nn.Module, name: str, adapter: Adapter, gate: HostedGate) -> None:
@@ -102,10 +103,10 @@ def _decide(router: SwappedRouter, args: tuple[Any, ...], kwargs: dict[str, Any]
             f"{binding.original.__name__} must route {len(hidden)} tokens; got {len(indices)} (router {binding.name!r})"
         )
     binding.proved = True
-    replacing = not isinstance(gate, HostedPriorGate) and gate.clusterer._fitted
+    replacing = not isinstance(gate, HostedPriorGate) and gate.clusterer.fitted and not binding.own_choice
     if not replacing and not gate._forward_hooks:
         return output
-    routing = gate(hidden, Choice(indices, weights, real))
+    routing = gate(hidden, Choice(indices, weights, real, stands=not replacing))
     weights = routing.routing_weights
     if weights.is_leaf and weights.requires_grad:
         weights = weights.clone()  # experts may scale their weights in place, which a leaf forbids

@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
 from torch import nn
+
+from moe_posterior.huggingface.passes import Batches, fit_clusters, warm_start
 
 
 class Layer(NamedTuple):
@@ -39,6 +42,49 @@ class SwapReport:
     def refused(self) -> list[Layer]:
         """The layers that were left alone."""
         return [layer for layer in self.layers if layer.status == "refused"]
+
+    def fit(
+        self,
+        dataloader: Batches,
+        max_tokens: int | None = None,
+        *,
+        sample_size: int = 8192,
+        generator: torch.Generator | None = None,
+    ) -> "SwapReport":
+        """Find every layer's clusters in one pass, with a sample of fixed size for each layer in memory.
+
+        The model runs in evaluation mode, without gradients, routing as it does now; belief so far is forgotten, for it spoke of
+        other clusters. Under torch.distributed this is a collective call, and every rank ends with rank 0's clusters.
+
+        Args:
+            dataloader: yields the model's arguments as mappings; padding, by ``attention_mask``, is left out.
+            max_tokens: stop once every layer has seen this many; None (default) reads everything.
+            sample_size: tokens kept for each layer, in float32 on the CPU. The default 8192 is 128 for each of 64 clusters.
+            generator: a CPU generator for the sample and for k-means; None starts from seed 0.
+
+        Raises:
+            InvalidArgumentError: a layer saw fewer tokens than it has clusters, or an argument is out of range.
+        """
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        fit_clusters(self.model, dataloader, max_tokens, sample_size, generator)
+        return self
+
+    def warm_start(self, dataloader: Batches, max_tokens: int | None = None) -> "SwapReport":
+        """Measure on healthy data how often each expert's share lowers its token's loss: the reference it will be held to.
+
+        One forward and one backward a batch, through the routing weights alone: no parameter changes or gets a gradient. The
+        routers choose as before the swap. Evidence so far is forgotten.
+
+        Args:
+            dataloader: yields the model's arguments as mappings; without ``labels``, those of a causal language model are its
+                ``input_ids``, padding left out.
+            max_tokens: stop after this many tokens; None (default) reads everything. 30,000 sufficed for 64 clusters of 8 experts.
+
+        Raises:
+            NotFittedError: before :meth:`fit`. InvalidArgumentError: there are no labels, or the model returns no loss.
+        """
+        warm_start(self.model, dataloader, max_tokens)
+        return self
 
     def __str__(self) -> str:
         rows = [("layer", "router", "status", "experts", "top_k", "reason")]
