@@ -59,7 +59,7 @@ class Trace:
         """Credit each slot with its own sign, after the loss's backward: did this expert's share lower this token's loss?
 
         Raises:
-            InvalidArgumentError: a recorded routing weight has no gradient: no backward has run, or it did not reach this gate.
+            InvalidArgumentError: no recorded routing weight has a gradient: no backward has run on the recorded forward.
         """
         for name, routing, outcome in self.gradient_outcomes():
             self.gates[name].observe(routing, outcome, dense=False)
@@ -70,21 +70,22 @@ class Trace:
 
         The loss's gradient on a routing weight is the inner product of the gradient on the layer's output with that expert's
         output, so ``gradient · weight < 0`` says the contribution helped: one bit a slot and layer, at no extra forward.
-        A gradient of exactly zero or NaN is not observed, and stands as NaN.
+        A gradient of exactly zero or NaN is not observed, and stands as NaN; so does a routing that the loss does not depend on.
 
         Raises:
             InvalidArgumentError: as :meth:`observe_gradients`.
         """
         self._require_routings()
+        if all(routing.routing_weights.grad is None for _, routing in self.routings):
+            raise InvalidArgumentError(
+                f"the routing weights of gate {self.routings[0][0]!r} have no gradient, nor have any others: call "
+                f"loss.backward() on a loss of the recorded forward first"
+            )
         outcomes = []
         for name, routing in self.routings:
-            gradient = routing.routing_weights.grad
-            if gradient is None:
-                raise InvalidArgumentError(
-                    f"the routing weights of gate {name!r} have no gradient: call loss.backward() on a loss of the recorded "
-                    f"forward first"
-                )
-            share = gradient * routing.routing_weights.detach()
+            weights = routing.routing_weights
+            # Signs, not the product itself, which can underflow in half precision.
+            share = torch.zeros_like(weights) if weights.grad is None else weights.grad.sign() * weights.detach().sign()
             unseen = (share == 0) | share.isnan()
             outcomes.append((name, routing, (share < 0).to(share.dtype).masked_fill(unseen, torch.nan)))
         return outcomes

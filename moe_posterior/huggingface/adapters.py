@@ -5,7 +5,7 @@ Most routers of transformers return ``(logits, weights (T, k), indices (T, k), â
 Dimensions: T tokens, D hidden size, E experts, W logits a token (at least E), k experts per token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from moe_posterior.errors import InvalidArgumentError
 
+Decide = Callable[
+    [Tensor, Tensor], tuple[Tensor, Tensor] | None
+]  # from (T, k) indices and weights to others; None: these stand
 _CORRECTIONS = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 
 
@@ -68,6 +71,19 @@ class Adapter:
             (x.reshape(-1) for x in found if isinstance(x, Tensor) and x.numel() == width and x.is_floating_point()),
             None,
         )
+
+    def call(
+        self,
+        router: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        decide: Decide,
+    ) -> Any:
+        """Run the router's own ``forward``, and put what ``decide`` makes of its choice in the choice's place."""
+        output = forward(router, *args, **kwargs)
+        changed = decide(*self.read(router, output))
+        return output if changed is None else self.write(router, output, *changed)
 
     def read(self, router: nn.Module, output: Any) -> tuple[Tensor, Tensor]:  # -> (T, k), (T, k)
         """Expert indices and their weights.
@@ -190,6 +206,42 @@ class Pair(Adapter):
         return (output[0], torch.zeros_like(output[1]).scatter(1, indices, weights), output[2])
 
 
+class Inside(Adapter):
+    """DBRX: the mixture itself turns its router's logits into a choice, in ``route_tokens_to_experts``."""
+
+    kind = "special"
+
+    def num_experts(self, router: nn.Module) -> int:
+        return _projection(router.router)[0]  # type: ignore[arg-type]
+
+    def hidden_size(self, router: nn.Module) -> int:
+        return _projection(router.router)[1]  # type: ignore[arg-type]
+
+    def width(self, router: nn.Module) -> int:
+        return self.num_experts(router)
+
+    def call(
+        self,
+        router: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        decide: Decide,
+    ) -> Any:
+        own = router.route_tokens_to_experts
+
+        def route(logits: Tensor) -> tuple[Tensor, Tensor]:
+            weights, indices = own(logits)  # type: ignore[operator]
+            changed = decide(indices, weights)
+            return (weights, indices) if changed is None else (changed[1], changed[0])
+
+        router.route_tokens_to_experts = route  # type: ignore[assignment]
+        try:
+            return forward(router, *args, **kwargs)
+        finally:
+            del router.route_tokens_to_experts
+
+
 SPECIAL: dict[str, Adapter] = {
     "InklingTopkRouter": SharedInside(),
     "ZayaRouter": SharedInside(),
@@ -197,6 +249,7 @@ SPECIAL: dict[str, Adapter] = {
     "JetMoeTopKGating": Grouped(),
     "SwitchTransformersTop1Router": Capacity(),
     "NllbMoeTop2Router": Pair(),
+    "DbrxFFN": Inside(),
 }
 COMMON = Adapter()
 

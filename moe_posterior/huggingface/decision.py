@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_posterior.huggingface.adapters import UnknownRouterError
-from moe_posterior.huggingface.gates import Choice, HostedGate, HostedPriorGate
+from moe_posterior.huggingface.gates import Choice, HostedPosteriorGate, HostedPriorGate
 from moe_posterior.huggingface.host import SwappedRouter
 from moe_posterior.huggingface.intercept import LogitsInterceptor
 
@@ -20,35 +20,44 @@ from moe_posterior.huggingface.intercept import LogitsInterceptor
 def decide(router: SwappedRouter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the router's own forward with the evidence on its logits, and let the gate see, and where it chooses change, the choice."""
     gate, binding = router.posterior_gate, router.moe_posterior
-    adapter = binding.adapter
+    adapter, kind = binding.adapter, binding.original.__name__
+    width = adapter.width(router)
     hidden = adapter.hidden(args, kwargs).detach()
     hidden = hidden.reshape(-1, hidden.shape[-1])
     real = real_tokens(binding.mask, len(hidden))
     if binding.collector is not None:
         binding.collector(hidden if real is None else hidden[real.to(hidden.device)])
-    bias = _bias(gate, hidden, adapter.width(router))
-    correction = None if bias is None else adapter.correction(router, args, kwargs)
-    with LogitsInterceptor(len(hidden), adapter.width(router), bias, correction) as interceptor:
-        output = binding.original.forward(router, *args, **kwargs)
-    if interceptor.products != 1:
-        raise UnknownRouterError(
-            f"{binding.original.__name__} must compute its logits in one matrix product to {adapter.width(router)} columns; "
-            f"got {interceptor.products} (router {binding.name!r}); restore_gates(model) makes the model what it was"
-        )
-    indices, weights = adapter.read(router, output)
-    if len(indices) != len(hidden):
-        raise UnknownRouterError(
-            f"{binding.original.__name__} must route {len(hidden)} tokens; got {len(indices)} (router {binding.name!r})"
-        )
-    binding.proved = True
-    replacing = not isinstance(gate, HostedPriorGate) and gate.clusterer.fitted and not binding.own_choice
-    if not replacing and not gate._forward_hooks:
-        return output
-    routing = gate(hidden, Choice(indices, weights, real, stands=not replacing))
-    weights = routing.routing_weights
-    if weights.is_leaf and weights.requires_grad:
-        weights = weights.clone()  # experts may scale their weights in place, which a leaf forbids
-    return adapter.write(router, output, routing.expert_indices, weights)
+    bias, correction = None, None
+    if isinstance(gate, HostedPriorGate) and gate.biased:
+        bias = nn.functional.pad(gate.evidence_bias[gate.assign(hidden).cluster_ids], (0, width - gate.num_experts))
+        correction = adapter.correction(router, args, kwargs)
+    replacing = isinstance(gate, HostedPosteriorGate) and gate.clusterer.fitted and not binding.own_choice
+
+    def choose(indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
+        interceptor.over = True
+        if interceptor.products != 1:
+            raise UnknownRouterError(
+                f"{kind} must compute its logits in one matrix product to {width} columns; got {interceptor.products} "
+                f"(router {binding.name!r}); restore_gates(model) makes the model what it was"
+            )
+        if len(indices) != len(hidden):
+            raise UnknownRouterError(
+                f"{kind} must route {len(hidden)} tokens; got {len(indices)} (router {binding.name!r})"
+            )
+        binding.proved = True
+        if not replacing and not gate._forward_hooks:
+            return None
+        routing = gate(hidden, Choice(indices, weights, real, stands=not replacing))
+        weights = routing.routing_weights
+        if weights.is_leaf and weights.requires_grad:
+            weights = weights.clone()  # experts may scale their weights in place, which a leaf forbids
+        return routing.expert_indices, weights
+
+    with LogitsInterceptor(len(hidden), width, bias, correction) as interceptor:
+        output = adapter.call(router, binding.original.forward, args, kwargs, choose)
+    if not interceptor.over:
+        raise UnknownRouterError(f"{kind} must hand on a choice; got none (router {binding.name!r})")
+    return output
 
 
 def real_tokens(mask: Tensor | None, num_tokens: int) -> Tensor | None:  # (B, S) -> (T,) bool
@@ -65,10 +74,3 @@ def real_tokens(mask: Tensor | None, num_tokens: int) -> Tensor | None:  # (B, S
         return None
     length = num_tokens // len(mask)
     return mask[:, mask.shape[1] - length :].reshape(-1).bool()
-
-
-def _bias(gate: HostedGate, hidden: Tensor, width: int) -> Tensor | None:  # (T, D) -> (T, W)
-    if not isinstance(gate, HostedPriorGate) or not gate.biased:
-        return None
-    bias = gate.evidence_bias[gate.assign(hidden).cluster_ids]
-    return nn.functional.pad(bias, (0, width - bias.shape[1]))

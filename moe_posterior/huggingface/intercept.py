@@ -40,6 +40,7 @@ class LogitsInterceptor(TorchFunctionMode):
         super().__init__()
         self.size, self.width, self.bias = num_tokens * width, width, bias
         self.products = 0  # seen so far
+        self.over = False  # set once the router has chosen: what comes after is none of its logits
         self.handicap: Tensor | None = None  # (T, W), at most 0
         if bias is not None and correction is not None:
             lost = 1 - bias.clamp(max=0.0).exp()
@@ -52,6 +53,8 @@ class LogitsInterceptor(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if self.over:
+            return func(*args, **(kwargs or {}))
         if self.handicap is not None and func in _CHOICES and self._matches(args[0] if args else None):
             args = (args[0] + self.handicap.reshape(args[0].shape).to(args[0].dtype), *args[1:])
         result = func(*args, **(kwargs or {}))

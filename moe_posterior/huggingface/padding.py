@@ -13,13 +13,19 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_posterior.huggingface.host import Binding, SwappedRouter
 
+_OTHER_TOKENS = {
+    "pixel_values",
+    "encoder_hidden_states",
+    "decoder_input_ids",
+}  # arguments that bring tokens of their own
+
 
 class MaskCapture:
     """A forward-pre-hook that leaves a call's attention mask with the routers below; an object, so that a copied model's refers to
     the copy's routers.
 
-    An inner model (a decoder, a text tower) that is given a mask of its own overrides the outer one's. One that is given none
-    keeps it, unless it reads pixels: a vision tower's tokens are not the text's.
+    An inner model that is given a mask of its own overrides the outer one's. One that is given none keeps it, unless its tokens
+    are plainly others: a vision tower's, or those of a decoder beside an encoder.
     """
 
     def __init__(self, bindings: list[Binding], outermost: bool) -> None:
@@ -29,10 +35,15 @@ class MaskCapture:
         """Find the mask and hand it on."""
         if torch.compiler.is_compiling():
             return
-        mask = attention_mask_of(model, args, kwargs)
-        sees_text = getattr(model, "main_input_name", "input_ids") != "pixel_values"
-        if mask is None and sees_text and not self.outermost:
-            return
+        given = _arguments(model, args, kwargs)
+        own = _OTHER_TOKENS & given.keys()
+        mask = given.get("attention_mask")
+        if mask is None and "decoder_input_ids" in own:
+            mask = given.get("decoder_attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            if not own and not self.outermost:
+                return
+            mask = None
         for binding in self.bindings:
             binding.mask = mask
 
@@ -50,11 +61,7 @@ def capture_padding(model: nn.Module) -> list[RemovableHandle]:
     return handles
 
 
-def attention_mask_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:  # -> (B, S)
-    """The two-dimensional ``attention_mask`` among a call's arguments; None if there is none, or one of another form."""
-    mask = kwargs.get("attention_mask")
-    if mask is None and args:
-        names = list(inspect.signature(model.forward).parameters)
-        if "attention_mask" in names[: len(args)]:
-            mask = args[names.index("attention_mask")]
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, those that are None left out."""
+    named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) if args else {}
+    return {name: value for name, value in {**named, **kwargs}.items() if value is not None}
