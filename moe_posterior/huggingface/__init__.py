@@ -1,13 +1,18 @@
 """Swap the gates of transformers models: ``swap_gates``, ``restore_gates`` and what belongs to them."""
 
+from moe_posterior.huggingface.loading import load_belief, load_swapped
 from moe_posterior.huggingface.passes import token_outcomes
 from moe_posterior.huggingface.report import Layer, SwapReport
+from moe_posterior.huggingface.saving import save_belief
 from moe_posterior.huggingface.swap import restore_gates, swap_gates, swapped_gates
 
 __all__ = [
     "Layer",
     "SwapReport",
+    "load_belief",
+    "load_swapped",
     "restore_gates",
+    "save_belief",
     "swap_gates",
     "swapped_gates",
     "token_outcomes",

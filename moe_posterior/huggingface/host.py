@@ -18,8 +18,9 @@ CHILD = "posterior_gate"  # the name of the gate inside its router
 class Binding:
     """What a swapped router knows beside its parameters; it is no module, so that nothing of it is saved or cast."""
 
-    def __init__(self, name: str, original: type[nn.Module], adapter: Adapter) -> None:
+    def __init__(self, name: str, original: type[nn.Module], adapter: Adapter, recipe: dict[str, Any]) -> None:
         self.name, self.original, self.adapter = name, original, adapter
+        self.recipe = recipe  # what swap_gates was called with: num_clusters, mode, knobs
         self.proved = False  # whether a forward has shown the adapter to fit
         self.mask: Tensor | None = None  # (B, S), 0 for padding, of the model call under way
         self.own_choice = False  # whether the router's choice stands even where the gate is to replace it
@@ -64,9 +65,9 @@ def is_awake(router: SwappedRouter) -> bool:
     return gate.biased if isinstance(gate, HostedPriorGate) else gate.clusterer.fitted
 
 
-def host(router: nn.Module, name: str, adapter: Adapter, gate: HostedGate) -> None:
+def host(router: nn.Module, gate: HostedGate, binding: Binding) -> None:
     """Put the gate into the router."""
-    router.moe_posterior = Binding(name, type(router), adapter)  # type: ignore[assignment]
+    router.moe_posterior = binding  # type: ignore[assignment]
     router.__class__ = swapped_class(type(router))
     router.add_module(CHILD, gate)
 
@@ -81,6 +82,20 @@ def unhost(router: SwappedRouter) -> None:
 def _empty_router(original: type[nn.Module]) -> nn.Module:
     swapped = swapped_class(original)
     return swapped.__new__(swapped)
+
+
+def swapped_routers(model: nn.Module, required: bool = True) -> dict[str, SwappedRouter]:
+    """The swapped routers of a model by name.
+
+    Raises:
+        InvalidArgumentError: there are none, and they are required.
+    """
+    routers = {name: module for name, module in model.named_modules() if isinstance(module, SwappedRouter)}
+    if required and not routers:
+        raise InvalidArgumentError(
+            f"model must have been swapped by swap_gates; {type(model).__name__} holds no swapped router"
+        )
+    return routers
 
 
 def validate_unswapped(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError, NotFittedError
 from moe_posterior.gates import Routing
 from moe_posterior.huggingface.gates import HostedGate, HostedPriorGate
-from moe_posterior.huggingface.host import CHILD, SwappedRouter
+from moe_posterior.huggingface.host import CHILD, SwappedRouter, swapped_routers
 from moe_posterior.record import record
 
 Batches = Iterable[Mapping[str, Any]]
@@ -54,7 +54,7 @@ def fit_clusters(
     for name, size in (("sample_size", sample_size), ("max_tokens", max_tokens)):
         if size is not None and size < 1:
             raise InvalidArgumentError(f"{name} must be at least 1; got {size}")
-    routers = _routers(model)
+    routers = swapped_routers(model)
     reservoirs = {name: Reservoir(sample_size, generator) for name in routers}
     for name, router in routers.items():
         router.moe_posterior.collector = reservoirs[name].add
@@ -87,7 +87,9 @@ def warm_start(model: nn.Module, dataloader: Batches, max_tokens: int | None) ->
     """See :meth:`SwapReport.warm_start`."""
     if max_tokens is not None and max_tokens < 1:
         raise InvalidArgumentError(f"max_tokens must be at least 1; got {max_tokens}")
-    routers = {name: router for name, router in _routers(model).items() if router.posterior_gate.clusterer.fitted}
+    routers = {
+        name: router for name, router in swapped_routers(model).items() if router.posterior_gate.clusterer.fitted
+    }
     if not routers:
         raise NotFittedError("the swapped gates have no clusters yet: call report.fit(dataloader) first")
     counts = {
@@ -161,13 +163,6 @@ def token_outcomes(
         own = logits.gather(-1, truth[..., None]).squeeze(-1).float()
         outcome = (own - logits.float().logsumexp(dim=-1)).exp().clamp(max=1.0)
     return outcome.detach().masked_fill(~known, torch.nan)
-
-
-def _routers(model: nn.Module) -> dict[str, SwappedRouter]:
-    routers = {name: module for name, module in model.named_modules() if isinstance(module, SwappedRouter)}
-    if not routers:
-        raise InvalidArgumentError("model must still be swapped; its gates have been restored")
-    return routers
 
 
 def _on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

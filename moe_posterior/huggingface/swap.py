@@ -9,12 +9,13 @@ from torch import nn
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.huggingface.find import Found, find_routers
 from moe_posterior.huggingface.gates import HostedGate, make_gate
-from moe_posterior.huggingface.host import SwappedRouter, host, unhost, validate_unswapped
+from moe_posterior.huggingface.host import Binding, SwappedRouter, host, swapped_routers, unhost, validate_unswapped
 from moe_posterior.huggingface.padding import capture_padding
 from moe_posterior.huggingface.report import Layer, SwapReport
+from moe_posterior.huggingface.saving import install_savers, remove_savers
 
 Mode = Literal["prior", "replace"]
-_STATE = "_moe_posterior"  # attribute of a swapped model
+_HANDLES = "_moe_posterior_handles"  # attribute of a swapped model, for its hooks
 
 
 def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", **knobs: Any) -> SwapReport:
@@ -25,6 +26,10 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
     outputs are the same bit for bit. In ``"replace"`` mode the belief alone chooses once the clusters are fitted
     (:class:`~moe_posterior.PosteriorGate`), with weights that add up to what the router's own would have, so that its
     scaling stays. Wherever a router reports its logits, as for an auxiliary loss, they carry the bias that was in force.
+
+    The model's ``save_pretrained`` then saves the belief too (:mod:`~moe_posterior.huggingface.saving`). A model that gets LoRA
+    adapters is wrapped first and swapped then; otherwise the wrapper's ``save_pretrained`` does not know of the belief, and
+    :func:`~moe_posterior.huggingface.save_belief` must be called beside it.
 
     Next: ``report.fit(dataloader)``, then ``report.warm_start(dataloader)``, then observe.
 
@@ -58,12 +63,14 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
         raise InvalidArgumentError(
             f"model must hold a router that can be swapped; got {type(model).__name__} ({reasons})"
         )
+    recipe = {"num_clusters": num_clusters, "mode": mode, "knobs": knobs}
     gates = [_gate_for(entry, num_clusters, mode, knobs) for entry in usable]
     for entry, gate in zip(usable, gates, strict=True):
         assert entry.adapter is not None
-        host(entry.module, entry.name, entry.adapter, gate)
-    handles = capture_padding(model)
-    setattr(model, _STATE, handles)
+        binding = Binding(entry.name, type(entry.module), entry.adapter, recipe)
+        host(entry.module, gate, binding)
+    setattr(model, _HANDLES, capture_padding(model))
+    install_savers(model)
     report = SwapReport(model, mode, [_layer(entry) for entry in found])
     if report.refused:
         warnings.warn(f"some of the model was left as it is:\n{report}", stacklevel=2)
@@ -76,23 +83,19 @@ def restore_gates(model: nn.Module) -> None:
     Raises:
         InvalidArgumentError: the model is not swapped.
     """
-    routers = [module for module in model.modules() if isinstance(module, SwappedRouter)]
-    if not routers:
-        raise InvalidArgumentError(
-            f"model must have been swapped by swap_gates; {type(model).__name__} holds no swapped router"
-        )
-    for router in routers:
+    routers = swapped_routers(model)
+    remove_savers(model)
+    for router in routers.values():
         unhost(router)
     for holder in model.modules():
-        for handle in vars(holder).pop(_STATE, []):
+        for handle in vars(holder).pop(_HANDLES, []):
             handle.remove()
 
 
 def swapped_gates(model: nn.Module) -> Iterator[tuple[str, HostedGate]]:
     """The gates inside a swapped model, by their routers' names."""
-    for name, module in model.named_modules():
-        if isinstance(module, SwappedRouter):
-            yield name, module.posterior_gate
+    for name, router in swapped_routers(model, required=False).items():
+        yield name, router.posterior_gate
 
 
 def _gate_for(entry: Found, num_clusters: int, mode: Mode, knobs: dict[str, Any]) -> HostedGate:

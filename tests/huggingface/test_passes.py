@@ -90,7 +90,7 @@ def test_fit_says_what_is_missing() -> None:
     with pytest.raises(NotFittedError, match=r"call report.fit"):
         report.warm_start(loader())
     restore_gates(model)
-    with pytest.raises(InvalidArgumentError, match="must still be swapped"):
+    with pytest.raises(InvalidArgumentError, match="holds no swapped router"):
         report.fit(loader())
 
 

@@ -1,0 +1,116 @@
+"""Load what a swapped model saved: the model by transformers, the belief by us.
+
+The forms of the files are described in :mod:`~moe_posterior.huggingface.saving`.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.huggingface.saving import ENTRY, FILE, MARKER, VERSION, libraries
+from moe_posterior.huggingface.swap import SwapReport, restore_gates, swap_gates, swapped_gates
+
+
+def load_swapped(path: str | os.PathLike[str], auto_class: Any = None, **options: Any) -> Any:
+    """Load a folder that a swapped model's ``save_pretrained`` wrote: the model, its clusters and its belief.
+
+    A plain ``from_pretrained`` of that folder gives the model without the belief, and warns of a tensor whose name says so.
+
+    Args:
+        path: the folder.
+        auto_class: whose ``from_pretrained`` loads the model; None (default) takes the class it was saved from.
+        options: for ``from_pretrained``, as ``dtype``, which leaves the belief in float64.
+
+    Raises:
+        MissingDataError: the folder holds no belief: load it by transformers alone. InvalidArgumentError: the belief does not
+            belong to the model.
+    """
+    transformers, _ = libraries()
+    _read(path)
+    if auto_class is None:
+        auto_class = getattr(transformers, transformers.AutoConfig.from_pretrained(path).architectures[0])
+    with _marker_expected():
+        model, found = auto_class.from_pretrained(path, output_loading_info=True, **options)
+    found["unexpected_keys"] = set(found["unexpected_keys"]) - {MARKER}
+    wrong = {name: sorted(map(str, keys)) for name, keys in found.items() if keys}
+    if wrong:
+        warnings.warn(f"{path} does not fit {type(model).__name__} exactly: {wrong}", stacklevel=2)
+    load_belief(model, path)
+    return model
+
+
+def load_belief(model: nn.Module, directory: str | os.PathLike[str]) -> SwapReport:
+    """Swap an unswapped model as the one that was saved, and give it the saved belief, bit for bit.
+
+    Raises:
+        MissingDataError: the folder holds no belief. InvalidArgumentError: the belief is of other routers than this model's, or not
+            the one that the folder's ``config.json`` speaks of; the model stays unswapped.
+    """
+    recipe, belief = _read(directory)
+    report = swap_gates(model, recipe["num_clusters"], recipe["mode"], **recipe["knobs"])
+    try:
+        _fill(model, belief)
+    except InvalidArgumentError:
+        restore_gates(model)
+        raise
+    return report
+
+
+def _read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """How the model was swapped, and the belief."""
+    _, safetensors = libraries()
+    path = Path(directory) / FILE
+    if not path.is_file():
+        raise MissingDataError(f"{path} must hold the belief of a swapped model; there is no such file")
+    data = path.read_bytes()
+    config = path.with_name("config.json")
+    if config.is_file():
+        entry = json.loads(config.read_text()).get(ENTRY)
+        if entry is None or entry["sha256"] != hashlib.sha256(data).hexdigest():
+            raise InvalidArgumentError(
+                f"{path} must be the belief that config.json speaks of; it is another's, or damaged"
+            )
+    length = int.from_bytes(data[:8], "little")  # a safetensors file begins with its header's length, then its header
+    recipe = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][ENTRY])
+    if recipe.pop("version") != VERSION:
+        raise InvalidArgumentError(f"{path} must be of version {VERSION}; another version of this library wrote it")
+    return recipe, safetensors.load(data)
+
+
+def _fill(model: nn.Module, belief: Mapping[str, Tensor]) -> None:
+    gates = dict(swapped_gates(model))
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in gates}
+    for key, tensor in belief.items():
+        owner = next((name for name in gates if key.startswith(f"{name}.")), None)
+        if owner is None:
+            raise InvalidArgumentError(f"belief must be of this model's routers, {list(gates)}; got {key!r}")
+        states[owner][key.removeprefix(f"{owner}.")] = tensor
+    for name, gate in gates.items():
+        try:
+            gate.load_state_dict(states[name])
+        except RuntimeError as error:
+            raise InvalidArgumentError(f"belief must fit router {name!r}; got {error}") from error
+
+
+@contextmanager
+def _marker_expected() -> Iterator[None]:
+    """Within, transformers' report of what did not fit is not printed if it names the marker: it is checked right after."""
+
+    def without_marker(record: logging.LogRecord) -> bool:
+        return MARKER not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(without_marker)
+    try:
+        yield
+    finally:
+        logger.removeFilter(without_marker)

@@ -1,0 +1,223 @@
+import copy
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface.models import batch, condemn, mixtral
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
+
+from moe_posterior import InvalidArgumentError, record, restore_gates, swap_gates
+from moe_posterior.errors import MissingDataError
+from moe_posterior.huggingface import load_belief, load_swapped, save_belief, swapped_gates
+from moe_posterior.huggingface.saving import FILE, MARKER
+from moe_posterior.huggingface.tiny import tiny_batch, tiny_model
+
+
+def believing(model: nn.Module, **options: object) -> nn.Module:
+    """The model, swapped, fitted, and with some evidence that matters."""
+    swap_gates(model, num_clusters=4, **options).fit([batch(seed=seed) for seed in range(3)])
+    gates = dict(swapped_gates(model))
+    with record(model) as trace:
+        model(**batch())
+    trace.observe(torch.rand(3, 10, generator=torch.Generator().manual_seed(0)))
+    if options.get("mode") != "replace":
+        condemn(gates["model.layers.0.mlp.gate"], expert=1)
+    return model
+
+
+def belief(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {f"{name}.{key}": tensor for name, gate in swapped_gates(model) for key, tensor in gate.state_dict().items()}
+
+
+def same_belief(one: nn.Module, other: nn.Module) -> bool:
+    left, right = belief(one), belief(other)
+    return left.keys() == right.keys() and all(
+        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left
+    )
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    """What transformers warned of while loading."""
+    messages: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, handler = logging.getLogger("transformers.modeling_utils"), Keep(logging.WARNING)
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("mode", ["prior", "replace"])
+def test_a_saved_and_loaded_model_has_the_same_belief_and_outputs_bit_for_bit(
+    mode: str, tmp_path: Path, warned: list[str]
+) -> None:
+    model = believing(mixtral(), mode=mode, half_life=50.0)
+    model.save_pretrained(tmp_path)
+    loaded = load_swapped(tmp_path)
+    assert type(loaded) is MixtralForCausalLM
+    assert not warned
+    assert same_belief(loaded, model)
+    assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
+    gate = dict(swapped_gates(loaded))["model.layers.0.mlp.gate"]
+    assert gate.posterior.half_life == 50.0
+    assert MARKER not in loaded.state_dict()
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / FILE).read_bytes()
+
+
+def test_a_plain_load_gives_the_stock_model_and_warns_of_the_belief(tmp_path: Path, warned: list[str]) -> None:
+    model = believing(mixtral())
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert any(MARKER in message and "UNEXPECTED" in message for message in warned)
+    assert not list(swapped_gates(plain))
+    restore_gates(model)
+    assert torch.equal(plain(**batch()).logits, model(**batch()).logits)
+
+
+def test_the_weights_of_the_model_hold_no_belief_and_are_named_as_ever(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path / "stock")
+    believing(mixtral()).save_pretrained(tmp_path / "swapped")
+    stock, swapped = (load_file(tmp_path / name / "model.safetensors") for name in ("stock", "swapped"))
+    assert swapped.keys() - stock.keys() == {MARKER}
+    assert all(torch.equal(swapped[key], stock[key]) for key in stock)
+    entry = json.loads((tmp_path / "swapped" / "config.json").read_text())["moe_posterior"]
+    assert entry["file"] == FILE
+
+
+def test_shards_and_low_precision_leave_the_belief_alone(tmp_path: Path) -> None:
+    model = believing(mixtral())
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    loaded = load_swapped(tmp_path, AutoModelForCausalLM, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    assert same_belief(loaded, model)
+
+
+def test_a_state_dict_carries_the_belief_and_fits_no_stock_model() -> None:
+    model = believing(mixtral())
+    state = copy.deepcopy(model.state_dict())
+    other = mixtral(seed=1)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        other.load_state_dict(state)
+    swap_gates(other, num_clusters=4)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(mixtral().state_dict())
+    other.load_state_dict(state)
+    assert same_belief(other, model)
+    assert dict(swapped_gates(other))["model.layers.0.mlp.gate"].biased
+    assert torch.equal(other(**batch()).logits, model(**batch()).logits)
+
+
+def test_a_copied_model_saves_its_own_belief(tmp_path: Path) -> None:
+    model = believing(mixtral())
+    other = copy.deepcopy(model)
+    condemn(dict(swapped_gates(other))["model.layers.1.mlp.gate"], expert=0)
+    other.save_pretrained(tmp_path)
+    loaded = load_swapped(tmp_path)
+    assert same_belief(loaded, other)
+    assert not same_belief(loaded, model)
+
+
+def test_a_given_state_dict_is_saved_without_its_belief(tmp_path: Path) -> None:
+    model = believing(mixtral())
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    assert same_belief(load_swapped(tmp_path), model)
+
+
+def test_a_belief_that_is_missing_damaged_or_anothers_is_refused(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path)
+    with pytest.raises(MissingDataError, match="there is no such file"):
+        load_swapped(tmp_path)
+    model = believing(mixtral())
+    model.save_pretrained(tmp_path)
+    content = bytearray((tmp_path / FILE).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(InvalidArgumentError, match="another's, or damaged"):
+        load_swapped(tmp_path)
+    content[-1] ^= 1
+    (tmp_path / FILE).write_bytes(content)
+    load_swapped(tmp_path)
+    restore_gates(model)
+    model.save_pretrained(tmp_path)  # an unswapped model saved over a swapped one
+    with pytest.raises(InvalidArgumentError, match="another's, or damaged"):
+        load_swapped(tmp_path)
+    assert "moe_posterior" not in model.config.to_dict()
+
+
+def test_a_belief_of_other_layers_is_refused_and_leaves_the_model_unswapped(tmp_path: Path) -> None:
+    save_belief(believing(mixtral()), tmp_path)
+    other = tiny_model("qwen3_moe")
+    with pytest.raises(InvalidArgumentError, match=r"belief must fit router 'model.layers.0.mlp.gate'"):
+        load_belief(other, tmp_path)
+    assert not list(swapped_gates(other))
+    other(**tiny_batch(other))
+    model = mixtral()
+    report = load_belief(model, tmp_path)
+    assert len(report.swapped) == 2
+    with pytest.raises(InvalidArgumentError, match="holds no swapped router"):
+        save_belief(mixtral(), tmp_path)
+
+
+def test_pushing_without_the_belief_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="then upload the folder"):
+        believing(mixtral()).save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
+    believing(mixtral()).save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / FILE).exists()
+
+
+def test_restoring_gives_the_model_its_own_save_pretrained_back(tmp_path: Path) -> None:
+    model = believing(mixtral())
+    restore_gates(model)
+    assert "save_pretrained" not in vars(model)
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("swap_first", [True, False])
+def test_a_model_with_lora_adapters_works_and_keeps_its_belief(swap_first: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)
+    if swap_first:
+        base = mixtral()
+        swap_gates(base, num_clusters=4)
+        model = peft.get_peft_model(base, lora)
+    else:
+        model = peft.get_peft_model(mixtral(), lora)
+        swap_gates(model, num_clusters=4)
+    gates = dict(swapped_gates(model))
+    for gate in gates.values():
+        gate.fit(torch.randn(50, gate.hidden_size, generator=torch.Generator().manual_seed(0)))
+    with record(model) as trace:
+        loss = model(**batch(), labels=batch()["input_ids"]).loss
+    loss.backward()
+    trace.observe_gradients()
+    assert all(float(gate.posterior.successes.sum()) > 0 for gate in gates.values())
+    condemn(next(iter(gates.values())), expert=1)
+    logits = model(**batch()).logits
+    if swap_first:
+        save_belief(model, tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(mixtral(), tmp_path).eval()
+    assert not torch.equal(loaded(**batch()).logits, logits)
+    load_belief(loaded, tmp_path)
+    assert same_belief(loaded, model)
+    assert torch.equal(loaded(**batch()).logits, logits)
