@@ -188,24 +188,6 @@ class Capacity(Adapter):
         return (choice.reshape(output[0].shape), weights.reshape(output[1].shape), output[2])
 
 
-class Pair(Adapter):
-    """NLLB-MoE: ``(first choice (T, E), weights (T, E), logits)``, weights 0 where an expert was not chosen or was full."""
-
-    kind = "special"
-
-    def top_k(self, router: nn.Module) -> int:
-        return 2
-
-    def read(self, router: nn.Module, output: Any) -> tuple[Tensor, Tensor]:
-        if not (isinstance(output, tuple) and len(output) == 3 and output[1].shape == output[2].shape):
-            raise _unexpected(router, "(first choice (T, E), weights (T, E), logits (T, E))", output)
-        indices = output[1].topk(2, dim=-1).indices
-        return indices, output[1].gather(1, indices)
-
-    def write(self, router: nn.Module, output: Any, indices: Tensor, weights: Tensor) -> Any:
-        return (output[0], torch.zeros_like(output[1]).scatter(1, indices, weights), output[2])
-
-
 class Inside(Adapter):
     """DBRX: the mixture itself turns its router's logits into a choice, in ``route_tokens_to_experts``."""
 
@@ -248,7 +230,6 @@ SPECIAL: dict[str, Adapter] = {
     "Llama4Router": Dense(),
     "JetMoeTopKGating": Grouped(),
     "SwitchTransformersTop1Router": Capacity(),
-    "NllbMoeTop2Router": Pair(),
     "DbrxFFN": Inside(),
 }
 COMMON = Adapter()

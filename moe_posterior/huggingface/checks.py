@@ -3,32 +3,41 @@
 They need neither data nor labels nor a loss, so that they run on any model that turns token ids into tensors.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from moe_posterior.huggingface.gates import HostedPriorGate
-from moe_posterior.huggingface.host import SwappedRouter
-from moe_posterior.huggingface.swap import restore_gates, swap_gates, swapped_gates
-from moe_posterior.huggingface.tiny import tiny_batch
-from moe_posterior.record import Trace, record
-
-_CLUSTERS, _PADDED = 3, 3
+from moe_posterior.huggingface.host import swapped_routers
+from moe_posterior.huggingface.probe import (
+    PADDED,
+    bias_of,
+    choices,
+    condemn,
+    evidence,
+    expert_weights,
+    floating,
+    gradients,
+    logit_weight,
+    lowered,
+    objective,
+    outputs,
+    same,
+    swapped,
+)
+from moe_posterior.huggingface.swap import swapped_gates
+from moe_posterior.huggingface.tiny import EXPERTS, tiny_batch
+from moe_posterior.record import record
 
 
 def check_identical(model: nn.Module) -> bool:
     """Outputs are the same bits: at the first call after the swap, at the second, under record, and after a restore."""
-    batch = tiny_batch(model, padded=_PADDED)
+    batch = tiny_batch(model, padded=PADDED)
     classes = [type(module) for module in model.modules()]
     keys = list(model.state_dict())
     with torch.no_grad():
         before = outputs(model, batch)
-        with _swapped(model):
+        with swapped(model):
             during = [outputs(model, batch), outputs(model, batch)]
             with record(model):
                 during.append(outputs(model, batch))
@@ -40,8 +49,8 @@ def check_identical(model: nn.Module) -> bool:
 def check_gradients(model: nn.Module) -> bool:
     """Every parameter's gradient is the same bits under record, and every router that was used gets evidence from the backward."""
     batch = tiny_batch(model)
-    before = _gradients(model, batch)
-    with _swapped(model):
+    before = gradients(model, batch)
+    with swapped(model):
         with record(model) as trace:
             loss = objective(model, batch)
         loss.backward()
@@ -68,9 +77,9 @@ def check_evidence(model: nn.Module) -> bool:
     batch = tiny_batch(model)
     with torch.no_grad():
         before = outputs(model, batch)
-        with _swapped(model):
+        with swapped(model):
             chosen = choices(model, batch)
-            weights = {name: _logit_weight(model.get_submodule(name)) for name in chosen}
+            weights = {name: logit_weight(model.get_submodule(name)) for name in chosen}
             # Routers that share a weight (an encoder's and a decoder's) can only be lowered together.
             used = {weight: int(chosen[name].flatten().mode().values) for name, weight in weights.items()}
             worst = {name: used[weight] for name, weight in weights.items()}
@@ -79,17 +88,69 @@ def check_evidence(model: nn.Module) -> bool:
                     condemn(gate, worst[name])
             after = outputs(model, batch)
             avoided = all(not (indices == worst[name]).any() for name, indices in choices(model, batch).items())
-            penalties = {weights[name]: (expert, gates_bias(model, name, expert)) for name, expert in worst.items()}
-        with _lowered(penalties):
+            penalties = {weights[name]: (expert, bias_of(model, name, expert)) for name, expert in worst.items()}
+        with lowered(penalties):
             expected = outputs(model, batch)
     return avoided and same(after, expected) and not same(after, before)
 
 
+def check_replacing(model: nn.Module) -> bool:
+    """A gate that replaces its router sends tokens where it believes, with the sum of the router's own weights."""
+    batch = tiny_batch(model)
+    with torch.no_grad():
+        before = outputs(model, batch)
+        with swapped(model, "replace"):
+            for _, gate in swapped_gates(model):
+                gate.posterior.successes[:, EXPERTS - 1] = 50.0
+                gate.posterior.forget(1.0)  # keeps everything, and refreshes what depends on it
+            bindings = [router.moe_posterior for router in swapped_routers(model).values()]
+            traces = []
+            for own in (True, False):
+                for binding in bindings:
+                    binding.own_choice = own
+                with record(model) as trace:
+                    after = outputs(model, batch)
+                traces.append(trace.routings)
+    # Of the first router alone: what comes after sees other inputs by then.
+    own_total, total = (routings[0][1].routing_weights.float().sum(dim=1) for routings in traces)
+    leads = all(bool((routing.expert_indices[:, 0] == EXPERTS - 1).all()) for _, routing in traces[1])
+    return (
+        leads
+        and torch.allclose(own_total, total)
+        and not same(before, after)
+        and all(bool(t.isfinite().all()) for t in after)
+    )
+
+
+def check_experts(model: nn.Module) -> bool:
+    """An expert's index means that expert: of one token, silencing those it was not sent to changes no bit, the others do.
+
+    Without it, evidence would be credited to experts that had no part in it.
+    """
+    batch = {name: tensor[:1, :1] for name, tensor in tiny_batch(model).items()}
+    if "decoder_attention_mask" in batch and not model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        batch["decoder_attention_mask"] = torch.ones(1, 2, dtype=torch.int64)  # prompt and canvas
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        before = outputs(model, batch)
+        with swapped(model):
+            chosen = choices(model, batch)
+        held = []
+        for wanted in (False, True):
+            for name, indices in chosen.items():
+                for expert, tensor in expert_weights(model, name):
+                    if bool((indices == expert).any()) == wanted:
+                        tensor.zero_()
+            held.append(same(outputs(model, batch), before))
+            model.load_state_dict(weights)
+    return held == [True, False]
+
+
 def check_padding(model: nn.Module) -> bool:
     """Exactly the padding of a batch lies at distance inf, in every router that sees the batch's tokens."""
-    batch = tiny_batch(model, padded=_PADDED)
+    batch = tiny_batch(model, padded=PADDED)
     real = int(batch["attention_mask"].sum())
-    with torch.no_grad(), _swapped(model), record(model) as trace:
+    with torch.no_grad(), swapped(model), record(model) as trace:
         outputs(model, batch)
         counts = [int(torch.isfinite(routing.distance).sum()) for _, routing in trace.routings]
     return bool(counts) and all(count == real for count in counts)
@@ -104,7 +165,7 @@ def check_checkpointing(model: nn.Module) -> bool | None:
         if enabled:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             model.train()
-        with torch.random.fork_rng(), _swapped(model):
+        with torch.random.fork_rng(), swapped(model):
             torch.manual_seed(0)
             with record(model) as trace:
                 loss = objective(model, batch)
@@ -133,7 +194,7 @@ def check_generation(model: nn.Module) -> bool | None:
         return generated if isinstance(generated, Tensor) else generated.sequences
 
     before = generate()
-    with _swapped(model):
+    with swapped(model):
         after = generate()
     return torch.equal(before, after)
 
@@ -153,9 +214,9 @@ def check_router_logits(model: nn.Module) -> bool | None:
     ]
     if not names:
         return None
-    with torch.no_grad(), _swapped(model):
+    with torch.no_grad(), swapped(model):
         after = model(**batch, output_router_logits=True)
-    return all(same(_tensors(before[name]), _tensors(after[name])) for name in names)
+    return all(same(floating(before[name]), floating(after[name])) for name in names)
 
 
 def check_bfloat16(model: nn.Module) -> bool | None:
@@ -166,7 +227,7 @@ def check_bfloat16(model: nn.Module) -> bool | None:
     try:
         with torch.no_grad():
             before = outputs(model, batch)
-            with _swapped(model):
+            with swapped(model):
                 model.to(torch.bfloat16)
                 after = outputs(model, batch)
                 kept = all(gate.posterior.successes.dtype == torch.float64 for _, gate in swapped_gates(model))
@@ -184,116 +245,11 @@ CHECKS: dict[str, Callable[[nn.Module], bool | None]] = {
     "identical": check_identical,
     "gradients": check_gradients,
     "evidence": check_evidence,
+    "experts": check_experts,
+    "replacing": check_replacing,
     "padding": check_padding,
     "checkpointing": check_checkpointing,
     "generation": check_generation,
     "router logits": check_router_logits,
     "bfloat16": check_bfloat16,
 }
-
-
-def outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
-    """Every floating tensor that the model returns, caches left out."""
-    return _tensors(model(**batch, use_cache=False).to_tuple())
-
-
-def objective(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """A loss that every model has: the mean square of its first output, each element weighted differently."""
-    first = outputs(model, batch)[0].float()
-    return (first.square() * torch.linspace(0.5, 1.5, first.numel()).reshape(first.shape)).mean()
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Whether two lists hold the same bits, NaN in the same places included."""
-    pairs = zip(one, other, strict=True)
-    return all(
-        a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
-        for a, b in pairs
-    )
-
-
-def condemn(gate: Any, expert: int) -> None:
-    """Evidence against one expert in every cluster."""
-    gate.posterior.failures[:, expert] = 1000.0
-    gate.posterior.forget(1.0)  # keeps everything, and refreshes what depends on it
-
-
-def evidence(gate: Any) -> float:
-    """Observations in all cells."""
-    return float((gate.posterior.successes + gate.posterior.failures).sum())
-
-
-def gates_bias(model: nn.Module, name: str, expert: int) -> float:
-    """What the gate of a router adds to an expert's logit, the same in all clusters."""
-    gate = dict(swapped_gates(model))[name]
-    assert isinstance(gate, HostedPriorGate)
-    return float(gate.evidence_bias[0, expert])
-
-
-@contextmanager
-def _swapped(model: nn.Module) -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a type with some layers left alone says so in its row
-        swap_gates(model, _CLUSTERS, half_life=None)
-    for _, gate in swapped_gates(model):
-        gate.fit(torch.randn(50, gate.hidden_size, generator=torch.Generator().manual_seed(0)))
-    try:
-        yield
-    finally:
-        restore_gates(model)
-
-
-def choices(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The experts that a swapped model's routers send a batch to with some weight, by router."""
-    with record(model) as trace:
-        outputs(model, batch)
-    return {name.removesuffix(".posterior_gate"): _taken(trace, name) for name, _ in trace.routings}
-
-
-def _taken(trace: Trace, name: str) -> Tensor:  # -> (M,)
-    """The experts that a gate's tokens went to with some weight."""
-    routings = [routing for each, routing in trace.routings if each == name]
-    return torch.cat([routing.expert_indices[routing.routing_weights != 0] for routing in routings])
-
-
-def _gradients(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor | None]:
-    objective(model, batch).backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
-    model.zero_grad()
-    return gradients
-
-
-def _logit_weight(router: nn.Module) -> int:
-    """The address of the weight whose product are the router's logits."""
-    assert isinstance(router, SwappedRouter)
-    width = router.moe_posterior.adapter.width(router)
-    return next(p.data_ptr() for p in router.parameters() if p.ndim == 2 and p.shape[0] == width)
-
-
-@contextmanager
-def _lowered(penalties: dict[int, tuple[int, float]]) -> Iterator[None]:
-    """Within, the products with these weights (by address) have one column lowered."""
-    linear = functional.linear
-
-    def lowered(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        product = linear(hidden, weight, bias)
-        if weight.data_ptr() not in penalties:
-            return product
-        expert, penalty = penalties[weight.data_ptr()]
-        shift = torch.zeros(product.shape[-1], dtype=product.dtype)
-        shift[expert] = penalty
-        return product + shift
-
-    functional.linear = lowered  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        functional.linear = linear
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    if isinstance(value, tuple | list):
-        return [tensor for part in value for tensor in _tensors(part)]
-    return []

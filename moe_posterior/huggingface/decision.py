@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_posterior.huggingface.adapters import UnknownRouterError
 from moe_posterior.huggingface.gates import Choice, HostedPosteriorGate, HostedPriorGate
-from moe_posterior.huggingface.host import SwappedRouter
+from moe_posterior.huggingface.host import Binding, SwappedRouter
 from moe_posterior.huggingface.intercept import LogitsInterceptor
 
 
@@ -20,8 +20,7 @@ from moe_posterior.huggingface.intercept import LogitsInterceptor
 def decide(router: SwappedRouter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the router's own forward with the evidence on its logits, and let the gate see, and where it chooses change, the choice."""
     gate, binding = router.posterior_gate, router.moe_posterior
-    adapter, kind = binding.adapter, binding.original.__name__
-    width = adapter.width(router)
+    adapter, width = binding.adapter, binding.adapter.width(router)
     hidden = adapter.hidden(args, kwargs).detach()
     hidden = hidden.reshape(-1, hidden.shape[-1])
     real = real_tokens(binding.mask, len(hidden))
@@ -35,15 +34,7 @@ def decide(router: SwappedRouter, args: tuple[Any, ...], kwargs: dict[str, Any])
 
     def choose(indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
         interceptor.over = True
-        if interceptor.products != 1:
-            raise UnknownRouterError(
-                f"{kind} must compute its logits in one matrix product to {width} columns; got {interceptor.products} "
-                f"(router {binding.name!r}); restore_gates(model) makes the model what it was"
-            )
-        if len(indices) != len(hidden):
-            raise UnknownRouterError(
-                f"{kind} must route {len(hidden)} tokens; got {len(indices)} (router {binding.name!r})"
-            )
+        _validate_understood(binding, interceptor, len(hidden), len(indices))
         binding.proved = True
         if not replacing and not gate._forward_hooks:
             return None
@@ -56,8 +47,21 @@ def decide(router: SwappedRouter, args: tuple[Any, ...], kwargs: dict[str, Any])
     with LogitsInterceptor(len(hidden), width, bias, correction) as interceptor:
         output = adapter.call(router, binding.original.forward, args, kwargs, choose)
     if not interceptor.over:
-        raise UnknownRouterError(f"{kind} must hand on a choice; got none (router {binding.name!r})")
+        raise UnknownRouterError(
+            f"{binding.original.__name__} must hand on a choice; got none (router {binding.name!r})"
+        )
     return output
+
+
+def _validate_understood(binding: Binding, interceptor: LogitsInterceptor, num_tokens: int, num_routed: int) -> None:
+    kind = binding.original.__name__
+    if interceptor.products != 1:
+        raise UnknownRouterError(
+            f"{kind} must compute its logits in one matrix product to {interceptor.width} columns; got {interceptor.products} "
+            f"(router {binding.name!r}); restore_gates(model) makes the model what it was"
+        )
+    if num_routed != num_tokens:
+        raise UnknownRouterError(f"{kind} must route {num_tokens} tokens; got {num_routed} (router {binding.name!r})")
 
 
 def real_tokens(mask: Tensor | None, num_tokens: int) -> Tensor | None:  # (B, S) -> (T,) bool

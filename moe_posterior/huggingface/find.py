@@ -12,6 +12,8 @@ _ROUTER_NAME = re.compile(r"(Router|Gate|Gating)$")
 REFUSED = {
     "DeepseekV4HashRouter": "its experts are a fixed function of the token's id: there is no choice to change",
     "DogeCDMoE": "it retrieves experts by product keys and has no logit for each expert",
+    "NllbMoeTop2Router": "its experts are not the ones that the router names (transformers runs expert 1 for every first choice and "
+    "expert 0 for all else), so evidence would be credited to the wrong ones",
     "VitPoseBackboneMoeMLP": "its expert is given by the data set's index: there is no choice to change",
 }
 

@@ -79,7 +79,7 @@ _SPECIAL_SIZES: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {"head_dim": 128},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "layer_types": ["linear_attention", "indexed_attention"]}},
     "glm5_next_text": {"qk_rope_head_dim": 0, "layer_types": ["linear_attention", "indexed_attention"]},
-    "longcat_flash": {"head_dim": 8},
+    "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
     "mimo_v2_flash": {"num_key_value_heads": 2},
     "muse_spark": {"audio_config": _PYRAMID},
     "muse_spark_audio": _PYRAMID,

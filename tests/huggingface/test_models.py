@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_posterior import record
-from moe_posterior.huggingface import checks, decision, swap_gates, swapped_gates
+from moe_posterior.huggingface import checks, decision, probe, swap_gates, swapped_gates
 from moe_posterior.huggingface.adapters import Adapter
 from moe_posterior.huggingface.find import find_routers
 from moe_posterior.huggingface.intercept import LogitsInterceptor
@@ -24,7 +24,12 @@ REPRESENTATIVE = (
     "switch_transformers",
     "llama4_text",
 )
-REFUSED = {"doge": "product keys", "vitpose_backbone": "no choice", "qwen3_omni_moe": "no forward of its own"}
+REFUSED = {
+    "nllb-moe": "not the ones that the router names",
+    "doge": "product keys",
+    "vitpose_backbone": "no choice",
+    "qwen3_omni_moe": "no forward of its own",
+}
 RECORDED = json.loads((Path(__file__).resolve().parents[2] / "results" / "swap" / "models.json").read_text())["types"]
 
 
@@ -69,6 +74,16 @@ def test_the_checks_notice_a_gate_that_changes_the_weights(monkeypatch: pytest.M
     )
     assert not checks.check_identical(tiny_model("mixtral"))
     assert not checks.check_gradients(tiny_model("mixtral"))
+
+
+def test_the_checks_notice_experts_that_are_not_those_the_router_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mixtral")
+    experts = type(model.model.layers[0].mlp.experts)
+    plain = experts.forward
+    monkeypatch.setattr(
+        experts, "forward", lambda self, hidden, indices, weights: plain(self, hidden, indices % 2, weights)
+    )
+    assert not checks.check_experts(model)
 
 
 def test_the_survey_reports_what_breaks_instead_of_breaking(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -120,29 +135,24 @@ def test_a_load_balancing_advantage_does_not_keep_a_condemned_expert_in_the_choi
     swap_gates(model, num_clusters=2)
     for _, gate in swapped_gates(model):
         gate.fit(torch.randn(50, gate.hidden_size, generator=torch.Generator().manual_seed(0)))
-    assert all(bool((indices == 5).any()) for indices in checks.choices(model, batch).values())
+    assert all(bool((indices == 5).any()) for indices in probe.choices(model, batch).values())
     for _, gate in swapped_gates(model):
-        checks.condemn(gate, 5)
-    assert not any(bool((indices == 5).any()) for indices in checks.choices(model, batch).values())
+        probe.condemn(gate, 5)
+    assert not any(bool((indices == 5).any()) for indices in probe.choices(model, batch).values())
 
 
 def test_experts_over_capacity_are_not_observed() -> None:
-    for model_type in ("switch_transformers", "nllb-moe"):
-        model = tiny_model(model_type)
-        for module in model.modules():
-            if hasattr(module, "expert_capacity"):
-                module.expert_capacity = 1
-        if model_type == "nllb-moe":
-            for module in model.modules():
-                module.moe_eval_capacity_token_fraction = 0.05
-        swap_gates(model, num_clusters=2, half_life=None)
-        for _, gate in swapped_gates(model):
-            gate.fit(torch.randn(50, gate.hidden_size, generator=torch.Generator().manual_seed(0)))
-        batch = tiny_batch(model)
-        with record(model) as trace:
-            model(**batch)
-        expected = {name: float((routing.routing_weights != 0).sum()) for name, routing in trace.routings}
-        assert all(0 < count < 16 for count in expected.values())
-        trace.observe(torch.ones(16))
-        for name, gate in swapped_gates(model):
-            assert checks.evidence(gate) == expected[f"{name}.posterior_gate"]
+    model = tiny_model("switch_transformers")
+    for module in model.modules():
+        if hasattr(module, "expert_capacity"):
+            module.expert_capacity = 1
+    swap_gates(model, num_clusters=2, half_life=None)
+    for _, gate in swapped_gates(model):
+        gate.fit(torch.randn(50, gate.hidden_size, generator=torch.Generator().manual_seed(0)))
+    with record(model) as trace:
+        model(**tiny_batch(model))
+    expected = {name: float((routing.routing_weights != 0).sum()) for name, routing in trace.routings}
+    assert all(0 < count < 16 for count in expected.values())
+    trace.observe(torch.ones(16))
+    for name, gate in swapped_gates(model):
+        assert probe.evidence(gate) == expected[f"{name}.posterior_gate"]

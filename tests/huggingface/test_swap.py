@@ -294,3 +294,29 @@ def test_a_router_that_does_not_do_as_its_adapter_expects_stops_the_first_forwar
             model(torch.randn(5, 8))
         restore_gates(model)
         model(torch.randn(5, 8))
+
+
+def test_a_model_compiled_after_the_swap_runs_as_one_graph_until_evidence_and_then_as_the_plain_one() -> None:
+    inputs = batch()
+    stock = torch.compile(mixtral(), backend="eager", fullgraph=True)(**inputs).logits
+    model = mixtral()
+    swap_gates(model, num_clusters=4).fit([batch(seed=seed) for seed in range(3)])
+    torch._dynamo.reset()
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(whole(**inputs).logits, stock)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    condemn(dict(swapped_gates(model))["model.layers.0.mlp.gate"], expert=1)
+    assert torch.equal(compiled(**inputs).logits, model(**inputs).logits)
+    assert not torch.equal(compiled(**inputs).logits, stock)
+    with pytest.raises(InvalidArgumentError, match="must not be compiled"), record(compiled):
+        pass
+
+
+def test_a_model_compiled_before_the_swap_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="swap the gates first, then compile"):
+        swap_gates(torch.compile(mixtral()))
+    model = mixtral()
+    model.compile()
+    with pytest.raises(InvalidArgumentError, match="swap the gates first, then compile"):
+        swap_gates(model)
