@@ -3,7 +3,7 @@
 Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token, O output size.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_posterior.dispatch import combine, dispatch, run_experts
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.experts import ExpertsFFN
-from moe_posterior.gates import Gate, PosteriorGate, Routing
+from moe_posterior.gates import Gate, PosteriorGate, PriorGate, Routing
 
 
 class MixtureOfExperts(nn.Module):
@@ -110,7 +110,7 @@ class PosteriorMoE(MixtureOfExperts):
     128.0
     """
 
-    gate: PosteriorGate
+    gate: PosteriorGate | PriorGate
 
     def __init__(
         self,
@@ -121,3 +121,96 @@ class PosteriorMoE(MixtureOfExperts):
         **gate_options: Any,
     ) -> None:
         super().__init__(experts, PosteriorGate(hidden_size, len(experts), num_clusters, top_k, **gate_options))
+
+    @classmethod
+    def from_softmax_moe(
+        cls,
+        block: nn.Module,
+        num_clusters: int = 64,
+        *,
+        top_k: int | None = None,
+        mode: Literal["prior", "replace"] = "prior",
+        **gate_options: Any,
+    ) -> "PosteriorMoE":
+        """The same mixture as a trained softmax top-k block, with a belief about its experts; it shares the block's parameters.
+
+        The block holds its experts as an ``nn.ModuleList`` named ``experts`` and its router as an ``nn.Linear`` named ``gate`` or
+        ``router``. Put the result in the block's place, ``fit`` its gate and warm-start it. A block of another make, with a router
+        class of its own that returns ``(logits, weights, indices)``, keeps that router and is swapped by
+        :func:`~moe_posterior.swap_gates`.
+
+        Args:
+            block: maps ``(..., D)`` to ``(..., O)``, or to a tuple that begins with that.
+            num_clusters: C.
+            top_k: k; None (default) takes the block's ``top_k`` or ``num_experts_per_tok``.
+            mode: ``"prior"`` (default) keeps the router's choice until evidence speaks against an expert; ``"replace"`` lets the
+                belief alone choose.
+            gate_options: everything else that :class:`PriorGate`, or :class:`PosteriorGate`, takes.
+
+        Raises:
+            InvalidArgumentError: a part is missing, or, in prior mode, the block's outputs on random inputs are not those of
+                softmax over the k largest logits: it does something else besides.
+
+        >>> block = nn.Module()
+        >>> block.gate, block.top_k = nn.Linear(8, 4, bias=False), 2
+        >>> block.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+        >>> PosteriorMoE.from_softmax_moe(block, num_clusters=4, mode="replace").gate
+        PosteriorGate(
+          hidden_size=8, num_experts=4, top_k=2, score='lcb', risk_aversion=1
+          (clusterer): Clusterer(num_clusters=4, hidden_size=8, fitted=False)
+          (posterior): BetaPosterior(num_clusters=4, num_experts=4, observations=0)
+        )
+        """
+        router, experts, k = _parts_of(block, top_k)
+        sizes = (router.in_features, router.out_features, num_clusters, k)
+        gate: PosteriorGate | PriorGate
+        if mode == "replace":
+            gate = PosteriorGate(*sizes, **gate_options)
+        elif mode == "prior":
+            gate = PriorGate(*sizes, **gate_options, learned=False)
+            gate.router = router
+        else:
+            raise InvalidArgumentError(f"mode must be 'prior' or 'replace'; got {mode!r}")
+        moe = cls.__new__(cls)
+        MixtureOfExperts.__init__(moe, experts, gate.to(router.weight.device))
+        moe.training = gate.training = block.training
+        if mode == "prior":
+            _validate_same_outputs(block, moe, router.weight)
+        return moe
+
+
+def _parts_of(block: nn.Module, top_k: int | None) -> tuple[nn.Linear, nn.ModuleList, int]:
+    routers = [getattr(block, name, None) for name in ("gate", "router")]
+    router = next((part for part in routers if isinstance(part, nn.Linear)), None)
+    experts = getattr(block, "experts", None)
+    if router is None or not isinstance(experts, nn.ModuleList):
+        raise InvalidArgumentError(
+            f"block must hold an nn.Linear named gate or router and an nn.ModuleList named experts; got "
+            f"{ {name: type(part).__name__ for name, part in block.named_children()} }"
+        )
+    found = [top_k, getattr(block, "top_k", None), getattr(block, "num_experts_per_tok", None)]
+    k = next((value for value in found if isinstance(value, int)), None)
+    if k is None:
+        raise InvalidArgumentError("top_k must be given: block has no attribute top_k or num_experts_per_tok")
+    return router, experts, k
+
+
+@torch.no_grad()
+def _validate_same_outputs(block: nn.Module, moe: MixtureOfExperts, weight: Tensor) -> None:
+    hidden = torch.randn(2, 32, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    modes = {module: module.training for module in block.modules()}
+    block.eval()
+    try:
+        theirs, ours = block(hidden), moe(hidden)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+    tolerance = 100 * torch.finfo(weight.dtype).eps
+    if theirs.shape != ours.shape or not torch.allclose(
+        theirs, ours, rtol=tolerance, atol=tolerance * float(ours.abs().max())
+    ):
+        raise InvalidArgumentError(
+            "block must be a softmax over its k largest logits and a weighted sum of those experts' outputs, nothing else; "
+            "its outputs on random inputs are not: give it a router class of its own and use swap_gates"
+        )

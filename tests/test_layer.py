@@ -168,3 +168,65 @@ def test_wrong_arguments_are_named() -> None:
         moe(data(3, 7))
     with pytest.raises(InvalidArgumentError, match="routing must cover the 3 tokens of hidden; got 4"):
         moe.mix(data(3, D), moe.route(data(4, D)))
+
+
+class SoftmaxBlock(nn.Module):
+    """As people write it: a loop over tokens, tuples returned, odd training behaviour."""
+
+    def __init__(self, normalise: bool = True, bias: bool = False) -> None:
+        super().__init__()
+        self.router, self.num_experts_per_tok, self.normalise = nn.Linear(D, E, bias=bias), 2, normalise
+        self.experts = nn.ModuleList(
+            [nn.Sequential(nn.Linear(D, 7), nn.Dropout(0.5), nn.Linear(7, OUT)) for _ in range(E)]
+        )
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.router(hidden)
+        probabilities = logits.softmax(dim=-1)
+        weights, indices = probabilities.topk(2, dim=-1)
+        if self.normalise:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        rows = zip(hidden.flatten(0, -2), weights.flatten(0, -2), indices.flatten(0, -2), strict=True)
+        outputs = [sum(w * self.experts[int(e)](x) for w, e in zip(ws, es, strict=True)) for x, ws, es in rows]
+        return torch.stack(outputs).reshape(*hidden.shape[:-1], OUT), logits
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_softmax_block_becomes_a_mixture_that_shares_its_parameters_and_outputs(bias: bool) -> None:
+    block = SoftmaxBlock(bias=bias).eval()
+    block.experts[0].train()
+    moe = PosteriorMoE.from_softmax_moe(block, num_clusters=3)
+    assert block.experts[0].training
+    assert not moe.training
+    block.eval()
+    hidden = data(2, 20, D, dtype=torch.float32)
+    assert_close(moe(hidden), block(hidden)[0])
+    assert {id(parameter) for parameter in moe.parameters()} == {id(parameter) for parameter in block.parameters()}
+    moe.gate.fit(hidden)
+    routing = moe.route(hidden)
+    for _ in range(50):
+        moe.observe(routing, (routing.expert_indices != 2).float())
+    assert not (moe.route(hidden).expert_indices == 2).any()
+    others = torch.where(torch.arange(E) == 2, -torch.inf, block.router(hidden.reshape(-1, D)))
+    assert torch.equal(moe.route(hidden).expert_indices, others.topk(2).indices)
+
+
+def test_a_block_can_also_be_left_to_the_belief_alone() -> None:
+    moe = PosteriorMoE.from_softmax_moe(SoftmaxBlock(), 3, mode="replace", top_k=1, risk_aversion=2.0)
+    hidden = data(30, D, dtype=torch.float32)
+    moe.gate.fit(hidden)
+    assert moe.route(hidden).expert_indices.shape == (30, 1)
+    assert moe.gate.risk_aversion == 2.0
+
+
+def test_a_block_that_does_more_than_softmax_top_k_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="its outputs on random inputs are not"):
+        PosteriorMoE.from_softmax_moe(SoftmaxBlock(normalise=False))
+    with pytest.raises(InvalidArgumentError, match=r"block must hold an nn.Linear"):
+        PosteriorMoE.from_softmax_moe(nn.Linear(2, 2))
+    block = SoftmaxBlock()
+    del block.num_experts_per_tok
+    with pytest.raises(InvalidArgumentError, match="top_k must be given"):
+        PosteriorMoE.from_softmax_moe(block)
+    with pytest.raises(InvalidArgumentError, match="mode must be"):
+        PosteriorMoE.from_softmax_moe(block, top_k=2, mode="guess")

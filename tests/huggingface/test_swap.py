@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from huggingface.models import LAYERS, E, batch, condemn, evidence, fit_on_noise, mixtral
+from huggingface.models import LAYERS, D, E, batch, condemn, evidence, fit_on_noise, mixtral
 from torch import nn
 
 from moe_posterior import InvalidArgumentError, record
@@ -320,3 +320,48 @@ def test_a_model_compiled_before_the_swap_is_refused() -> None:
     model.compile()
     with pytest.raises(InvalidArgumentError, match="swap the gates first, then compile"):
         swap_gates(model)
+
+
+class SigmoidRouter(nn.Module):
+    """The recipe for a block of one's own: a class named ...Router with top_k, one projection, and this return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top_k, self.project = 2, nn.Linear(D, E)
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = self.project(hidden)
+        weights, indices = logits.sigmoid().topk(self.top_k, dim=-1)
+        return logits, 2.5 * weights, indices
+
+
+class OwnBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = SigmoidRouter()
+        self.experts = nn.ModuleList([nn.Linear(D, D) for _ in range(E)])
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        _, weights, indices = self.router(hidden)
+        outputs = torch.stack([expert(hidden) for expert in self.experts], dim=1)
+        return (weights[..., None] * outputs.take_along_dim(indices[..., None], dim=1)).sum(dim=1)
+
+
+def test_a_hand_written_block_is_swapped_by_the_recipe() -> None:
+    hidden = torch.randn(60, D, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(OwnBlock(), OwnBlock())
+    before = model(hidden)
+    report = swap_gates(model, num_clusters=3)
+    assert [layer.name for layer in report.swapped] == ["0.router", "1.router"]
+    gates = dict(swapped_gates(model))
+    fit_on_noise(gates)
+    with record(model) as trace:
+        output = model(hidden)
+    assert torch.equal(output, before)
+    output.square().mean().backward()
+    trace.observe_gradients()
+    assert all(evidence(gate) > 0 for gate in gates.values())
+    condemn(gates["0.router"], expert=3)
+    assert not torch.equal(model(hidden), before)
+    restore_gates(model)
+    assert torch.equal(model(hidden), before)
