@@ -163,7 +163,7 @@ def check_checkpointing(model: nn.Module) -> bool | None:
     batch, seen = tiny_batch(model), []
     for enabled in (False, True):
         if enabled:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            _set_checkpointing(model, True)
             model.train()
         with torch.random.fork_rng(), swapped(model):
             torch.manual_seed(0)
@@ -173,7 +173,7 @@ def check_checkpointing(model: nn.Module) -> bool | None:
             outcomes = trace.gradient_outcomes()
             seen.append(sorted((name, int((~outcome.isnan()).sum())) for name, _, outcome in outcomes))
     model.zero_grad()
-    model.gradient_checkpointing_disable()  # type: ignore[operator]
+    _set_checkpointing(model, False)
     model.eval()
     return seen[0] == seen[1]
 
@@ -239,6 +239,13 @@ def check_bfloat16(model: nn.Module) -> bool | None:
         model.to(torch.float32)
         model.load_state_dict(weights)
     return kept and same(before, after)
+
+
+def _set_checkpointing(model: nn.Module, enabled: bool) -> None:
+    """By transformers' newer name for it, or the older."""
+    action = "enable" if enabled else "disable"
+    names = (f"activation_checkpointing_{action}", f"gradient_checkpointing_{action}")
+    next(getattr(model, name) for name in names if hasattr(model, name))()
 
 
 CHECKS: dict[str, Callable[[nn.Module], bool | None]] = {

@@ -54,9 +54,10 @@ def _looks_like_router(module: nn.Module) -> bool:
 
 def _examined(name: str, router: nn.Module, adapter: Adapter) -> Found:
     if "forward" in vars(router):
-        return Found(
-            name, router, None, "its forward was replaced on the instance (by accelerate?): swap the gates before that"
-        )
+        reason = "its forward was replaced on the instance (by accelerate's hooks?): swap the gates before that"
+        return Found(name, router, None, reason)
+    if any(parameter.is_meta for parameter in router.parameters()):
+        return Found(name, router, None, "its parameters are on the meta device: load or materialise them first")
     try:
         adapter.num_experts(router), adapter.hidden_size(router), adapter.top_k(router)
     except UnknownRouterError as error:

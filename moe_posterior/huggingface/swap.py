@@ -27,6 +27,11 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
     (:class:`~moe_posterior.PosteriorGate`), with weights that add up to what the router's own would have, so that its
     scaling stays. Wherever a router reports its logits, as for an auxiliary loss, they carry the bias that was in force.
 
+    What is found are modules whose class name ends in Router, Gate or Gating, that have ``top_k`` and one projection to logits, and
+    return ``(logits, weights (T, k), indices (T, k))``; a hand-written block needs no more than a router of that form. Before the
+    first choice is changed, a forward must have shown that the router behaves so; otherwise that forward raises. A few classes with
+    other returns have adapters of their own.
+
     The model's ``save_pretrained`` then saves the belief too (:mod:`~moe_posterior.huggingface.saving`). A model that gets LoRA
     adapters is wrapped first and swapped then; otherwise the wrapper's ``save_pretrained`` does not know of the belief, and
     :func:`~moe_posterior.huggingface.save_belief` must be called beside it.

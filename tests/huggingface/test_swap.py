@@ -154,7 +154,7 @@ def test_layers_share_no_state() -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_counts_evidence_once(reentrant: bool) -> None:
     plain, model, inputs = mixtral(), mixtral(), batch(padded=3)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
     counts = []
     for each in (plain, model):
@@ -226,6 +226,7 @@ def test_a_copied_model_has_beliefs_and_a_mask_of_its_own(duplicate: object) -> 
     restore_gates(other)
     restore_gates(model)
     assert type(routers(other)[0]) is type(routers(model)[0])
+    assert not any(module._forward_pre_hooks for copied in (model, other) for module in copied.modules())
 
 
 def test_replacing_gates_choose_by_competence_alone_and_keep_the_routers_scale() -> None:
@@ -266,6 +267,8 @@ def test_what_cannot_be_swapped_is_said(recwarn: pytest.WarningsRecorder) -> Non
         report = swap_gates(model)
     assert [layer.status for layer in report.layers] == ["refused", "swapped"]
     assert "accelerate" in str(report)
+    with torch.device("meta"), pytest.raises(InvalidArgumentError, match="on the meta device"):
+        swap_gates(mixtral())
     with pytest.raises(InvalidArgumentError, match="must not be swapped already"):
         swap_gates(model)
 
