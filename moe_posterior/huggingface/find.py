@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from moe_posterior.huggingface.adapters import COMMON, SPECIAL, Adapter, UnknownRouterError
+from moe_posterior.huggingface.host import wraps_own_forward
 
 _ROUTER_NAME = re.compile(r"(Router|Gate|Gating)$")
 
@@ -15,6 +16,10 @@ REFUSED = {
     "NllbMoeTop2Router": "its experts are not the ones that the router names (transformers runs expert 1 for every first choice and "
     "expert 0 for all else), so evidence would be credited to the wrong ones",
     "VitPoseBackboneMoeMLP": "its expert is given by the data set's index: there is no choice to change",
+}
+
+BYPASSING = {
+    "Mxfp4GptOssMLP": "the block around it computes the logits past the router: load the model with Mxfp4Config(dequantize=True)",
 }
 
 
@@ -34,8 +39,10 @@ def find_routers(model: nn.Module) -> list[Found]:
         kind = type(module).__name__
         if kind in REFUSED:
             found.append(Found(name, module, None, REFUSED[kind]))
-        elif kind in SPECIAL or _looks_like_router(module):
-            found.append(_examined(name, module, SPECIAL.get(kind, COMMON)))
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if kind in SPECIAL or _looks_like_router(module):
+            found.append(_examined(name, module, parent, SPECIAL.get(kind, COMMON)))
     routers = {id(entry.module) for entry in found}
     for name, module in model.named_modules():
         holds_experts = isinstance(getattr(module, "experts", None), nn.Module)
@@ -52,10 +59,15 @@ def _looks_like_router(module: nn.Module) -> bool:
     return hasattr(module, "top_k") or hasattr(getattr(module, "config", None), "top_k_experts")
 
 
-def _examined(name: str, router: nn.Module, adapter: Adapter) -> Found:
-    if "forward" in vars(router):
-        reason = "its forward was replaced on the instance (by accelerate's hooks?): swap the gates before that"
-        return Found(name, router, None, reason)
+def _examined(name: str, router: nn.Module, parent: nn.Module, adapter: Adapter) -> Found:
+    if "forward" in vars(router) and not wraps_own_forward(router):
+        return Found(name, router, None, "its forward was replaced on the instance: swap the gates before that")
+    if type(parent).__name__ in BYPASSING:
+        return Found(name, router, None, BYPASSING[type(parent).__name__])
+    if "forward" in vars(parent) and "_hf_hook" not in vars(parent):
+        return Found(
+            name, router, None, f"the forward of the {type(parent).__name__} around it was replaced on the instance"
+        )
     if any(parameter.is_meta for parameter in router.parameters()):
         return Found(name, router, None, "its parameters are on the meta device: load or materialise them first")
     try:

@@ -4,6 +4,7 @@ Dimensions: T tokens, D hidden size, B sequences, S positions.
 """
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ def is_awake(router: SwappedRouter) -> bool:
 
 def host(router: nn.Module, gate: HostedGate, binding: Binding) -> None:
     """Put the gate into the router."""
+    _rebind(router, binding.original.forward, SwappedRouter.forward)
     router.moe_posterior = binding  # type: ignore[assignment]
     router.__class__ = swapped_class(type(router))
     router.add_module(CHILD, gate)
@@ -74,6 +76,7 @@ def host(router: nn.Module, gate: HostedGate, binding: Binding) -> None:
 
 def unhost(router: SwappedRouter) -> None:
     """Take the gate out again: the router is what it was."""
+    _rebind(router, SwappedRouter.forward, router.moe_posterior.original.forward)
     router.__class__ = router.moe_posterior.original  # type: ignore[assignment]
     delattr(router, CHILD)
     del router.moe_posterior
@@ -82,6 +85,19 @@ def unhost(router: SwappedRouter) -> None:
 def _empty_router(original: type[nn.Module]) -> nn.Module:
     swapped = swapped_class(original)
     return swapped.__new__(swapped)
+
+
+def wraps_own_forward(router: nn.Module) -> bool:
+    """Whether accelerate's hooks stand around the forward of the router's class, as on models spread over several devices."""
+    inner = vars(router).get("_old_forward")
+    return "_hf_hook" in vars(router) and getattr(inner, "__func__", None) is type(router).forward
+
+
+def _rebind(router: nn.Module, old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Methods that were bound to the instance, by accelerate's hooks, follow its class."""
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(router).get(name), "__func__", None) is old:
+            vars(router)[name] = MethodType(new, router)
 
 
 def swapped_routers(model: nn.Module, required: bool = True) -> dict[str, SwappedRouter]:
