@@ -26,9 +26,10 @@ def decide(router: SwappedRouter, args: tuple[Any, ...], kwargs: dict[str, Any])
     real = real_tokens(binding.mask, len(hidden))
     if binding.collector is not None:
         binding.collector(hidden if real is None else hidden[real.to(hidden.device)])
-    bias, correction = None, None
+    bias, correction, assignment = None, None, None
     if isinstance(gate, HostedPriorGate) and gate.biased:
-        bias = nn.functional.pad(gate.evidence_bias[gate.assign(hidden).cluster_ids], (0, width - gate.num_experts))
+        assignment = gate.assign(hidden)
+        bias = nn.functional.pad(gate.evidence_bias[assignment.cluster_ids], (0, width - gate.num_experts))
         correction = adapter.correction(router, args, kwargs)
     replacing = isinstance(gate, HostedPosteriorGate) and gate.clusterer.fitted and not binding.own_choice
 
@@ -38,7 +39,7 @@ def decide(router: SwappedRouter, args: tuple[Any, ...], kwargs: dict[str, Any])
         binding.proved = True
         if not replacing and not gate._forward_hooks:
             return None
-        routing = gate(hidden, Choice(indices, weights, real, stands=not replacing))
+        routing = gate(hidden, Choice(indices, weights, real, assignment, stands=not replacing))
         weights = routing.routing_weights
         if weights.is_leaf and weights.requires_grad:
             weights = weights.clone()  # experts may scale their weights in place, which a leaf forbids

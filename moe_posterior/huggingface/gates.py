@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, PosteriorGate, PriorGate, Routing
+from moe_posterior.kernels.reference import Assignment
 
 
 class Choice(NamedTuple):
@@ -18,6 +19,7 @@ class Choice(NamedTuple):
     indices: Tensor  # (T, k) int64
     weights: Tensor  # (T, k); its gradient is the router's own
     real: Tensor | None  # (T,) bool, False for padding; None if all are real
+    assignment: Assignment | None  # the tokens' clusters, if they are known already
     stands: bool  # whether this choice is final; if not, a gate that replaces the router makes another
 
 
@@ -28,7 +30,7 @@ class HostedPriorGate(PriorGate):
         """The host's choice as a Routing; padding lies at distance inf, where nothing is observed."""
         if choice is None:
             return super().forward(hidden)
-        ids, distance = self.assign(hidden)
+        ids, distance = self.assign(hidden) if choice.assignment is None else choice.assignment
         return Routing(choice.indices, choice.weights, ids, choice.weights.detach(), _far(distance, choice.real))
 
     def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (T, k) or (T, E)

@@ -51,10 +51,8 @@ def examine(model_type: str) -> dict[str, Any]:
     if not kinds:
         return row
     if type(model).forward is nn.Module.forward:  # a composite whose parts are called one by one
-        return {
-            **row,
-            "reason": "the composite has no forward of its own; its parts are surveyed as types of their own",
-        }
+        part, model = next((name, child) for name, child in model.named_children() if find_routers(child))
+        row["reason"] += f"has no forward of its own; examined through its {part} "
     for name, check in CHECKS.items():
         try:
             row["checks"][name] = check(model)

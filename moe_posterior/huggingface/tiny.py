@@ -84,7 +84,8 @@ _SPECIAL_SIZES: dict[str, dict[str, Any]] = {
     "muse_spark": {"audio_config": _PYRAMID},
     "muse_spark_audio": _PYRAMID,
     "qwen3_omni_moe": {
-        "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 48}}
+        "thinker_config": {"vision_start_token_id": 60},
+        "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 48}},
     },
     "doge": {"is_moe": True},
     "flint": {"mlp_only_layers": []},

@@ -28,7 +28,6 @@ REFUSED = {
     "nllb-moe": "not the ones that the router names",
     "doge": "product keys",
     "vitpose_backbone": "no choice",
-    "qwen3_omni_moe": "no forward of its own",
 }
 RECORDED = json.loads((Path(__file__).resolve().parents[2] / "results" / "swap" / "models.json").read_text())["types"]
 
