@@ -155,3 +155,15 @@ def test_experts_over_capacity_are_not_observed() -> None:
     trace.observe(torch.ones(16))
     for name, gate in swapped_gates(model):
         assert probe.evidence(gate) == expected[f"{name}.posterior_gate"]
+
+
+def test_a_decoders_tokens_are_not_taken_for_the_encoders_padding() -> None:
+    model = tiny_model("switch_transformers")
+    swap_gates(model, num_clusters=2)
+    batch = tiny_batch(model, padded=3)
+    del batch["decoder_attention_mask"]
+    with torch.no_grad(), record(model) as trace:
+        model(**batch)
+    real = {name: int(torch.isfinite(routing.distance).sum()) for name, routing in trace.routings}
+    assert {count for name, count in real.items() if "encoder" in name} == {16 - 3}
+    assert {count for name, count in real.items() if "decoder" in name} == {16}
