@@ -17,6 +17,10 @@ class MissingDataError(MoEPosteriorError, FileNotFoundError):
     """A data file is absent; the message says where was looked and what to put there."""
 
 
+class DamagedFileError(MoEPosteriorError, ValueError):
+    """A file that this library wrote cannot be read back as it was written, or is not one of its files."""
+
+
 class MissingDependencyError(MoEPosteriorError, ImportError):
     """A part was used whose packages belong to an extra that is not installed.
 

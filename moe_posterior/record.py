@@ -1,5 +1,6 @@
 """Collect the routings of a forward pass and observe them once outcomes are known."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
+from moe_posterior.recording import recording_of, save_recording
 
 
 class Trace:
@@ -96,6 +98,15 @@ class Trace:
             handle.remove()
         self._handles = []
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the routings for :func:`~moe_posterior.replay.replay`, before they are observed; a file is replaced whole or not.
+
+        Raises:
+            InvalidArgumentError: there are no routings, or no longer.
+        """
+        self._require_routings()
+        save_recording(recording_of(self.gates, self.routings), path)
+
     def _require_routings(self) -> None:
         if not self.routings:
             raise InvalidArgumentError(
@@ -158,14 +169,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
     >>> float((moe.gate.posterior.successes + moe.gate.posterior.failures).sum())
     128.0
     """
-    if any(hasattr(module, "_orig_mod") for module in model.modules()):
-        raise InvalidArgumentError(
-            "model must not be compiled: a compiled graph runs no hooks; record the original module"
-        )
-    gates = {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
-    if not gates:
-        raise InvalidArgumentError(f"model must hold at least one Gate; {type(model).__name__} holds none")
-    trace = Trace(gates)
+    trace = Trace(find_gates(model))
     try:
         yield trace
     except BaseException:
@@ -173,3 +177,19 @@ def record(model: nn.Module) -> Iterator[Trace]:
         raise
     finally:
         trace.recording = False
+
+
+def find_gates(model: nn.Module) -> dict[str, Gate]:
+    """The gates of a model by their names, in the model's order.
+
+    Raises:
+        InvalidArgumentError: there is none, or the model was compiled.
+    """
+    if any(hasattr(module, "_orig_mod") for module in model.modules()):
+        raise InvalidArgumentError(
+            "model must not be compiled: a compiled graph runs no hooks; record the original module"
+        )
+    gates = {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
+    if not gates:
+        raise InvalidArgumentError(f"model must hold at least one Gate; {type(model).__name__} holds none")
+    return gates

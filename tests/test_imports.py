@@ -12,13 +12,16 @@ PACKAGE = ROOT / "moe_posterior"
 # Rooms in the order in which they may use each other: each only those before it.
 ORDER = [
     ["errors", "precision"],
+    ["tensorfile"],
     ["beta", "evidence"],
     ["kernels"],
     ["churn", "posterior", "clustering"],
     ["gates"],
     ["dispatch", "experts"],
     ["layer", "router"],
+    ["recording"],
     ["record"],
+    ["replay"],
     ["audit", "huggingface", "serving"],
     ["benchmarks"],
     ["training"],

@@ -1,0 +1,90 @@
+"""The routings of a model's forward passes as plain data, and the file they travel in from where they were made to where they count.
+
+Dimensions: N tokens, D hidden size, E experts, k experts per token.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_posterior.errors import DamagedFileError
+from moe_posterior.gates import Gate, Routing
+from moe_posterior.tensorfile import digest, load_tensors, save_tensors
+
+KIND, VERSION = "recorded routing", 1
+
+
+class GateMark(NamedTuple):
+    """What a gate must have in common with the one whose routing it is to repeat."""
+
+    num_experts: int  # E
+    top_k: int  # k
+    hidden_size: int  # D
+    state: str  # checksum of its state_dict: weights, belief, centroids; "" where it was not asked for
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(E, k, D)."""
+        return self.num_experts, self.top_k, self.hidden_size
+
+
+class Recording(NamedTuple):
+    """The gates of a model in the model's order, and their routings in the order they were made."""
+
+    gates: dict[str, GateMark]
+    calls: list[tuple[str, Routing]]
+
+
+def mark(gate: Gate, *, with_state: bool = True) -> GateMark:
+    """A gate's sizes and the checksum of its state as it is now."""
+    state = {name: value for name, value in gate.state_dict().items() if isinstance(value, Tensor)}
+    return GateMark(gate.num_experts, gate.top_k, gate.hidden_size, digest(state) if with_state else "")
+
+
+def recording_of(gates: Mapping[str, Gate], routings: Sequence[tuple[str, Routing]]) -> Recording:
+    """A recording apart from the autograd graph that the routings came from."""
+    calls = [(name, Routing(*(part.detach() for part in routing))) for name, routing in routings]
+    return Recording({name: mark(gate) for name, gate in gates.items()}, calls)
+
+
+def save_recording(recording: Recording, path: str | os.PathLike[str]) -> None:
+    """Write a recording; indices and clusters travel in 32 bits, everything else as it is."""
+    tensors = {
+        f"{place}.{field}": part.to(torch.int32) if part.dtype == torch.int64 else part
+        for place, (_, routing) in enumerate(recording.calls)
+        for field, part in routing._asdict().items()
+    }
+    header = {
+        "kind": KIND,
+        "version": VERSION,
+        "gates": [[name, *gate] for name, gate in recording.gates.items()],
+        "calls": [name for name, _ in recording.calls],
+    }
+    save_tensors(path, tensors, header)
+
+
+def load_recording(path: str | os.PathLike[str]) -> Recording:
+    """Read what :func:`save_recording` wrote; tensors on the CPU.
+
+    Raises:
+        MissingDataError, MissingDependencyError: as :func:`~moe_posterior.tensorfile.load_tensors`.
+        DamagedFileError: as there, or written by a later version, or an index out of its gate's range.
+    """
+    tensors, header = load_tensors(path, KIND)
+    if header["version"] != VERSION:
+        raise DamagedFileError(f"{path} must be of format version {VERSION}; got {header['version']}")
+    gates = {name: GateMark(*sizes) for name, *sizes in header["gates"]}
+    calls = []
+    for place, name in enumerate(header["calls"]):
+        parts = {field: tensors[f"{place}.{field}"] for field in Routing._fields}
+        indices = parts["expert_indices"]
+        if indices.ndim != 2 or (indices < 0).any() or (indices >= gates[name].num_experts).any():
+            raise DamagedFileError(
+                f"{path} must hold experts below {gates[name].num_experts} for gate {name!r}; call {place} does not"
+            )
+        parts = {field: part.long() if part.dtype == torch.int32 else part for field, part in parts.items()}
+        calls.append((name, Routing(**parts)))
+    return Recording(gates, calls)

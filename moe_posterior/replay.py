@@ -1,0 +1,292 @@
+"""Repeat a recorded routing: what a rollout chose is what training on it must choose.
+
+Dimensions: N tokens, D hidden size, E experts, k experts per token.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import singledispatch
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.gates import Gate, PosteriorGate, PriorGate, Routing, SoftmaxGate
+from moe_posterior.kernels.reference import weigh
+from moe_posterior.record import Trace, find_gates
+from moe_posterior.recording import GateMark, Recording, load_recording, mark, recording_of
+
+Weights = Literal["recorded", "recomputed"]
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _Call(NamedTuple):
+    """A call that was forced and may be run again in the backward pass."""
+
+    name: str
+    signature: Tensor  # ()
+    routing: Routing
+
+
+class _Forced:
+    """The forward hook that puts the recorded routing in place of a gate's own."""
+
+    def __init__(self, replaying: "Replay", name: str) -> None:
+        self.replaying, self.name = replaying, name
+
+    def __call__(self, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing) -> Routing | None:
+        return self.replaying.force(self.name, gate, args[0] if args else kwargs["hidden"], routing)
+
+
+class Replay:
+    """A recorded routing on its way back into a model, inside :func:`replay`.
+
+    ``pending`` holds the calls still to come, as (name of the gate, its routing).
+    """
+
+    def __init__(self, recording: Recording, gates: dict[str, Gate], weights: Weights) -> None:
+        self.pending = deque(recording.calls)
+        self.inside = True  # the block
+        self._weights, self._total = weights, len(recording.calls)
+        self._seen: list[_Call] = []
+        self._forward_since = False  # a forward of these gates after the block, which is none of ours
+        hooks = [(gate, _Forced(self, name)) for name, gate in gates.items()]
+        # Before any other hook, so that record() sees what was forced.
+        self._handles = [gate.register_forward_hook(hook, prepend=True, with_kwargs=True) for gate, hook in hooks]
+
+    def close(self) -> None:
+        """Take the hooks off the gates."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._seen = [], []
+
+    def leave(self) -> None:
+        """End of the block; where calls may yet be run again in a backward pass the hooks stay for those alone."""
+        self.inside = False
+        if self.pending:
+            left, (name, _) = len(self.pending), self.pending[0]
+            self.close()
+            raise InvalidArgumentError(
+                f"model must repeat all {self._total} recorded calls of its gates; {left} are left, first one of gate {name!r}"
+            )
+        if not self._seen:
+            self.close()
+
+    def force(self, name: str, gate: Gate, hidden: Tensor, routing: Routing) -> Routing | None:
+        """The routing for this call of a gate, in place of its own; None leaves it its own."""
+        if (
+            torch._C._current_graph_task_id() != -1
+        ):  # activation checkpointing: the same tokens again, not the next ones
+            recorded = self._recall(name, hidden)
+        elif self.inside:
+            recorded = self._next(name, hidden)
+        else:
+            self._forward_since, recorded = True, None
+        if recorded is None:
+            return None
+        if self._weights == "recomputed":
+            return reweigh(gate, hidden, routing, recorded.expert_indices.to(hidden.device))
+        parts = recorded._replace(routing_weights=recorded.routing_weights.to(routing.routing_weights.dtype))
+        return Routing(*(part.to(hidden.device) for part in parts))
+
+    def _next(self, name: str, hidden: Tensor) -> Routing:
+        if not self.pending:
+            raise InvalidArgumentError(
+                f"model must make no more than the {self._total} recorded calls; got one more of gate {name!r}"
+            )
+        expected, routing = self.pending[0]
+        if name != expected:
+            raise InvalidArgumentError(
+                f"model must call its gates in the recorded order: {expected!r} next; got {name!r}"
+            )
+        if len(hidden) != len(routing.expert_indices):
+            place = self._total - len(self.pending)
+            raise InvalidArgumentError(
+                f"gate {name!r} must see the recorded {len(routing.expert_indices)} tokens in call {place}; got {len(hidden)}"
+            )
+        self.pending.popleft()
+        if may_run_again():
+            self._seen.append(_Call(name, signature(hidden), routing))
+        return routing
+
+    def _recall(self, name: str, hidden: Tensor) -> Routing | None:
+        """Which call is being run again: the one that saw the same bits."""
+        wanted = signature(hidden)
+        for call in reversed(self._seen):
+            if (
+                call.name == name
+                and len(call.routing.expert_indices) == len(hidden)
+                and torch.equal(call.signature, wanted)
+            ):
+                return call.routing
+        if self._forward_since:  # of a forward pass that was never ours
+            return None
+        raise InvalidArgumentError(
+            f"gate {name!r} must see in the backward pass, bit for bit, what it saw in the forward pass; it does not. Run the backward "
+            f"before the next replay, and with deterministic kernels"
+        )
+
+
+@contextmanager
+def replay(
+    model: nn.Module,
+    recorded: Trace | Recording | str | os.PathLike[str],
+    *,
+    weights: Weights = "recorded",
+    same_state: bool = False,
+) -> Iterator[Replay]:
+    """Force a recorded routing on the forward passes inside the block.
+
+    Training on what a rollout produced wants the experts that the rollout used: a gate that is a little different by then, or
+    computed in another precision, would choose others, and the probabilities would not be those of the model that acted. Calls
+    must come in the recorded order with the recorded numbers of tokens, and all of them. Activation checkpointing gets, when it
+    runs a call again, what that call got. Record and replay may be nested.
+
+    Args:
+        model: holds the same gates, by name, order and sizes, as the model recorded; not compiled.
+        recorded: a trace that has not been observed yet, a file of :meth:`Trace.save`, or what
+            :func:`~moe_posterior.recording.load_recording` read.
+        weights: ``"recorded"`` (default) also forces the routing weights, as constants: the same outputs bit for bit, whatever has
+            become of the gates, and no gradient to them. ``"recomputed"`` forces the experts alone and weighs them by the gate's own
+            rule as of now, with gradient, as training a router on a rollout needs; outputs are the same while the gates are.
+        same_state: also require the gates' weights, clusters and belief to be those of the recording, bit for bit.
+
+    Raises:
+        InvalidArgumentError: another model, another order or number of tokens, calls left over at the end of the block, or a
+            gate that knows no rule to weigh a given choice. MissingDataError, DamagedFileError: the file is missing or damaged.
+
+    >>> from moe_posterior import PosteriorMoE, record
+    >>> hidden = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    >>> moe = PosteriorMoE(nn.ModuleList([nn.Linear(8, 8) for _ in range(4)]), hidden_size=8, num_clusters=4)
+    >>> moe.gate.fit(hidden)
+    >>> with record(moe) as trace:
+    ...     before = moe(hidden)
+    >>> moe.gate.posterior.observe(torch.zeros(9, dtype=torch.int64), torch.zeros(9, 4))  # the belief moves on
+    >>> with replay(moe, trace):
+    ...     after = moe(hidden)
+    >>> torch.equal(before, after)
+    True
+    """
+    if weights not in get_args(Weights):
+        raise InvalidArgumentError(f"weights must be one of {list(get_args(Weights))}; got {weights!r}")
+    recording = _recording(recorded)
+    gates = find_gates(model)
+    _validate_gates(recording.gates, gates, same_state)
+    if weights == "recomputed":
+        for name, gate in gates.items():
+            _validate_rule(name, gate)
+    _make_room(gates)
+    replaying = Replay(recording, gates, weights)
+    try:
+        yield replaying
+    except BaseException:
+        replaying.close()
+        raise
+    replaying.leave()
+
+
+@singledispatch
+def reweigh(gate: Gate, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:  # (N, D), _, (N, k)
+    """A gate's routing of ``hidden`` with its choice replaced, weighted by the gate's own rule, with gradient where it has one.
+
+    Each class of gate that has such a rule registers it here.
+    """
+    raise InvalidArgumentError(
+        f"weights must be 'recorded' for a {type(gate).__name__}: it has no rule to weigh a given choice"
+    )
+
+
+@reweigh.register
+def _(gate: PriorGate, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:
+    assert gate.router is not None
+    scores = gate.router(hidden).float()
+    if gate.biased:
+        scores = scores + gate.evidence_bias[routing.cluster_ids]
+    chosen = scores.gather(1, expert_indices)
+    return routing._replace(expert_indices=expert_indices, routing_weights=torch.softmax(chosen, dim=-1), scores=chosen)
+
+
+@reweigh.register
+def _(gate: SoftmaxGate, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:
+    chosen = torch.softmax(gate.router(hidden).float(), dim=-1).gather(1, expert_indices)
+    weights = chosen / chosen.sum(dim=-1, keepdim=True)
+    return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen)
+
+
+@reweigh.register
+def _(gate: PosteriorGate, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:
+    chosen = gate.competence_scores(routing.cluster_ids).gather(1, expert_indices)
+    weights = weigh(chosen, gate.temperature).float()
+    return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen.float())
+
+
+def signature(hidden: Tensor) -> Tensor:  # (N, D) -> () int64
+    """A number that tells hidden states apart by their bits and places, without asking the device for it.
+
+    >>> rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> signature(rows) == signature(rows.clone()), signature(rows) == signature(rows.flip(0))
+    (tensor(True), tensor(False))
+    """
+    bits = hidden.detach().contiguous().view(_INTEGER[hidden.element_size()])
+    columns, rows = (bits.sum(dim=dim, dtype=torch.int64) for dim in (0, 1))
+    place = torch.arange(1, max(bits.shape) + 1, device=bits.device)
+    return (columns * place[: len(columns)]).sum() + 1_000_003 * (rows * place[: len(rows)]).sum()
+
+
+def may_run_again() -> bool:
+    """Whether activation checkpointing may run the present forward again.
+
+    Its reentrant kind runs forwards without gradients, as does inference; the other kind hooks what autograd saves.
+    """
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _recording(recorded: Trace | Recording | str | os.PathLike[str]) -> Recording:
+    if isinstance(recorded, Recording):
+        recording = recorded
+    elif isinstance(recorded, Trace):
+        recording = recording_of(recorded.gates, recorded.routings)
+    else:
+        recording = load_recording(recorded)
+    if not recording.calls:
+        raise InvalidArgumentError("recorded must hold routings: replay a trace before it is observed, or save it")
+    return recording
+
+
+def _validate_gates(recorded: dict[str, GateMark], gates: dict[str, Gate], same_state: bool) -> None:
+    """Raise InvalidArgumentError, saying what differs, unless the gates are those recorded."""
+    here = {name: mark(gate, with_state=same_state) for name, gate in gates.items()}
+    wrong = [f"gate {name!r} is missing" for name in recorded if name not in here]
+    wrong += [f"gate {name!r} is not in the recording" for name in here if name not in recorded]
+    for name in recorded:
+        if name in here and recorded[name].sizes != here[name].sizes:
+            wrong.append(
+                f"gate {name!r} has (experts, top_k, hidden size) {here[name].sizes}, recorded {recorded[name].sizes}"
+            )
+        elif name in here and same_state and recorded[name].state != here[name].state:
+            wrong.append(f"gate {name!r} has other weights, clusters or belief than recorded")
+    if not wrong and list(recorded) != list(here):
+        wrong.append(f"the gates come in the order {list(here)}, recorded {list(recorded)}")
+    if wrong:
+        raise InvalidArgumentError(f"model must have the gates that were recorded; {'; '.join(wrong)}")
+
+
+def _validate_rule(name: str, gate: Gate) -> None:
+    drawn = isinstance(gate, PosteriorGate) and gate.chooses_per_token
+    if drawn or reweigh.dispatch(type(gate)) is reweigh.dispatch(Gate):
+        raise InvalidArgumentError(
+            f"weights must be 'recorded': gate {name!r}, a {type(gate).__name__}, has no rule to weigh a given choice"
+        )
+
+
+def _make_room(gates: dict[str, Gate]) -> None:
+    """Close a replay that has ended; refuse beside one that has not."""
+    for name, gate in gates.items():
+        for hook in list(gate._forward_hooks.values()):
+            if isinstance(hook, _Forced):
+                if hook.replaying.inside:
+                    raise InvalidArgumentError(f"model must not be replayed already; gate {name!r} is")
+                hook.replaying.close()
