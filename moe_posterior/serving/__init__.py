@@ -1,0 +1,23 @@
+"""The same gates in a serving engine: ``export_routing`` and what belongs to it.
+
+vLLM and SGLang call a custom routing function with keywords, ``custom_routing_function(hidden_states=..., gating_output=...,
+topk=..., renormalize=...)``, and take back weights (T, k) in float32 and expert ids (T, k) in int32. That was read in the wheels of
+vLLM 0.33.0 (``CustomRoutingRouter``, ``CPURouter``) and SGLang 0.5.23 (``select_experts``). Neither is a dependency; the tests call
+as they do, and call vLLM's own router where it is installed.
+"""
+
+from moe_posterior.serving.export import export_routing, load_routing, save_routing, update_routing
+from moe_posterior.serving.routing import CustomRouting, PosteriorRouting, PriorRouting
+from moe_posterior.serving.rule import HostRule, choose
+
+__all__ = [
+    "CustomRouting",
+    "HostRule",
+    "PosteriorRouting",
+    "PriorRouting",
+    "choose",
+    "export_routing",
+    "load_routing",
+    "save_routing",
+    "update_routing",
+]

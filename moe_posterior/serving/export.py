@@ -1,0 +1,136 @@
+"""From the gates of a model to routing functions, and from one process to another."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_posterior.errors import DamagedFileError, InvalidArgumentError
+from moe_posterior.gates import Gate, PosteriorGate, PriorGate
+from moe_posterior.record import find_gates
+from moe_posterior.serving.routing import CustomRouting, PosteriorRouting, PriorRouting
+from moe_posterior.serving.rule import HostRule
+from moe_posterior.tensorfile import load_tensors, save_tensors
+
+HOSTED = ".posterior_gate"  # how the name of a gate inside a host's router ends
+KIND, VERSION = "exported routing", 1
+
+
+def export_routing(
+    model: nn.Module,
+    *,
+    rule: HostRule | Mapping[str, HostRule] | None = None,
+    scaled: bool = False,
+) -> dict[str, CustomRouting]:
+    """A routing function for every gate of a model, by the gate's name; for a swapped model, by its router's.
+
+    The functions hold copies and know nothing of the model. They give the choice of the gates as they are now: later evidence reaches
+    them by :meth:`CustomRouting.refresh` or :func:`update_routing`. What an engine calls hidden states and logits must be what the
+    router saw and computed; weights come as the engine asks for them by ``renormalize``.
+
+    Args:
+        model: was given to ``swap_gates``, or holds :class:`~moe_posterior.PriorGate` or :class:`~moe_posterior.PosteriorGate` itself.
+        rule: what the model makes of its logits, one for all or by name. None (default) finds a swapped router's rule by trying it on
+            random hidden states and takes softmax top-k for a gate of ours.
+        scaled: whether the weights include the model's ``routed_scaling_factor``. False (default): SGLang multiplies by it after a
+            custom routing function, and vLLM where the layer has ``apply_routed_scale_to_output``. True for a vLLM layer without that.
+
+    Raises:
+        InvalidArgumentError: no gates, a gate of another class or one that draws or looks at each token, or a router whose rule is not
+            one that :class:`HostRule` can say; the message names it.
+
+    >>> from moe_posterior import PosteriorMoE
+    >>> hidden = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    >>> moe = PosteriorMoE(nn.ModuleList([nn.Linear(8, 8) for _ in range(4)]), hidden_size=8, num_clusters=4)
+    >>> moe.gate.fit(hidden)
+    >>> routing = export_routing(moe)["gate"]
+    >>> weights, ids = routing(hidden_states=hidden, gating_output=torch.zeros(64, 4), topk=2, renormalize=True)
+    >>> torch.equal(ids, moe.route(hidden).expert_indices.int()), ids.dtype, weights.dtype
+    (True, torch.int32, torch.float32)
+    """
+    functions = {}
+    for name, gate in find_gates(model).items():
+        router = model.get_submodule(name.removesuffix(HOSTED)) if name.endswith(HOSTED) else None
+        key = name if router is None else name.removesuffix(HOSTED)
+        own = rule.get(key) if isinstance(rule, Mapping) else rule
+        if own is None:
+            own = HostRule() if router is None else _rule_of(key, router)
+        functions[key] = _routing_of(
+            key, gate, own if scaled else own._replace(routed_scaling_factor=1.0), router is not None
+        )
+    return functions
+
+
+def save_routing(functions: Mapping[str, CustomRouting], path: str | os.PathLike[str]) -> None:
+    """Write routing functions for another process; the file is replaced whole or not at all."""
+    tensors = {
+        f"{place}.{name}": table for place, f in enumerate(functions.values()) for name, table in f.state_dict().items()
+    }
+    header = {
+        "kind": KIND,
+        "version": VERSION,
+        "functions": [[name, type(function).__name__, function.settings()] for name, function in functions.items()],
+    }
+    save_tensors(path, tensors, header)
+
+
+def load_routing(path: str | os.PathLike[str]) -> dict[str, CustomRouting]:
+    """Read what :func:`save_routing` wrote, on the CPU.
+
+    Raises:
+        MissingDataError, DamagedFileError: the file is missing, damaged, or of a later version.
+    """
+    kinds: dict[str, type[CustomRouting]] = {kind.__name__: kind for kind in (PriorRouting, PosteriorRouting)}
+    tensors, header = load_tensors(path, KIND)
+    if header["version"] != VERSION:
+        raise DamagedFileError(f"{path} must be of format version {VERSION}; got {header['version']}")
+    functions = {}
+    for place, (name, kind, settings) in enumerate(header["functions"]):
+        state = {key.removeprefix(f"{place}."): table for key, table in tensors.items() if key.startswith(f"{place}.")}
+        functions[name] = kinds[kind].restore(settings, state)
+    return functions
+
+
+@torch.no_grad()
+def update_routing(functions: Mapping[str, CustomRouting], path: str | os.PathLike[str]) -> None:
+    """Give routing functions in use the clusters and evidence of a file, in the memory that they have.
+
+    Raises:
+        InvalidArgumentError: the file's functions have other names, kinds, rules or sizes; nothing has changed.
+        MissingDataError, DamagedFileError: as :func:`load_routing`.
+    """
+    fresh = load_routing(path)
+    if list(fresh) != list(functions):
+        raise InvalidArgumentError(f"functions must be those of {path}, {list(fresh)}; got {list(functions)}")
+    for name, function in functions.items():
+        if (type(function), function.settings(), function.sizes()) != (
+            type(fresh[name]),
+            fresh[name].settings(),
+            fresh[name].sizes(),
+        ):
+            raise InvalidArgumentError(
+                f"function {name!r} must be as in {path}, {fresh[name]}; got {function}: load it anew"
+            )
+    for name, function in functions.items():
+        function.load_state_dict(fresh[name].state_dict())
+
+
+def _routing_of(name: str, gate: Gate, rule: HostRule, hosted: bool) -> CustomRouting:
+    try:
+        if isinstance(gate, PriorGate):
+            return PriorRouting(gate, rule, spread=not hosted)
+        if isinstance(gate, PosteriorGate):
+            return PosteriorRouting(gate, rule, spread=not hosted, hosted=hosted)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"gate {name!r} cannot be served: {error}") from error
+    raise InvalidArgumentError(
+        f"gate {name!r} cannot be served: it must be a PriorGate or PosteriorGate; got {type(gate).__name__}"
+    )
+
+
+def _rule_of(name: str, router: Any) -> HostRule:
+    from moe_posterior.serving.hosts import rule_of
+
+    return rule_of(name, router)
