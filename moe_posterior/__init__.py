@@ -2,6 +2,7 @@
 
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import (
+    DamagedFileError,
     InvalidArgumentError,
     MissingDataError,
     MissingDependencyError,
@@ -15,11 +16,14 @@ from moe_posterior.huggingface import restore_gates, swap_gates, token_outcomes
 from moe_posterior.layer import MixtureOfExperts, PosteriorMoE
 from moe_posterior.posterior import BetaPosterior
 from moe_posterior.record import Trace, record
+from moe_posterior.replay import replay
 from moe_posterior.router import Decision, Decisions, PosteriorRouter
+from moe_posterior.serving import export_routing
 
 __all__ = [
     "BetaPosterior",
     "Clusterer",
+    "DamagedFileError",
     "Decision",
     "Decisions",
     "Evidence",
@@ -39,7 +43,9 @@ __all__ = [
     "Routing",
     "SoftmaxGate",
     "Trace",
+    "export_routing",
     "record",
+    "replay",
     "restore_gates",
     "swap_gates",
     "token_outcomes",

@@ -12,6 +12,8 @@ from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
 from moe_posterior.recording import recording_of, save_recording
 
+HOSTED = "posterior_gate"  # the name of a gate inside another library's router
+
 
 class Trace:
     """The routings that the gates of a model made inside :func:`record`, in the order they were made.
@@ -193,3 +195,9 @@ def find_gates(model: nn.Module) -> dict[str, Gate]:
     if not gates:
         raise InvalidArgumentError(f"model must hold at least one Gate; {type(model).__name__} holds none")
     return gates
+
+
+def hosting_router(model: nn.Module, name: str) -> nn.Module | None:
+    """The router that the gate of this name lives in; None for a gate that decides by itself."""
+    holder, _, child = name.rpartition(".")
+    return model.get_submodule(holder) if child == HOSTED else None

@@ -7,17 +7,17 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import singledispatch
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.gates import Gate, PosteriorGate, PriorGate, Routing, SoftmaxGate
-from moe_posterior.kernels.reference import weigh
-from moe_posterior.record import Trace, find_gates
+from moe_posterior.gates import Gate, PriorGate, Routing
+from moe_posterior.record import Trace, find_gates, hosting_router
 from moe_posterior.recording import GateMark, Recording, load_recording, mark, recording_of
+from moe_posterior.reweigh import ForcedChoice, has_rule, reweigh
 
 Weights = Literal["recorded", "recomputed"]
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -41,21 +41,47 @@ class _Forced:
         return self.replaying.force(self.name, gate, args[0] if args else kwargs["hidden"], routing)
 
 
+class _ForcedRouter:
+    """The forward hooks that make a router with a gate inside weigh the recorded experts by its own rule."""
+
+    def __init__(self, replaying: "Replay", name: str, gate: Gate) -> None:
+        self.replaying, self.name, self.gate = replaying, name, gate
+        self.mode: ForcedChoice | None = None
+
+    def before(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        recorded = self.replaying.expected(self.name, hidden.detach().reshape(-1, self.gate.hidden_size))
+        if recorded is not None:
+            self.mode = ForcedChoice(recorded.expert_indices.to(hidden.device), self.gate.num_experts)
+            self.mode.__enter__()
+
+    def after(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.mode is not None:
+            mode, self.mode = self.mode, None
+            mode.__exit__(None, None, None)
+
+
 class Replay:
     """A recorded routing on its way back into a model, inside :func:`replay`.
 
     ``pending`` holds the calls still to come, as (name of the gate, its routing).
     """
 
-    def __init__(self, recording: Recording, gates: dict[str, Gate], weights: Weights) -> None:
+    def __init__(self, recording: Recording, model: nn.Module, gates: dict[str, Gate], weights: Weights) -> None:
         self.pending = deque(recording.calls)
         self.inside = True  # the block
         self._weights, self._total = weights, len(recording.calls)
         self._seen: list[_Call] = []
         self._forward_since = False  # a forward of these gates after the block, which is none of ours
-        hooks = [(gate, _Forced(self, name)) for name, gate in gates.items()]
-        # Before any other hook, so that record() sees what was forced.
-        self._handles = [gate.register_forward_hook(hook, prepend=True, with_kwargs=True) for gate, hook in hooks]
+        self._handles: list[RemovableHandle] = []
+        for name, gate in gates.items():
+            # Before any other hook, so that record() sees what was forced.
+            self._handles.append(gate.register_forward_hook(_Forced(self, name), prepend=True, with_kwargs=True))
+            router = hosting_router(model, name)
+            if router is not None and weights == "recomputed":
+                hooks = _ForcedRouter(self, name, gate)
+                self._handles.append(router.register_forward_pre_hook(hooks.before, with_kwargs=True))
+                self._handles.append(router.register_forward_hook(hooks.after, always_call=True))
 
     def close(self) -> None:
         """Take the hooks off the gates."""
@@ -77,50 +103,52 @@ class Replay:
 
     def force(self, name: str, gate: Gate, hidden: Tensor, routing: Routing) -> Routing | None:
         """The routing for this call of a gate, in place of its own; None leaves it its own."""
-        if (
-            torch._C._current_graph_task_id() != -1
-        ):  # activation checkpointing: the same tokens again, not the next ones
-            recorded = self._recall(name, hidden)
-        elif self.inside:
-            recorded = self._next(name, hidden)
-        else:
-            self._forward_since, recorded = True, None
+        recorded = self.expected(name, hidden)
         if recorded is None:
+            self._forward_since = self._forward_since or not _in_backward()
             return None
-        if self._weights == "recomputed":
-            return reweigh(gate, hidden, routing, recorded.expert_indices.to(hidden.device))
-        parts = recorded._replace(routing_weights=recorded.routing_weights.to(routing.routing_weights.dtype))
-        return Routing(*(part.to(hidden.device) for part in parts))
+        if not _in_backward():
+            self.pending.popleft()
+            if may_run_again():
+                self._seen.append(_Call(name, signature(hidden), recorded))
+        indices = recorded.expert_indices.to(hidden.device)
+        if self._weights == "recorded":
+            # Cloned: experts may scale their weights in place.
+            weights = recorded.routing_weights.to(routing.routing_weights, copy=True)
+            return Routing(*(part.to(hidden.device) for part in recorded._replace(routing_weights=weights)))
+        if has_rule(gate):
+            return reweigh(gate, hidden, routing, indices)
+        if not torch.equal(routing.expert_indices, indices):
+            raise InvalidArgumentError(
+                f"weights must be 'recorded': the router of gate {name!r} does not choose by one top-k over its experts"
+            )
+        return routing
 
-    def _next(self, name: str, hidden: Tensor) -> Routing:
+    def expected(self, name: str, hidden: Tensor) -> Routing | None:  # (N, D)
+        """What was recorded for the call that this gate is in; None where the call is not part of the replay."""
+        if _in_backward():  # activation checkpointing: the same tokens again, not the next ones
+            return self._recall(name, hidden)
+        if not self.inside:
+            return None
         if not self.pending:
             raise InvalidArgumentError(
                 f"model must make no more than the {self._total} recorded calls; got one more of gate {name!r}"
             )
-        expected, routing = self.pending[0]
-        if name != expected:
-            raise InvalidArgumentError(
-                f"model must call its gates in the recorded order: {expected!r} next; got {name!r}"
-            )
+        due, routing = self.pending[0]
+        if name != due:
+            raise InvalidArgumentError(f"model must call its gates in the recorded order: {due!r} next; got {name!r}")
         if len(hidden) != len(routing.expert_indices):
-            place = self._total - len(self.pending)
             raise InvalidArgumentError(
-                f"gate {name!r} must see the recorded {len(routing.expert_indices)} tokens in call {place}; got {len(hidden)}"
+                f"gate {name!r} must see the recorded {len(routing.expert_indices)} tokens in call "
+                f"{self._total - len(self.pending)}; got {len(hidden)}"
             )
-        self.pending.popleft()
-        if may_run_again():
-            self._seen.append(_Call(name, signature(hidden), routing))
         return routing
 
     def _recall(self, name: str, hidden: Tensor) -> Routing | None:
         """Which call is being run again: the one that saw the same bits."""
         wanted = signature(hidden)
         for call in reversed(self._seen):
-            if (
-                call.name == name
-                and len(call.routing.expert_indices) == len(hidden)
-                and torch.equal(call.signature, wanted)
-            ):
+            if call.name == name and torch.equal(call.signature, wanted):
                 return call.routing
         if self._forward_since:  # of a forward pass that was never ours
             return None
@@ -177,50 +205,15 @@ def replay(
     _validate_gates(recording.gates, gates, same_state)
     if weights == "recomputed":
         for name, gate in gates.items():
-            _validate_rule(name, gate)
+            _validate_rule(name, gate, hosted=hosting_router(model, name) is not None)
     _make_room(gates)
-    replaying = Replay(recording, gates, weights)
+    replaying = Replay(recording, model, gates, weights)
     try:
         yield replaying
     except BaseException:
         replaying.close()
         raise
     replaying.leave()
-
-
-@singledispatch
-def reweigh(gate: Gate, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:  # (N, D), _, (N, k)
-    """A gate's routing of ``hidden`` with its choice replaced, weighted by the gate's own rule, with gradient where it has one.
-
-    Each class of gate that has such a rule registers it here.
-    """
-    raise InvalidArgumentError(
-        f"weights must be 'recorded' for a {type(gate).__name__}: it has no rule to weigh a given choice"
-    )
-
-
-@reweigh.register
-def _(gate: PriorGate, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:
-    assert gate.router is not None
-    scores = gate.router(hidden).float()
-    if gate.biased:
-        scores = scores + gate.evidence_bias[routing.cluster_ids]
-    chosen = scores.gather(1, expert_indices)
-    return routing._replace(expert_indices=expert_indices, routing_weights=torch.softmax(chosen, dim=-1), scores=chosen)
-
-
-@reweigh.register
-def _(gate: SoftmaxGate, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:
-    chosen = torch.softmax(gate.router(hidden).float(), dim=-1).gather(1, expert_indices)
-    weights = chosen / chosen.sum(dim=-1, keepdim=True)
-    return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen)
-
-
-@reweigh.register
-def _(gate: PosteriorGate, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:
-    chosen = gate.competence_scores(routing.cluster_ids).gather(1, expert_indices)
-    weights = weigh(chosen, gate.temperature).float()
-    return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen.float())
 
 
 def signature(hidden: Tensor) -> Tensor:  # (N, D) -> () int64
@@ -234,6 +227,10 @@ def signature(hidden: Tensor) -> Tensor:  # (N, D) -> () int64
     columns, rows = (bits.sum(dim=dim, dtype=torch.int64) for dim in (0, 1))
     place = torch.arange(1, max(bits.shape) + 1, device=bits.device)
     return (columns * place[: len(columns)]).sum() + 1_000_003 * (rows * place[: len(rows)]).sum()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def may_run_again() -> bool:
@@ -274,9 +271,8 @@ def _validate_gates(recorded: dict[str, GateMark], gates: dict[str, Gate], same_
         raise InvalidArgumentError(f"model must have the gates that were recorded; {'; '.join(wrong)}")
 
 
-def _validate_rule(name: str, gate: Gate) -> None:
-    drawn = isinstance(gate, PosteriorGate) and gate.chooses_per_token
-    if drawn or reweigh.dispatch(type(gate)) is reweigh.dispatch(Gate):
+def _validate_rule(name: str, gate: Gate, *, hosted: bool) -> None:
+    if not (isinstance(gate, PriorGate) if hosted else has_rule(gate)):
         raise InvalidArgumentError(
             f"weights must be 'recorded': gate {name!r}, a {type(gate).__name__}, has no rule to weigh a given choice"
         )

@@ -19,7 +19,7 @@ ORDER = [
     ["gates"],
     ["dispatch", "experts"],
     ["layer", "router"],
-    ["recording"],
+    ["recording", "reweigh"],
     ["record"],
     ["replay"],
     ["audit", "huggingface", "serving"],

@@ -268,6 +268,18 @@ def test_another_precision_gets_the_recorded_experts() -> None:
     assert torch.equal(seen.routings[0][1].expert_indices, trace.routings[0][1].expert_indices)
 
 
+def test_experts_that_scale_their_weights_in_place_leave_the_recording_as_it_is() -> None:
+    model = layers(posterior_gate, 1)
+    with record(model) as trace:
+        model(data(4))
+    trace.close()
+    for _ in range(2):
+        with replay(model, trace):
+            routing = model[0].route(data(4))
+        assert torch.equal(routing.routing_weights, trace.routings[0][1].routing_weights)
+        routing.routing_weights.mul_(3.0)
+
+
 def test_what_differs_is_named_before_anything_runs(tmp_path: Path) -> None:
     model = layers(posterior_gate, 2)
     with record(model) as trace:

@@ -9,12 +9,11 @@ from torch import nn
 
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError
 from moe_posterior.gates import Gate, PosteriorGate, PriorGate
-from moe_posterior.record import find_gates
+from moe_posterior.record import HOSTED, find_gates, hosting_router
 from moe_posterior.serving.routing import CustomRouting, PosteriorRouting, PriorRouting
 from moe_posterior.serving.rule import HostRule
 from moe_posterior.tensorfile import load_tensors, save_tensors
 
-HOSTED = ".posterior_gate"  # how the name of a gate inside a host's router ends
 KIND, VERSION = "exported routing", 1
 
 
@@ -52,8 +51,8 @@ def export_routing(
     """
     functions = {}
     for name, gate in find_gates(model).items():
-        router = model.get_submodule(name.removesuffix(HOSTED)) if name.endswith(HOSTED) else None
-        key = name if router is None else name.removesuffix(HOSTED)
+        router = hosting_router(model, name)
+        key = name if router is None else name.removesuffix(HOSTED).removesuffix(".")
         own = rule.get(key) if isinstance(rule, Mapping) else rule
         if own is None:
             own = HostRule() if router is None else _rule_of(key, router)

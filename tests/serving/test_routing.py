@@ -126,6 +126,7 @@ def by_hand(logits: Tensor, top_k: int, renormalize: bool, rule: HostRule) -> tu
 
 RULES = {
     "softmax": HostRule(),
+    "even": HostRule("sigmoid", e_score_correction_bias=torch.zeros(12)),
     "sigmoid": HostRule("sigmoid"),
     "scaled": HostRule(routed_scaling_factor=2.5),
     "grouped": HostRule("softmax", 4, 2),
@@ -223,7 +224,7 @@ def test_casting_a_model_leaves_the_tables_as_they_are() -> None:
         assert torch.equal(table, before[name])
 
 
-@pytest.mark.parametrize("name", ["softmax", "corrected", "deepseek"])
+@pytest.mark.parametrize("name", ["softmax", "even", "corrected", "deepseek"])
 def test_an_expert_that_was_removed_is_never_chosen(name: str) -> None:
     gate = PriorGate(D, 12, C, 3, learned=False)
     gate.fit(data(60))
@@ -235,6 +236,9 @@ def test_an_expert_that_was_removed_is_never_chosen(name: str) -> None:
     assert not (ids == 11).any()
     assert not (ids == 0).any()
     assert weights.isfinite().all()
+    hopeless = torch.full((5, 12), -400.0)  # all scores are 0, or, by softmax, equal
+    _, ids = serve(PriorRouting(gate, RULES[name], spread=False), data(5), hopeless, 3)
+    assert not ((ids == 11) | (ids == 0)).any()
 
 
 def test_a_condemned_expert_loses_its_correction_too() -> None:
@@ -388,7 +392,7 @@ def test_vllms_own_router_takes_the_function() -> None:
     router = module.CustomRoutingRouter(
         top_k=K, global_num_experts=E, custom_routing_function=routing_of(gate), renormalize=True
     )
-    weights, ids = router.select_experts(hidden_states=hidden, router_logits=gate.router(hidden))
+    weights, ids = router._compute_routing(hidden, gate.router(hidden), None)
     assert torch.equal(ids.long(), gate(hidden).expert_indices)
     assert weights.dtype == torch.float32
 
