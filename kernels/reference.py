@@ -79,17 +79,23 @@ def assign(hidden: Tensor, centroids: Centroids) -> Assignment:  # (N, D)
     valid cluster, and distance inf. Where the centroids come with a radius, whatever lies outside it, broken rows too, forms one more
     class, with index C.
     """
+    cluster_ids = nearest(hidden, centroids)
     with torch.autocast(hidden.device.type, enabled=False):
         tokens = hidden.float()
-        similarity = tokens @ centroids.directions.T - centroids.offsets
-        best, cluster_ids = similarity.max(dim=-1)
-        cluster_ids = torch.where(torch.isfinite(best), cluster_ids, 0)
         # Directly: ‖x‖² - 2 x·c + ‖c‖² would leave nothing but rounding for data far from the origin.
         distance = torch.linalg.vector_norm(tokens - centroids.points[cluster_ids], dim=-1)
     distance = torch.where(torch.isnan(distance), torch.inf, distance)
     if centroids.radius is not None:
         cluster_ids = torch.where(distance > centroids.radius[cluster_ids], len(centroids.points), cluster_ids)
     return Assignment(cluster_ids, distance)
+
+
+def nearest(hidden: Tensor, centroids: Centroids) -> Tensor:  # (N, D) -> (N,) int64
+    """The clusters of :func:`assign` where the distance is not wanted and no radius counts."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        similarity = hidden.float() @ centroids.directions.T - centroids.offsets
+    best, cluster_ids = similarity.max(dim=-1)
+    return torch.where(torch.isfinite(best), cluster_ids, 0)
 
 
 def select(

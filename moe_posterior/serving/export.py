@@ -27,7 +27,7 @@ def export_routing(
 
     The functions hold copies and know nothing of the model. They give the choice of the gates as they are now: later evidence reaches
     them by :meth:`CustomRouting.refresh` or :func:`update_routing`. What an engine calls hidden states and logits must be what the
-    router saw and computed; weights come as the engine asks for them by ``renormalize``.
+    router saw and computed; weights come as the engine asks for them by ``renormalize``. The nearest cluster is always the exact one.
 
     Args:
         model: was given to ``swap_gates``, or holds :class:`~moe_posterior.PriorGate` or :class:`~moe_posterior.PosteriorGate` itself.

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, PosteriorGate, PriorGate
 from moe_posterior.kernels import dispatch
-from moe_posterior.kernels.reference import Centroids, assign
+from moe_posterior.kernels.reference import Centroids, nearest
 from moe_posterior.precision import FixedPrecision
 from moe_posterior.serving.rule import HostRule, choose
 
@@ -164,7 +164,7 @@ class PriorRouting(CustomRouting):
         self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
     ) -> tuple[Tensor, Tensor]:
         self._validate(hidden_states, gating_output, topk)
-        ids = assign(hidden_states, Centroids(self.centroids, self.directions, self.offsets)).cluster_ids
+        ids = nearest(hidden_states, Centroids(self.centroids, self.directions, self.offsets))
         evidence = self.evidence_bias[ids]  # added also while it is all 0: a captured graph cannot branch on it
         return choose(gating_output.float() + evidence, self._ties(ids), topk, renormalize, self.rule, evidence)
 
