@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
 from moe_posterior.recording import recording_of, save_recording
+from moe_posterior.rerun import in_backward
 
 HOSTED = "posterior_gate"  # the name of a gate inside another library's router
 
@@ -122,7 +123,7 @@ class Trace:
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Routing], Routing]:
         def keep(gate: nn.Module, inputs: Any, routing: Routing) -> Routing:
             # Activation checkpointing runs the forward again inside the backward pass: the same tokens, not new ones.
-            recomputed = torch._C._current_graph_task_id() != -1
+            recomputed = in_backward()
             if not (self.recording or recomputed):
                 return routing
             if torch.is_grad_enabled():

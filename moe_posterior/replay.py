@@ -5,7 +5,7 @@ Dimensions: N tokens, D hidden size, E experts, k experts per token.
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,12 +15,12 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, PriorGate, Routing
-from moe_posterior.record import Trace, find_gates, hosting_router
+from moe_posterior.record import HOSTED, Trace, find_gates, hosting_router
 from moe_posterior.recording import GateMark, Recording, load_recording, mark, recording_of
+from moe_posterior.rerun import in_backward, may_run_again, signature
 from moe_posterior.reweigh import ForcedChoice, has_rule, reweigh
 
 Weights = Literal["recorded", "recomputed"]
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Call(NamedTuple):
@@ -105,9 +105,9 @@ class Replay:
         """The routing for this call of a gate, in place of its own; None leaves it its own."""
         recorded = self.expected(name, hidden)
         if recorded is None:
-            self._forward_since = self._forward_since or not _in_backward()
+            self._forward_since = self._forward_since or not in_backward()
             return None
-        if not _in_backward():
+        if not in_backward():
             self.pending.popleft()
             if may_run_again():
                 self._seen.append(_Call(name, signature(hidden), recorded))
@@ -126,7 +126,7 @@ class Replay:
 
     def expected(self, name: str, hidden: Tensor) -> Routing | None:  # (N, D)
         """What was recorded for the call that this gate is in; None where the call is not part of the replay."""
-        if _in_backward():  # activation checkpointing: the same tokens again, not the next ones
+        if in_backward():  # activation checkpointing: the same tokens again, not the next ones
             return self._recall(name, hidden)
         if not self.inside:
             return None
@@ -175,8 +175,8 @@ def replay(
 
     Args:
         model: holds the same gates, by name, order and sizes, as the model recorded; not compiled.
-        recorded: a trace that has not been observed yet, a file of :meth:`Trace.save`, or what
-            :func:`~moe_posterior.recording.load_recording` read.
+        recorded: a trace that has not been observed yet, a file of :meth:`Trace.save`, what
+            :func:`~moe_posterior.recording.load_recording` read, or :func:`recording_from_experts`.
         weights: ``"recorded"`` (default) also forces the routing weights, as constants: the same outputs bit for bit, whatever has
             become of the gates, and no gradient to them. ``"recomputed"`` forces the experts alone and weighs them by the gate's own
             rule as of now, with gradient, as training a router on a rollout needs; outputs are the same while the gates are.
@@ -203,6 +203,8 @@ def replay(
     recording = _recording(recorded)
     gates = find_gates(model)
     _validate_gates(recording.gates, gates, same_state)
+    if weights == "recorded" and any(len(r.routing_weights) < len(r.expert_indices) for _, r in recording.calls):
+        raise InvalidArgumentError("weights must be 'recomputed': the experts alone were recorded")
     if weights == "recomputed":
         for name, gate in gates.items():
             _validate_rule(name, gate, hosted=hosting_router(model, name) is not None)
@@ -216,29 +218,38 @@ def replay(
     replaying.leave()
 
 
-def signature(hidden: Tensor) -> Tensor:  # (N, D) -> () int64
-    """A number that tells hidden states apart by their bits and places, without asking the device for it.
+def recording_from_experts(model: nn.Module, experts: Mapping[str, Tensor]) -> Recording:  # name: (N, k)
+    """One forward pass as an engine reports it: the chosen experts alone, to be replayed with ``weights="recomputed"``.
 
-    >>> rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    >>> signature(rows) == signature(rows.clone()), signature(rows) == signature(rows.flip(0))
-    (tensor(True), tensor(False))
+    Args:
+        model: what will be trained on it.
+        experts: for every gate the experts of its tokens, in the order in which the model calls its gates; by the names of
+            :func:`~moe_posterior.serving.export_routing`.
+
+    Raises:
+        InvalidArgumentError: other names, a wrong shape, or an expert that is not there.
+
+    >>> from moe_posterior import MixtureOfExperts, SoftmaxGate
+    >>> moe = MixtureOfExperts(nn.ModuleList([nn.Linear(8, 8) for _ in range(4)]), SoftmaxGate(8, 4, top_k=2))
+    >>> with replay(moe, recording_from_experts(moe, {"gate": torch.tensor([[3, 0]])}), weights="recomputed"):
+    ...     moe.route(torch.ones(1, 8)).expert_indices
+    tensor([[3, 0]])
     """
-    bits = hidden.detach().contiguous().view(_INTEGER[hidden.element_size()])
-    columns, rows = (bits.sum(dim=dim, dtype=torch.int64) for dim in (0, 1))
-    place = torch.arange(1, max(bits.shape) + 1, device=bits.device)
-    return (columns * place[: len(columns)]).sum() + 1_000_003 * (rows * place[: len(rows)]).sum()
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def may_run_again() -> bool:
-    """Whether activation checkpointing may run the present forward again.
-
-    Its reentrant kind runs forwards without gradients, as does inference; the other kind hooks what autograd saves.
-    """
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    gates = find_gates(model)
+    names = {name.removesuffix(f".{HOSTED}"): name for name in gates}
+    if experts.keys() != names.keys():
+        raise InvalidArgumentError(f"experts must be given for the gates {list(names)}; got {list(experts)}")
+    calls = []
+    for key, chosen in experts.items():
+        gate, indices = gates[names[key]], chosen.long()
+        fits = indices.ndim == 2 and indices.shape[1] == gate.top_k
+        if not fits or (indices < 0).any() or (indices >= gate.num_experts).any():
+            raise InvalidArgumentError(
+                f"experts of gate {key!r} must be (N, {gate.top_k}) and below {gate.num_experts}; got {tuple(chosen.shape)}"
+            )
+        none = torch.empty(0)
+        calls.append((names[key], Routing(indices, none, none, none, none)))
+    return Recording({name: mark(gate, with_state=False) for name, gate in gates.items()}, calls)
 
 
 def _recording(recorded: Trace | Recording | str | os.PathLike[str]) -> Recording:

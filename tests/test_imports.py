@@ -19,7 +19,7 @@ ORDER = [
     ["gates"],
     ["dispatch", "experts"],
     ["layer", "router"],
-    ["recording", "reweigh"],
+    ["recording", "rerun", "reweigh"],
     ["record"],
     ["replay"],
     ["audit", "huggingface", "serving"],

@@ -10,7 +10,8 @@ from moe_posterior import InvalidArgumentError, MixtureOfExperts, PosteriorGate,
 from moe_posterior.errors import DamagedFileError
 from moe_posterior.gates import FixedGate, Gate
 from moe_posterior.recording import load_recording
-from moe_posterior.replay import replay, signature
+from moe_posterior.replay import recording_from_experts, replay
+from moe_posterior.rerun import signature
 from moe_posterior.tensorfile import load_tensors, save_tensors
 
 D, E, C, K = 6, 5, 3, 2
@@ -381,6 +382,30 @@ def test_an_observed_trace_a_second_replay_and_gates_without_a_rule_are_refused(
             pytest.fail("the block ran")
         with replay(holder, drawn):
             holder(data(4))
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_experts_chosen_by_an_engine_are_replayed_with_the_gates_own_weights(make: Callable) -> None:
+    model = layers(make, 2)
+    with record(model) as trace:
+        before = model(data(6))
+    trace.close()
+    experts = {name: routing.expert_indices.to(torch.uint8) for name, routing in trace.routings}
+    with replay(model, recording_from_experts(model, experts), weights="recomputed"):
+        assert torch.equal(model(data(6)), before)
+    with (
+        pytest.raises(InvalidArgumentError, match="weights must be 'recomputed'"),
+        replay(model, recording_from_experts(model, experts)),
+    ):
+        pytest.fail("the block ran")
+    one = {"0.gate": experts["0.gate"]}
+    for bad, message in (
+        (one, r"for the gates \['0.gate', '1.gate'\]; got \['0.gate'\]"),
+        (experts | {"1.gate": experts["1.gate"][:, :1]}, r"'1.gate' must be \(N, 2\) and below 5; got \(6, 1\)"),
+        (experts | {"0.gate": experts["0.gate"] + E}, "'0.gate' must be"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            recording_from_experts(model, bad)
 
 
 def test_a_file_holds_the_whole_recording_and_refuses_experts_that_are_not_there(tmp_path: Path) -> None:

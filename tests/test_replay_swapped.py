@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_posterior import InvalidArgumentError, record
+from moe_posterior import InvalidArgumentError, export_routing, record
 from moe_posterior.gates import PriorGate
-from moe_posterior.replay import replay
+from moe_posterior.replay import recording_from_experts, replay
 
 transformers = pytest.importorskip("transformers")
 from moe_posterior.huggingface import swap_gates  # noqa: E402, after the skip
@@ -176,6 +176,24 @@ def test_recomputed_weights_follow_the_changed_router_on_the_recorded_experts() 
         scores = (hidden.double() @ router.weight.double().T + bias).gather(1, indices).exp()
         expected = scores / scores.sum(dim=1, keepdim=True)
         torch.testing.assert_close(weights, expected.float(), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_what_the_served_routing_chose_is_what_training_replays() -> None:
+    model = swapped(mixtral).eval()
+    functions = export_routing(model)  # the rollout's, as an engine would hold them
+    estrange(model)
+    hidden = torch.randn(18, D, generator=torch.Generator().manual_seed(4))
+    experts = {}
+    for (name, function), router in zip(functions.items(), routers(model), strict=True):
+        logits = nn.functional.linear(hidden, router.weight)
+        experts[name] = function(hidden_states=hidden, gating_output=logits, topk=2, renormalize=True)[1]
+    seen = []
+    for router in routers(model):
+        router.register_forward_hook(lambda _, args, output: seen.append(output[2]))
+    with replay(model, recording_from_experts(model, experts), weights="recomputed"):
+        model(input_ids=ids(1))
+    assert same(seen, [chosen.long() for chosen in experts.values()])
 
 
 def test_a_router_that_does_not_choose_by_top_k_and_a_replacing_gate_have_no_rule() -> None:
