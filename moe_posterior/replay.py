@@ -183,8 +183,9 @@ def replay(
         same_state: also require the gates' weights, clusters and belief to be those of the recording, bit for bit.
 
     Raises:
-        InvalidArgumentError: another model, another order or number of tokens, calls left over at the end of the block, or a
-            gate that knows no rule to weigh a given choice. MissingDataError, DamagedFileError: the file is missing or damaged.
+        InvalidArgumentError: another model, another order or number of tokens, calls left over at the end of the block, a gate
+            that knows no rule to weigh a given choice, or a swapped router that makes more of its logits than choice and weights
+            (Inkling). MissingDataError, DamagedFileError: the file is missing or damaged.
 
     >>> from moe_posterior import PosteriorMoE, record
     >>> hidden = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -205,9 +206,8 @@ def replay(
     _validate_gates(recording.gates, gates, same_state)
     if weights == "recorded" and any(len(r.routing_weights) < len(r.expert_indices) for _, r in recording.calls):
         raise InvalidArgumentError("weights must be 'recomputed': the experts alone were recorded")
-    if weights == "recomputed":
-        for name, gate in gates.items():
-            _validate_rule(name, gate, hosted=hosting_router(model, name) is not None)
+    for name, gate in gates.items():
+        _validate_weights(name, gate, hosting_router(model, name), weights)
     _make_room(gates)
     replaying = Replay(recording, model, gates, weights)
     try:
@@ -282,10 +282,14 @@ def _validate_gates(recorded: dict[str, GateMark], gates: dict[str, Gate], same_
         raise InvalidArgumentError(f"model must have the gates that were recorded; {'; '.join(wrong)}")
 
 
-def _validate_rule(name: str, gate: Gate, *, hosted: bool) -> None:
-    if not (isinstance(gate, PriorGate) if hosted else has_rule(gate)):
+def _validate_weights(name: str, gate: Gate, router: Any, weights: Weights) -> None:
+    if weights == "recomputed" and not (has_rule(gate) if router is None else isinstance(gate, PriorGate)):
         raise InvalidArgumentError(
             f"weights must be 'recorded': gate {name!r}, a {type(gate).__name__}, has no rule to weigh a given choice"
+        )
+    if weights == "recorded" and router is not None and not router.moe_posterior.adapter.whole:
+        raise InvalidArgumentError(
+            f"weights must be 'recomputed': the router of gate {name!r} returns more than was recorded, a choice and its weights"
         )
 
 

@@ -27,6 +27,7 @@ class Adapter:
     """The common return: a tuple that begins with logits, weights (T, k), indices (T, k)."""
 
     kind = "swapped"  # what the report calls it
+    whole = True  # whether indices and weights are all of the output that depends on the logits and that the model computes with
 
     def num_experts(self, router: nn.Module) -> int:
         """E; where a router scores more than its experts (a zero expert, say), those count as experts too."""
@@ -128,6 +129,12 @@ class SharedInside(Adapter):
         return super().correction(router, args, kwargs)
 
 
+class Inkling(SharedInside):
+    """Inkling: the weights of its shared experts come out of the same softmax."""
+
+    whole = False
+
+
 class Dense(Adapter):
     """Llama 4: ``(scores (T, E), logits)``, scores 0 where an expert was not chosen."""
 
@@ -225,7 +232,7 @@ class Inside(Adapter):
 
 
 SPECIAL: dict[str, Adapter] = {
-    "InklingTopkRouter": SharedInside(),
+    "InklingTopkRouter": Inkling(),
     "ZayaRouter": SharedInside(),
     "Llama4Router": Dense(),
     "JetMoeTopKGating": Grouped(),
