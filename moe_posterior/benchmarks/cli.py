@@ -37,6 +37,7 @@ a    a stable pool of equally competent experts: robustness must cost nothing
 b    one of 16 experts fails on 60 % of the query classes, without a trace in what the gates see
 c    after half of the stream the queries come from classes that no gate has seen
 llm  which of nine language models should answer: static, with the best one failing midway, with a change of tasks
+lm   gates swapped into a small language model of its own, experts damaged and repaired; see: moe-posterior benchmark lm --help
 latency  how long a decision takes: one at a time, and when queries arrive at 1,000 to 100,000 a second; wants an idle machine
 
 synthetic         Gaussian queries and a known competence matrix
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("benchmark", choices=("a", "b", "c", "llm", "latency"), help="which; see below")
+    made.add_argument("benchmark", choices=("a", "b", "c", "llm", "lm", "latency"), help="which; see below")
     made.add_argument("--seeds", type=int, default=5, metavar="S", help="how many seeds (default 5)")
     made.add_argument("--first-seed", type=int, default=0, metavar="S", help="start the seeds there (default 0)")
     made.add_argument("--out", metavar="FILE.json", help="write tidy records; what it already holds is not run again")
@@ -85,6 +86,10 @@ def benchmark(arguments: Sequence[str]) -> int:
     Raises:
         MoEPosteriorError: a mistake in what was asked, absent data or packages; the message says what to do.
     """
+    if list(arguments[:1]) == ["lm"]:  # has options of its own, and needs transformers
+        from moe_posterior.benchmarks.lm.command import lm
+
+        return lm(list(arguments[1:]), _about(""))
     asked = parser().parse_args(list(arguments))
     command = shlex.join(["moe-posterior", "benchmark", *arguments])
     if asked.source is not None:

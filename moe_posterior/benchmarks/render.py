@@ -109,7 +109,7 @@ def _save(figure: "Figure", path: Path) -> Path:
     return path
 
 
-def _canvas(width: float, height: float) -> "Figure":
+def canvas(width: float, height: float) -> "Figure":
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -123,12 +123,12 @@ def _canvas(width: float, height: float) -> "Figure":
 def _trajectories(block: Block) -> "Figure":
     """Table 6 as a picture: a line for affected and one for healthy classes, gate by gate, seeds as a band."""
     gates = [gate for gate in DRAWN if gate in block.gates and block.numbers(gate, "degraded_mean_affected_0")]
-    figure = _canvas(0.6 + 3.4 * len(gates), 3.2)
+    figure = canvas(0.6 + 3.4 * len(gates), 3.2)
     panels = figure.subplots(1, len(gates), squeeze=False, sharey=True)[0]
     for axes, gate in zip(panels, gates, strict=True):
         for where, style in zip(("affected", "healthy"), STYLES, strict=False):
             lines = [block.numbers(gate, f"degraded_mean_{where}_{passed}") for passed in CHECKPOINTS]
-            _band(axes, list(CHECKPOINTS), [list(line.values()) for line in lines], where, style)
+            band(axes, list(CHECKPOINTS), [list(line.values()) for line in lines], where, style)
         axes.set_title(gate, fontsize=10)
         axes.set_xlabel("queries since the failure")
     panels[0].set_ylabel("posterior mean of the degraded expert")
@@ -139,7 +139,7 @@ def _trajectories(block: Block) -> "Figure":
 
 def _success(block: Block) -> "Figure":
     """True success probability of the chosen expert, averaged over the next 50 queries."""
-    figure = _canvas(6.4, 3.6)
+    figure = canvas(6.4, 3.6)
     axes = figure.subplots()
     gates = [gate for gate in DRAWN if gate in block.gates]
     for gate, style in zip(
@@ -148,7 +148,7 @@ def _success(block: Block) -> "Figure":
         curves = [curve for curve in block.values[gate].get("curve_expected", {}).values() if isinstance(curve, list)]
         if curves:
             points = [list(values) for values in zip(*curves, strict=True)]
-            _band(axes, [CURVE_STEP * index for index in range(len(points))], points, gate, style)
+            band(axes, [CURVE_STEP * index for index in range(len(points))], points, gate, style)
     axes.axhline(0.85, color="0.8", linewidth=0.8, zorder=0)
     axes.set_xlabel("query")
     axes.set_ylabel("success of the next 50 queries (share)")
@@ -157,7 +157,7 @@ def _success(block: Block) -> "Figure":
     return figure
 
 
-def _band(axes: "Axes", x: list[int], samples: list[list[float]], label: str, style: dict[str, Any]) -> None:
+def band(axes: "Axes", x: list[int], samples: list[list[float]], label: str, style: dict[str, Any]) -> None:
     """Mean over seeds and, where there are several, plus and minus two standard errors."""
     columns = [torch.tensor(values or [torch.nan], dtype=torch.float64) for values in samples]
     mean = torch.tensor([float(column.mean()) for column in columns])

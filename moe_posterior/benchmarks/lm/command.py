@@ -1,0 +1,134 @@
+"""``moe-posterior benchmark lm``: run the experiment, go on with it, or render what an earlier run wrote."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from moe_posterior.benchmarks import records, render
+from moe_posterior.benchmarks.lm.experiment import PARTS, Experiment, run
+from moe_posterior.benchmarks.lm.figures import draw
+from moe_posterior.benchmarks.lm.models import Recipe
+from moe_posterior.benchmarks.lm.stream import Plan
+from moe_posterior.benchmarks.lm.tables import tables_of
+from moe_posterior.benchmarks.records import Record, Results
+from moe_posterior.errors import InvalidArgumentError
+
+EXAMPLES = """
+examples:
+  moe-posterior benchmark lm --text book.txt wiki.txt --runs runs/lm --out lm.json
+                                        everything, hours on one core; run it again to go on where it stopped
+  moe-posterior benchmark lm --text book.txt --parts damage --seeds 1 --steps 300
+                                        a first look, some minutes
+  moe-posterior benchmark lm --from lm.json --markdown lm.md --figures figures/
+                                        render again, nothing is run
+
+damage   train a small Mixtral on bytes, swap its gates, serve it healthy text, damage experts, serve on, repair them
+knobs    the same with one knob of the gate changed at a time, damages in all layers alone
+scratch  the same transformer trained from scratch with softmax, prior and posterior gates
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    recipe, plan = Recipe(), Plan()
+    made = argparse.ArgumentParser(
+        prog="moe-posterior benchmark lm",
+        description="Does a gate that learns from evidence pay in a language model? A small Mixtral on bytes.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--text", nargs="+", metavar="FILE", help="plain text to train, serve and measure on")
+    made.add_argument("--runs", default="runs/lm", metavar="FOLDER", help="checkpoints (default runs/lm)")
+    made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    made.add_argument("--seeds", type=int, default=3, metavar="S", help="how many seeds (default 3)")
+    made.add_argument("--first-seed", type=int, default=0, metavar="S", help="start the seeds there (default 0)")
+    made.add_argument("--layers", type=int, default=recipe.layers, help=f"default {recipe.layers}")
+    made.add_argument(
+        "--steps", type=int, default=recipe.steps, help=f"of 32 windows of 128 bytes (default {recipe.steps})"
+    )
+    made.add_argument(
+        "--scratch-steps", type=int, default=500, metavar="N", help="the same, from scratch (default 500)"
+    )
+    made.add_argument(
+        "--healthy",
+        type=int,
+        default=plan.healthy,
+        metavar="N",
+        help=f"tokens before a damage (default {plan.healthy})",
+    )
+    made.add_argument(
+        "--tuning", action="store_true", help="on the parts of the text that knobs are chosen on, which no report reads"
+    )
+    made.add_argument("--out", metavar="FILE.json", help="write tidy records; what it already holds is not run again")
+    made.add_argument("--from", dest="source", metavar="FILE.json", help="render these records, run nothing")
+    made.add_argument("--markdown", metavar="FILE.md", help="write the tables as Markdown too")
+    made.add_argument("--figures", metavar="FOLDER", help="draw figures into this folder")
+    made.add_argument("--quiet", action="store_true", help="do not say what is being done")
+    return made
+
+
+def lm(arguments: Sequence[str], about: dict[str, object]) -> int:
+    """Run ``moe-posterior benchmark lm`` with these arguments; 0 on success.
+
+    Args:
+        arguments: those after ``lm``.
+        about: versions and the like, for the records.
+
+    Raises:
+        MoEPosteriorError: a mistake in what was asked, absent data or packages; the message says what to do.
+    """
+    asked = parser().parse_args(list(arguments))
+    if asked.source is not None:
+        return _show(asked, records.read(asked.source))
+    for name in ("seeds", "layers", "steps", "scratch_steps", "healthy"):
+        if getattr(asked, name) < 1:
+            raise InvalidArgumentError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(asked, name)}")
+    if not asked.text:
+        raise InvalidArgumentError("--text must name at least one file of plain text, or --from a file of records")
+    kept = records.read(asked.out).records if asked.out and Path(asked.out).is_file() else []
+    found = list(kept)
+    about = {**about, "command": shlex.join(["moe-posterior", "benchmark", "lm", *arguments])}
+
+    def report(new: list[Record]) -> None:
+        found.extend(new)
+        if asked.out:
+            records.write(Results(found, about), asked.out)
+
+    report([])  # an unwritable place is found out before the work
+    experiment = Experiment(
+        asked.text,
+        Path(asked.runs),
+        range(asked.first_seed, asked.first_seed + asked.seeds),
+        asked.parts,
+        replace(Recipe(), layers=asked.layers, steps=asked.steps),
+        asked.scratch_steps,
+        replace(Plan(), healthy=asked.healthy),
+        asked.tuning,
+        report,
+        (lambda line: None) if asked.quiet else (lambda line: print(line, file=sys.stderr, flush=True)),
+    )
+    run(experiment, {record.case for record in found})
+    return _show(asked, Results(found, about))
+
+
+def _show(asked: argparse.Namespace, results: Results) -> int:
+    found = [record for record in results.records if record.benchmark == "lm"]
+    if not found:
+        raise InvalidArgumentError(f"{asked.source or asked.out} must hold records of benchmark 'lm'; it has none")
+    tables = tables_of(found)
+    render.print_tables(tables)
+    about = results.about
+    versions = f"torch {about.get('torch')}, Python {about.get('python')}, {about.get('processors')} processors"
+    if asked.markdown:
+        again = f"\n`{about.get('command')}`\n\n{versions}\n"
+        Path(asked.markdown).write_text(render.to_markdown(tables) + again)
+        print(f"tables: {asked.markdown}")
+    if asked.figures:
+        for path in draw(found, asked.figures):
+            print(f"figure: {path}")
+    print(versions)
+    print(f"again:  {about.get('command')}")
+    return 0

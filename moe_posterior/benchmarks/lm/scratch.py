@@ -1,0 +1,181 @@
+"""The same small transformer trained from scratch behind different gates.
+
+Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from moe_posterior.benchmarks.lm.damage import decoder_layers
+from moe_posterior.benchmarks.lm.data import Corpus, batches
+from moe_posterior.benchmarks.lm.models import Recipe, build, evaluate, next_byte_loss, train
+from moe_posterior.clustering import Clusterer
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.experts import ExpertsFFN
+from moe_posterior.gates import Gate, PosteriorGate, PriorGate, SoftmaxGate
+from moe_posterior.layer import MixtureOfExperts
+from moe_posterior.record import record
+
+ARMS = ("softmax", "softmax, balanced", "prior, balanced", "replace")
+NUM_CLUSTERS = 64
+HALF_LIFE = 300.0  # observations of a cell; the experts change while they learn
+MOVE_EVERY = 10  # steps between two moves of the centroids towards where their tokens are now
+DEAD = 0.01  # an expert is called dead below this part of its fair share 1 / E of the traffic
+_WATCHED = 128  # windows for the loss along the training
+_MEASURED = 256
+
+
+def make_gate(arm: str, recipe: Recipe) -> Gate:
+    """The gate of an arm.
+
+    Raises:
+        InvalidArgumentError: another arm.
+    """
+    sizes = (recipe.hidden_size, recipe.experts)
+    if arm.startswith("softmax"):
+        return SoftmaxGate(*sizes, top_k=recipe.top_k)
+    if arm == "prior, balanced":
+        return PriorGate(*sizes, NUM_CLUSTERS, recipe.top_k, half_life=HALF_LIFE)
+    if arm == "replace":
+        return PosteriorGate(*sizes, NUM_CLUSTERS, recipe.top_k, half_life=HALF_LIFE)
+    raise InvalidArgumentError(f"arm must be one of {list(ARMS)}; got {arm!r}")
+
+
+def build_arm(arm: str, recipe: Recipe, seed: int) -> nn.Module:
+    """A Mixtral whose mixtures are ours: the gate of the arm before :class:`ExpertsFFN`.
+
+    All arms of a seed start from the same weights. ``replace`` has no router, so E · D parameters a layer fewer.
+    """
+    model = build(recipe, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # nn.Linear draws its first weights from the global generator
+        for layer, decoder in enumerate(decoder_layers(model)):
+            generator = torch.Generator().manual_seed(1000 * (seed + 1) + layer)
+            experts = ExpertsFFN(recipe.experts, recipe.hidden_size, recipe.intermediate_size, generator=generator)
+            decoder.mlp = MixtureOfExperts(experts, make_gate(arm, recipe))
+    return model.eval()
+
+
+def train_arm(
+    arm: str, corpus: Corpus, recipe: Recipe, seed: int, path: Path, *, measured: str = "evaluate"
+) -> dict[str, Any]:
+    """Train one arm, or go on from its checkpoint, and measure it.
+
+    Returns:
+        ``loss``, ``ece``, ``accuracy``; ``shares`` (one list a layer), ``dead_experts``, ``smallest_share`` in parts of the fair one;
+        ``curve_step`` and ``curve_loss`` along the training; ``parameters``.
+    """
+    model = build_arm(arm, recipe, seed)
+    windows = corpus.windows(measured, torch.Generator().manual_seed(0))
+    progress = train(
+        model,
+        corpus,
+        recipe,
+        seed,
+        path,
+        backward=_Backward(model, recipe, balanced=arm.endswith("balanced")),
+        watch=lambda step: {"loss": evaluate(model, windows[:_WATCHED]).loss},
+        variant=arm,
+    )
+    shares = traffic(model, windows[:_WATCHED])
+    parts = [share * recipe.experts for layer in shares for share in layer]
+    return {
+        **asdict(evaluate(model, windows[:_MEASURED])),
+        "shares": shares,
+        "dead_experts": sum(part < DEAD for part in parts),
+        "smallest_share": min(parts),
+        "curve_step": [entry["step"] for entry in progress],
+        "curve_loss": [entry["loss"] for entry in progress],
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+    }
+
+
+def balance_loss(logits: Tensor, expert_indices: Tensor) -> Tensor:  # (N, E), (N, k) -> ()
+    """``E · Σ f_e P_e``: share of the traffic times mean probability; 1 where both are even.
+
+    Source: Fedus et al. 2022, *Switch Transformers*, equation 4.
+
+    >>> round(float(balance_loss(torch.zeros(2, 4), torch.tensor([[0, 1], [2, 3]]))), 6)
+    1.0
+    """
+    num_experts = logits.shape[1]
+    share = torch.bincount(expert_indices.flatten(), minlength=num_experts) / expert_indices.numel()
+    return num_experts * (share * torch.softmax(logits.float(), dim=1).mean(dim=0)).sum()
+
+
+@torch.no_grad()
+def move_centroids(clusterer: Clusterer, hidden: Tensor) -> None:  # (N, D)
+    """Each centroid half-way towards the mean of the tokens nearest to it: a cluster stays the same cluster while states drift.
+
+    A cluster without tokens stays where it is.
+    """
+    ids = clusterer(hidden).cluster_ids
+    counts = torch.bincount(ids, minlength=clusterer.num_clusters)[:, None]
+    sums = torch.zeros_like(clusterer.centroids).index_add_(0, ids, hidden.float())
+    means = torch.where(counts > 0, sums / counts.clamp(min=1), clusterer.centroids)
+    clusterer.set_centroids((clusterer.centroids + means) / 2)
+
+
+def traffic(model: nn.Module, windows: Tensor) -> list[list[float]]:  # (n, T)
+    """Each layer's share of (token, slot) pairs by expert."""
+    counts: dict[str, Tensor] = {}
+    for tokens in batches(windows, min(32, len(windows))):
+        with torch.no_grad(), record(model) as trace:
+            model(input_ids=tokens)
+        for name, routing in trace.routings:
+            found = torch.bincount(routing.expert_indices.flatten(), minlength=trace.gates[name].num_experts)
+            counts[name] = counts.get(name, torch.zeros_like(found)) + found
+        trace.close()
+    return [(count / count.sum()).tolist() for count in counts.values()]
+
+
+class _Backward:
+    """Forward, backward and evidence of one batch; what the gates saw moves their clusters."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, *, balanced: bool) -> None:
+        self.weight = recipe.balance if balanced else 0.0
+        self.gates = [cast(Gate, decoder.mlp.gate) for decoder in decoder_layers(model)]
+        self.seen: dict[Gate, Tensor] = {}
+        self.losses: list[Tensor] = []
+        for gate in self.gates:
+            if isinstance(gate, PosteriorGate | PriorGate):
+                gate.register_forward_pre_hook(self._keep)
+            if balanced:
+                gate.register_forward_hook(self._balance)
+
+    def __call__(self, model: nn.Module, tokens: Tensor, step: int) -> float:  # (B, T)
+        self.losses = []
+        learning = bool([gate for gate in self.gates if isinstance(gate, PosteriorGate | PriorGate)])
+        if learning:
+            with record(model) as trace:
+                logits = cast(Any, model)(input_ids=tokens).logits
+        else:
+            logits = cast(Any, model)(input_ids=tokens).logits
+        loss = next_byte_loss(logits, tokens)
+        balance = torch.stack(self.losses).mean() if self.losses else 0.0
+        (loss + self.weight * balance).backward()
+        if learning:
+            trace.observe_gradients()
+        if step % MOVE_EVERY == 0:
+            for gate, hidden in self.seen.items():
+                move_centroids(cast(Any, gate).clusterer, hidden)
+        return loss.item()
+
+    def _keep(self, gate: nn.Module, inputs: Sequence[Tensor]) -> None:
+        """The first batch makes the clusters."""
+        if not gate.training:
+            return
+        clustered = cast(Any, gate)
+        self.seen[clustered] = inputs[0].detach()
+        if not clustered.clusterer.fitted:
+            clustered.fit(inputs[0].detach())
+
+    def _balance(self, gate: nn.Module, inputs: Sequence[Tensor], routing: Any) -> None:
+        if gate.training:
+            router = cast(Callable[[Tensor], Tensor], gate.router)
+            self.losses.append(balance_loss(router(inputs[0]), routing.expert_indices))
