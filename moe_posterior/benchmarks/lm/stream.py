@@ -51,7 +51,8 @@ class Plan:
     broken: int = CHECKPOINTS[-1]
     repaired: int = CHECKPOINTS[-1]
     batch: int = 256
-    evaluated: int = 32_768
+    evaluated: int = 16_384
+    counted: int = 4096  # of them, for an expert's traffic
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
@@ -84,7 +85,8 @@ class Service:
         self.measured = measured_windows(corpus, plan, tuning=tuning)
         self.text = corpus.windows("tune stream" if tuning else "stream", _generator(seed))
         self.position = 0  # windows of the text that were served
-        self.usage = usage_of(model, self.measured)
+        self.counted = self.measured[: plan.counted // WINDOW]
+        self.usage, self.counted_usage = usage_of(model, self.measured), usage_of(model, self.counted)
         self.before = evaluate(model, self.measured)
         healthy = corpus.windows("warm", _generator(seed))[: plan.warm // WINDOW]
         self.report = swap_gates(model, mode="prior", **method.knobs)
@@ -181,9 +183,9 @@ def after_damage(service: Service, damage: Damage) -> dict[str, list[float]]:
             found = service.evaluate()
             curves["curve_loss"].append(found.loss)
             curves["curve_ece"].append(found.ece)
-    healthy = _traffic(service.usage, touched)
+    healthy = _traffic(service.counted_usage, touched)
     for _ in _along(service):
-        now = _traffic(usage_of(service.model, service.measured), touched)
+        now = _traffic(usage_of(service.model, service.counted), touched)
         curves["curve_repaired_traffic"].append(regained_traffic(healthy, now))
     curves["repaired_loss"] = [service.evaluate().loss]
     return curves
