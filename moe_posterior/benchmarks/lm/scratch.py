@@ -40,7 +40,7 @@ def make_gate(arm: str, recipe: Recipe) -> Gate:
     if arm.startswith("softmax"):
         return SoftmaxGate(*sizes, top_k=recipe.top_k)
     if arm == "prior, balanced":
-        return PriorGate(*sizes, NUM_CLUSTERS, recipe.top_k, half_life=HALF_LIFE)
+        return PriorGate(*sizes, NUM_CLUSTERS, recipe.top_k, half_life=HALF_LIFE, amnesty=None)
     if arm == "replace":
         return PosteriorGate(*sizes, NUM_CLUSTERS, recipe.top_k, half_life=HALF_LIFE)
     raise InvalidArgumentError(f"arm must be one of {list(ARMS)}; got {arm!r}")
