@@ -75,7 +75,9 @@ class Trace:
 
         The loss's gradient on a routing weight is the inner product of the gradient on the layer's output with that expert's
         output, so ``gradient · weight < 0`` says the contribution helped: one bit a slot and layer, at no extra forward.
-        A gradient of exactly zero or NaN is not observed, and stands as NaN; so does a routing that the loss does not depend on.
+        A gradient of exactly zero beside another that is not zero says that the contribution did nothing, as that of a dead expert:
+        it did not help. A token without any gradient has no loss and is not observed, which stands as NaN; so do a slot of weight
+        zero, a gradient of NaN, and a routing that the loss does not depend on.
 
         Raises:
             InvalidArgumentError: as :meth:`observe_gradients`.
@@ -89,9 +91,11 @@ class Trace:
         outcomes = []
         for name, routing in self.routings:
             weights = routing.routing_weights
+            gradient = torch.zeros_like(weights) if weights.grad is None else weights.grad
             # Signs, not the product itself, which can underflow in half precision.
-            share = torch.zeros_like(weights) if weights.grad is None else weights.grad.sign() * weights.detach().sign()
-            unseen = (share == 0) | share.isnan()
+            share = gradient.sign() * weights.detach().sign()
+            lossless = (gradient == 0).all(dim=1, keepdim=True)
+            unseen = lossless | (weights.detach() == 0) | share.isnan()
             outcomes.append((name, routing, (share < 0).to(share.dtype).masked_fill(unseen, torch.nan)))
         return outcomes
 

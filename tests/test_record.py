@@ -74,6 +74,22 @@ def test_the_gradients_sign_says_whether_an_experts_share_lowered_the_loss() -> 
     assert evidence(model) == 80
 
 
+def test_an_expert_that_does_nothing_did_not_help_and_a_token_without_loss_says_nothing() -> None:
+    model, hidden = moe(), data(40)
+    with torch.no_grad():
+        for parameter in model.experts[1].parameters():
+            parameter.zero_()
+    with record(model) as trace:
+        output = model(hidden)
+    output[:30].square().sum().backward()
+    (_, routing, outcome) = trace.gradient_outcomes()[0]
+    dead = routing.expert_indices[:30] == 1
+    assert dead.any()
+    assert (outcome[:30][dead] == 0).all()
+    assert not outcome[:30].isnan().any()
+    assert outcome[30:].isnan().all()
+
+
 def test_learned_gates_keep_their_own_gradient_under_record() -> None:
     model = MixtureOfExperts(nn.ModuleList([nn.Linear(D, D) for _ in range(E)]), SoftmaxGate(D, E, 2))
     model(data(20)).square().sum().backward()

@@ -54,11 +54,6 @@ class Plan:
     evaluated: int = 16_384
     counted: int = 4096  # of them, for an expert's traffic
 
-    @property
-    def checkpoints(self) -> tuple[int, ...]:
-        """Where along a phase the loss is measured."""
-        return tuple(tokens for tokens in CHECKPOINTS if tokens <= self.broken)
-
 
 class Moment(NamedTuple):
     """A swapped model in the course of its stream."""
@@ -179,22 +174,22 @@ def after_damage(service: Service, damage: Damage) -> dict[str, list[float]]:
     touched = victims(damage, service.usage)
     curves: dict[str, list[float]] = {"curve_loss": [], "curve_ece": [], "curve_repaired_traffic": []}
     with damaged(service.model, damage, touched, service.seed):
-        for _ in _along(service):
+        for _ in _along(service, service.plan.broken):
             found = service.evaluate()
             curves["curve_loss"].append(found.loss)
             curves["curve_ece"].append(found.ece)
     healthy = _traffic(service.counted_usage, touched)
-    for _ in _along(service):
+    for _ in _along(service, service.plan.repaired):
         now = _traffic(usage_of(service.model, service.counted), touched)
         curves["curve_repaired_traffic"].append(regained_traffic(healthy, now))
     curves["repaired_loss"] = [service.evaluate().loss]
     return curves
 
 
-def _along(service: Service) -> Iterator[int]:
-    """Serve from checkpoint to checkpoint."""
+def _along(service: Service, num_tokens: int) -> Iterator[int]:
+    """Serve from checkpoint to checkpoint, up to that many tokens."""
     served = 0
-    for checkpoint in service.plan.checkpoints:
+    for checkpoint in (tokens for tokens in CHECKPOINTS if tokens <= num_tokens):
         service.serve(checkpoint - served)
         served = checkpoint
         yield checkpoint
