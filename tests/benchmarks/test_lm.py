@@ -219,7 +219,7 @@ def tiny_experiment(text, folder, found, **changes) -> Experiment:
 def test_an_interrupted_experiment_goes_on_and_ends_with_the_same_records(text, tmp_path, monkeypatch) -> None:
     from moe_posterior.benchmarks.lm import experiment
 
-    methods = (Method(GRADIENT.name, knobs=KNOBS),)
+    methods = (Method(GRADIENT.name, knobs=KNOBS, repairs=True),)
     monkeypatch.setattr(experiment, "METHODS", methods)
     straight: list[Record] = []
     run(tiny_experiment(text, tmp_path / "runs", straight), set())

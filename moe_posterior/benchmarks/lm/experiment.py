@@ -18,7 +18,7 @@ from moe_posterior.errors import InvalidArgumentError
 PARTS = ("damage", "knobs", "scratch")
 HEALTHY, SCRATCH, BASE = "healthy", "from scratch", "unswapped"
 AMNESTY = 5000.0  # chosen on the tuning parts with seed 100; the other knobs are PriorGate's own
-GRADIENT = Method("gradient", knobs={"amnesty": AMNESTY})
+GRADIENT = Method("gradient", knobs={"amnesty": AMNESTY}, repairs=True)
 METHODS = (
     GRADIENT,
     Method("gradient, without innocence", knobs={"amnesty": AMNESTY, "innocent": False}),
@@ -40,7 +40,10 @@ VARIATIONS: tuple[tuple[str, Mapping[str, Any]], ...] = (  # one knob at a time
     ("amnesty 20,000", {"amnesty": 20_000.0}),
     ("no amnesty", {"amnesty": None}),
 )
-KNOB_METHODS = tuple(Method(f"gradient, {name}", knobs={"amnesty": AMNESTY, **knobs}) for name, knobs in VARIATIONS)
+KNOB_METHODS = tuple(
+    Method(f"gradient, {name}", knobs={"amnesty": AMNESTY, **knobs}, repairs="amnesty" in knobs)
+    for name, knobs in VARIATIONS
+)
 
 
 @dataclass(frozen=True)

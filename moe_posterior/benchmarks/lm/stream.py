@@ -27,11 +27,12 @@ _ORDER = 7919  # the streams of two seeds are other shuffles
 
 @dataclass(frozen=True)
 class Method:
-    """What is observed, and the knobs of ``swap_gates``."""
+    """What is observed, the knobs of ``swap_gates``, and whether the repair is played after the damage."""
 
     name: str
     signal: Signal = "gradient"
     knobs: Mapping[str, Any] = field(default_factory=dict)
+    repairs: bool = False
 
     def __post_init__(self) -> None:
         if self.signal not in get_args(Signal):
@@ -170,15 +171,17 @@ def bounds(
 
 
 def after_damage(service: Service, damage: Damage) -> dict[str, list[float]]:
-    """Loss, calibration and traffic along the stream from the damage on, then the traffic from the repair on."""
+    """Loss and calibration along the stream from the damage on, and, if the method is to show it, the traffic from the repair on."""
     touched = victims(damage, service.usage)
-    curves: dict[str, list[float]] = {"curve_loss": [], "curve_ece": [], "curve_repaired_traffic": []}
+    curves: dict[str, list[float]] = {"curve_loss": [], "curve_ece": []}
     with damaged(service.model, damage, touched, service.seed):
         for _ in _along(service, service.plan.broken):
             found = service.evaluate()
             curves["curve_loss"].append(found.loss)
             curves["curve_ece"].append(found.ece)
-    healthy = _traffic(service.counted_usage, touched)
+    if not service.method.repairs:
+        return curves
+    healthy, curves["curve_repaired_traffic"] = _traffic(service.counted_usage, touched), []
     for _ in _along(service, service.plan.repaired):
         now = _traffic(usage_of(service.model, service.counted), touched)
         curves["curve_repaired_traffic"].append(regained_traffic(healthy, now))
