@@ -275,6 +275,15 @@ def test_shares_of_hand_made_losses() -> None:
     assert CHECKPOINTS[4] == 5120
 
 
+def test_of_two_exchanged_experts_the_best_masking_is_the_measure() -> None:
+    losses = {"frozen_loss": 3.0, "masked_loss": 2.9, "masked first alone_loss": 3.2, "masked second alone_loss": 2.5}
+    records = [Record("lm", "exchanged, layer 0", BASE, {}, 0, name, value) for name, value in losses.items()]
+    records.append(Record("lm", "exchanged, layer 0", GRADIENT.name, {}, 0, "curve_loss", [3.0] * 6 + [2.75]))
+    measured = Measured(records)
+    assert measured.recoverable("exchanged, layer 0") == {0: 0.5}
+    assert measured.shares("exchanged, layer 0", GRADIENT.name, 20_480) == {0: 0.5}
+
+
 def test_the_command_renders_a_file_with_its_own_command_beside_it(tmp_path, capsys) -> None:
     source, markdown = tmp_path / "lm.json", tmp_path / "lm.md"
     write(Results(hand_made(), {"command": "moe-posterior benchmark lm --text a.txt"}), source)
@@ -282,7 +291,7 @@ def test_the_command_renders_a_file_with_its_own_command_beside_it(tmp_path, cap
     assert benchmark(["lm", "--from", str(source), "--markdown", str(markdown), "--figures", str(figures)]) == 0
     text = markdown.read_text()
     assert "| gradient | 2.000 | 2.000 | yes | 2.002 | +0.100 | 0.100 | 0.200 |" in text
-    assert "| gradient | 0.075 | 0.250 | 0.500 | 0.875 | 1.000 | 1.250 |" in text
+    assert "| gradient | 0.075 | 0.250 | 0.500 | 0.875 | 1.000 | 1.000 |" in text  # a share of 1.5 counts as 1
     assert "moe-posterior benchmark lm --text a.txt" in text
     assert "moe-posterior benchmark lm --text a.txt" in capsys.readouterr().out
     assert [path.name for path in figures.iterdir()] == ["lm-recovery.png"]

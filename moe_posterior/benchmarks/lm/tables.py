@@ -12,6 +12,7 @@ from moe_posterior.benchmarks.records import Record
 from moe_posterior.benchmarks.tables import Table
 
 SHOWN = tuple(tokens for tokens in CHECKPOINTS if tokens)
+MASKINGS = ("masked", "masked first alone", "masked second alone")
 PER_SEED = "± half of the 95 % t interval over seeds"
 
 
@@ -32,27 +33,31 @@ class Measured:
         """seed -> value."""
         return self.values.get((environment, gate, metric), {})
 
+    def bounds(self, damage: str) -> dict[int, tuple[float, float]]:
+        """seed -> loss of the frozen gate, and of the best masking: of two exchanged experts both, or the better one alone."""
+        masked = [self.get(damage, BASE, f"{name}_loss") for name in MASKINGS]
+        frozen = self.get(damage, BASE, "frozen_loss")
+        return {seed: (frozen[seed], min(found[seed] for found in masked if seed in found)) for seed in frozen}
+
     def recoverable(self, damage: str) -> dict[int, float]:
-        """seed -> nats that masking the touched experts wins back."""
-        frozen, masked = (self.get(damage, BASE, f"{name}_loss") for name in ("frozen", "masked"))
-        return {seed: frozen[seed] - masked[seed] for seed in frozen}
+        """seed -> nats that the best masking wins back."""
+        return {seed: frozen - masked for seed, (frozen, masked) in self.bounds(damage).items()}
 
     def shares(self, damage: str, method: str, tokens: int) -> dict[int, float]:
         """seed -> share of the recoverable loss won back so far, of seeds where there is enough to recover."""
-        worth = {seed for seed, gain in self.recoverable(damage).items() if gain >= RECOVERABLE}
-        bounds = {name: self.get(damage, BASE, f"{name}_loss") for name in ("frozen", "masked")}
+        bounds = self.bounds(damage)
         return {
-            seed: recovered_share(bounds["frozen"][seed], bounds["masked"][seed], at(tokens, curve))
+            seed: recovered_share(*bounds[seed], at(tokens, curve))
             for seed, curve in self.get(damage, method, "curve_loss").items()
-            if seed in worth and len(curve) > CHECKPOINTS.index(tokens)
+            if bounds[seed][0] - bounds[seed][1] >= RECOVERABLE and len(curve) > CHECKPOINTS.index(tokens)
         }
 
     def mean_shares(self, method: str, tokens: int, damages: Sequence[str] | None = None) -> dict[int, float]:
-        """seed -> mean over the damages that have something to recover."""
+        """seed -> mean over the damages that have something to recover; more than all of it counts as all."""
         found: dict[int, list[float]] = defaultdict(list)
         for damage in self.damages if damages is None else damages:
             for seed, share in self.shares(damage, method, tokens).items():
-                found[seed].append(share)
+                found[seed].append(min(share, 1.0))
         return {seed: sum(shares) / len(shares) for seed, shares in found.items()}
 
     def healthy_change(self, method: str) -> dict[int, float]:
@@ -104,14 +109,13 @@ def damage_table(measured: Measured) -> Table:
     """What the damages cost and what masking would win back."""
     rows = []
     for damage in measured.damages:
-        names = ("frozen", "masked", "masked first alone", "masked second alone")
-        losses = [measured.get(damage, BASE, f"{name}_loss") for name in names]
+        losses = [measured.get(damage, BASE, f"{name}_loss") for name in ("frozen", *MASKINGS)]
         ece = measured.get(damage, BASE, "frozen_ece")
         rows.append([damage, *map(_decimal, losses), _decimal(measured.recoverable(damage)), _decimal(ece)])
     header = ["damage", "frozen gate", "masked", "first alone", "second alone", "recoverable", "ECE frozen"]
     note = (
         "Loss in nats a byte. masked: no token goes to the touched experts (the most used of the layer; of two exchanged, "
-        f"both); first, second alone: only the one or the other of two exchanged. {PER_SEED}."
+        f"both); first, second alone: only the one or the other of two exchanged; recoverable: by the best of these. {PER_SEED}."
     )
     return Table("What a damage costs", header, rows, note)
 
@@ -124,8 +128,8 @@ def recovery_table(measured: Measured) -> Table:
         if any(cell != NOTHING for cell in cells):
             rows.append([method.name, *cells])
     note = (
-        "0: the frozen damaged gate; 1: the touched experts masked. Mean over the damages of a seed that masking wins at least "
-        f"{RECOVERABLE} nats on. {PER_SEED}."
+        "0: the frozen damaged gate; 1: the best masking of the touched experts. Mean over the damages of a seed that masking wins at "
+        f"least {RECOVERABLE} nats on; a share above 1 counts as 1. {PER_SEED}."
     )
     return Table(
         "Share of the recoverable loss, by tokens since the damage", ["evidence", *map(_tokens, SHOWN)], rows, note
@@ -144,7 +148,10 @@ def by_damage_table(measured: Measured) -> Table:
                 [damage, str(seeds), *shares, _decimal(measured.get(damage, BASE, "frozen_ece")), _decimal(last)]
             )
     header = ["damage", "seeds", *map(_tokens, SHOWN), "ECE frozen", "ECE at the end"]
-    note = f"seeds: how many have at least {RECOVERABLE} nats to recover; the others have no share. {PER_SEED}."
+    note = (
+        f"seeds: how many have at least {RECOVERABLE} nats to recover; the others have no share. Above 1 where down-weighting by "
+        f"cluster does better than masking. {PER_SEED}."
+    )
     return Table("Share of the recoverable loss by damage, gradient signal", header, rows, note)
 
 
