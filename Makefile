@@ -8,7 +8,7 @@ RESULTS := results/benchmarks
 COMPARED := --gates posterior "posterior of the paper" softmax "expert threshold" ucb1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo cifar10h cifar10h-features tables benchmarks benchmarks-data latency bench bench-gpu test test-slow check format clean
+.PHONY: help install demo cifar10h cifar10h-features tables benchmarks benchmarks-data swap-table latency bench bench-gpu test test-slow check format clean
 
 help:  ## say what can be made
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -59,6 +59,10 @@ tables: $(INSTALLED)  ## methods, calibrators and seeds on PACS and comments, an
 	$(BIN)/moe-posterior study pacs --out results/calibration/pacs.json --markdown results/calibration/pacs.md --figure results/calibration/pacs.png
 	$(BIN)/moe-posterior study comments --out results/calibration/comments.json --markdown results/calibration/comments.md --figure results/calibration/comments.png
 	$(BIN)/moe-posterior study cifar10h --out results/calibration/cifar10h.json --markdown results/calibration/cifar10h.md --figure results/calibration/cifar10h.png
+
+swap-table: $(INSTALLED)  ## which transformers models can be swapped: every type built tiny and examined (2 minutes)
+	mkdir -p results/swap
+	$(BIN)/python -m moe_posterior.huggingface.survey --markdown results/swap/models.md --json results/swap/models.json --readme README.md
 
 latency: $(INSTALLED)  ## how long a decision takes, written to results/benchmarks (2 minutes on an idle machine)
 	mkdir -p results/benchmarks
