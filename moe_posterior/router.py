@@ -6,7 +6,7 @@ Dimensions: N queries, D embedding size, C clusters, E experts, k experts per qu
 import threading
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +43,39 @@ class Decisions(NamedTuple):
     weights: NDArray[np.float32]  # (N, k)
 
 
+class Recorder(Protocol):
+    """What a router tells an audit log, under the router's lock; see :mod:`moe_posterior.audit`."""
+
+    def before(self) -> None:
+        """Something is about to be decided or learned; an error here says that it must not be, for it could not be recorded."""
+
+    def routed_one(
+        self, decision_id: int, cluster: int, distance: float, experts: list[int], scores: list[float], flags: int
+    ) -> None:
+        """One decision; flags are 1 for abstained and 2 for explored."""
+
+    def routed(
+        self, ids: NDArray, clusters: NDArray, distance: NDArray, experts: NDArray, scores: NDArray, flags: NDArray
+    ) -> None:
+        """A batch of decisions."""
+
+    def resolved(self, ids: NDArray, outcomes: NDArray) -> None:  # (N,), (N, k)
+        """Outcomes that the belief has taken in."""
+
+    def refused(self, ids: NDArray, outcomes: NDArray, reason: str) -> None:
+        """Outcomes that it has not."""
+
+    def changed(self, reason: str) -> None:
+        """The belief, the clusters or the pool changed by something else than outcomes."""
+
+
+class Audit(Protocol):
+    """A log that can follow a router."""
+
+    def follow(self, router: "PosteriorRouter") -> Recorder:
+        """Record what this router does from now on."""
+
+
 _Choice = tuple[
     int, float, list[int], list[float], list[float], bool
 ]  # cluster, distance, experts, scores, weights, explored
@@ -58,6 +91,7 @@ class PosteriorRouter:
         top_k: experts per query; 1 (default) as in the paper.
         abstain_below: a decision whose score stays below it says ``abstain``; None (default) never does.
         max_pending: decisions that can wait for their outcome; older ones are forgotten, and resolving them is an error.
+        audit: a :class:`moe_posterior.audit.AuditLog` that records every decision and outcome; None (default) records nothing.
         gate_options: everything else :class:`~moe_posterior.gates.PosteriorGate` takes. ``lazy=True`` is the default here:
             a resolve then touches no more rows of the tables than the next queries ask for.
 
@@ -84,6 +118,7 @@ class PosteriorRouter:
         top_k: int = 1,
         abstain_below: float | None = None,
         max_pending: int = 1_000_000,
+        audit: Audit | None = None,
         **gate_options: Any,
     ) -> None:
         if max_pending < 1:
@@ -109,6 +144,7 @@ class PosteriorRouter:
         self._pending_experts = np.zeros((max_pending, top_k), dtype=np.int32)
         self._pending_tenure = np.zeros((max_pending, top_k), dtype=np.int32)
         self._tenure = np.zeros(num_experts, dtype=np.int32)  # rises when an expert leaves or is replaced
+        self._audit = None if audit is None else audit.follow(self)
 
     @property
     def posterior(self) -> Any:
@@ -124,6 +160,7 @@ class PosteriorRouter:
         with self._lock:
             self.gate.fit(self._tensor(embeddings), generator=torch.Generator().manual_seed(seed))
             self._pending_id[:] = -1
+            self._tell("fit")
 
     def warm_start(
         self,
@@ -137,6 +174,7 @@ class PosteriorRouter:
             self.gate.warm_start(
                 self._tensor(embeddings), torch.as_tensor(np.asarray(outcomes, dtype=np.float64)), strength=strength
             )
+            self._tell("warm start")
 
     def route(self, embedding: ArrayLike) -> Decision:  # (D,)
         """Decide where one query goes.
@@ -151,6 +189,8 @@ class PosteriorRouter:
             )
         vector = np.ascontiguousarray(vector, dtype=np.float32)
         with torch.inference_mode(), self._lock:
+            if self._audit is not None:
+                self._audit.before()
             choose = self._choose_one_per_token if self.gate.chooses_per_token else self._choose_one_by_table
             cluster, distance, experts, scores, weights, explored = choose(vector)
             decision_id = self._next_id
@@ -160,8 +200,10 @@ class PosteriorRouter:
             self._pending_cluster[slot] = cluster if distance < np.inf else -1
             self._pending_experts[slot] = experts
             self._pending_tenure[slot] = self._tenure[experts]
-        below = self.abstain_below is not None and not scores[0] >= self.abstain_below
-        abstain = below or distance == np.inf
+            below = self.abstain_below is not None and not scores[0] >= self.abstain_below
+            abstain = below or distance == np.inf
+            if self._audit is not None:
+                self._audit.routed_one(decision_id, cluster, distance, experts, scores, abstain + 2 * explored)
         return Decision(
             decision_id, experts[0], scores[0], cluster, distance, abstain, explored, tuple(experts), tuple(weights)
         )
@@ -175,6 +217,8 @@ class PosteriorRouter:
                 f"embeddings must be at most max_pending={self.max_pending} rows; got {len(hidden)}"
             )
         with self._lock:
+            if self._audit is not None:
+                self._audit.before()
             routing = self.gate(hidden)
             experts, clusters = routing.expert_indices.numpy(), routing.cluster_ids.numpy()
             distance, scores = routing.distance.numpy(), routing.scores.numpy()
@@ -182,9 +226,11 @@ class PosteriorRouter:
             ids = np.arange(self._next_id, self._next_id + len(experts))
             self._next_id += len(experts)
             self._remember(ids, clusters, experts, distance)
-        abstain = np.isinf(distance)
-        if self.abstain_below is not None:
-            abstain |= ~(scores[:, 0] >= self.abstain_below)
+            abstain = np.isinf(distance)
+            if self.abstain_below is not None:
+                abstain |= ~(scores[:, 0] >= self.abstain_below)
+            if self._audit is not None:
+                self._audit.routed(ids, clusters, distance, experts, scores, abstain + 2 * explored.view(np.uint8))
         return Decisions(ids, experts, scores, clusters, distance, abstain, explored, routing.routing_weights.numpy())
 
     def resolve(self, decision_id: int, outcome: float | ArrayLike) -> None:  # () or (k,)
@@ -214,21 +260,23 @@ class PosteriorRouter:
         if signal.shape != expected:
             raise InvalidArgumentError(f"outcomes must have shape {expected}; got {np.shape(outcomes)}")
         with self._lock:
-            slots = wanted % self.max_pending
-            self._require_pending(wanted, slots)
-            sound = self._pending_cluster[slots] >= 0
-            clusters = torch.from_numpy(self._pending_cluster[slots].clip(min=0).astype(np.int64))
-            experts = torch.from_numpy(self._pending_experts[slots].astype(np.int64))
-            signal = np.where(sound[:, None], signal, np.nan)
-            self.gate.posterior.observe(clusters, torch.from_numpy(signal), experts, threshold=self.gate.threshold)
-            self.gate.steps += 1
-            self._pending_id[slots] = -1
+            if self._audit is None:
+                self._learn(wanted, signal)
+                return
+            self._audit.before()
+            try:
+                self._learn(wanted, signal)
+            except InvalidArgumentError as error:
+                self._audit.refused(wanted, signal, str(error))
+                raise
+            self._audit.resolved(wanted, signal)
 
     def add_expert(self, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0) -> int:
         """One more expert, its prior inherited from donors by overlap; returns its index. See :meth:`BetaPosterior.add_expert`."""
         with self._lock:
             index = self.gate.add_expert(prior_from, strength=strength)
             self._tenure = np.append(self._tenure, np.int32(0))
+            self._tell(f"expert {index} added")
             return index
 
     def remove_expert(self, expert: int) -> None:
@@ -236,6 +284,7 @@ class PosteriorRouter:
         with self._lock:
             self.gate.remove_expert(expert)
             self._tenure[expert] += 1
+            self._tell(f"expert {expert} removed")
 
     def replace_expert(
         self, expert: int, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0
@@ -244,12 +293,23 @@ class PosteriorRouter:
         with self._lock:
             self.gate.replace_expert(expert, prior_from, strength=strength)
             self._tenure[expert] += 1
+            self._tell(f"expert {expert} replaced")
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write options, clusters, belief and pending decisions to a file that :meth:`load` restores bit for bit."""
         with self._lock:
+            torch.save(self.state(), path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, audit: Audit | None = None) -> "PosteriorRouter":
+        """The router that :meth:`save` wrote; opening the file runs no code from it."""
+        return cls.from_state(torch.load(path, weights_only=True), audit=audit)
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`save` writes: plain values and tensors. The gate's tensors are the live ones."""
+        with self._lock:
             waiting = np.flatnonzero(self._pending_id >= 0)
-            state = {
+            return {
                 "options": self.options,
                 "gate": self.gate.state_dict(),
                 "next_id": self._next_id,
@@ -259,12 +319,10 @@ class PosteriorRouter:
                     for name in ("id", "cluster", "experts", "tenure")
                 },
             }
-            torch.save(state, path)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> "PosteriorRouter":
-        """The router that :meth:`save` wrote; opening the file runs no code from it."""
-        state = torch.load(path, weights_only=True)
+    def from_state(cls, state: Mapping[str, Any], *, audit: Audit | None = None) -> "PosteriorRouter":
+        """The router whose :meth:`state` this was."""
         router = cls(**state["options"])
         for _ in range(len(state["tenure"]) - router.gate.num_experts):
             router.add_expert()
@@ -274,7 +332,15 @@ class PosteriorRouter:
         slots = state["pending"]["id"].numpy() % router.max_pending
         for name, values in state["pending"].items():
             getattr(router, f"_pending_{name}")[slots] = values.numpy()
+        router._audit = None if audit is None else audit.follow(router)
         return router
+
+    def skip_ids(self, reached: int) -> None:
+        """Give no id up to ``reached`` again: they may be out in the world, though this router does not know of them."""
+        with self._lock:
+            behind = reached - self._next_id
+            if behind > 0:  # whole turns of the ring, so that new decisions overwrite the oldest pending ones first
+                self._next_id += -(-behind // self.max_pending) * self.max_pending
 
     def _tensor(self, embeddings: ArrayLike) -> torch.Tensor:  # (N, D) float32
         array = np.asarray(embeddings)
@@ -309,6 +375,21 @@ class PosteriorRouter:
         if gate.lazy:
             gate.refresh_rows(routing.cluster_ids)
         return (gate.topk_indices[routing.cluster_ids] != routing.expert_indices).any(dim=1).numpy()
+
+    def _learn(self, ids: NDArray, signal: NDArray) -> None:  # (N,), (N, k)
+        slots = ids % self.max_pending
+        self._require_pending(ids, slots)
+        sound = self._pending_cluster[slots] >= 0
+        clusters = torch.from_numpy(self._pending_cluster[slots].clip(min=0).astype(np.int64))
+        experts = torch.from_numpy(self._pending_experts[slots].astype(np.int64))
+        signal = np.where(sound[:, None], signal, np.nan)
+        self.gate.posterior.observe(clusters, torch.from_numpy(signal), experts, threshold=self.gate.threshold)
+        self.gate.steps += 1
+        self._pending_id[slots] = -1
+
+    def _tell(self, reason: str) -> None:
+        if self._audit is not None:
+            self._audit.changed(reason)
 
     def _remember(self, ids: NDArray, clusters: NDArray, experts: NDArray, distance: NDArray) -> None:
         slots = ids % self.max_pending
