@@ -21,6 +21,18 @@ class DamagedFileError(MoEPosteriorError, ValueError):
     """A file that this library wrote cannot be read back as it was written, or is not one of its files."""
 
 
+class AuditError(MoEPosteriorError):
+    """An audit log is malformed, altered, cut short or not what was asked for; the message names the first bad record."""
+
+
+class AuditWriteError(AuditError, OSError):
+    """The audit log cannot be written: the disk refuses, or the queue stays full. Nothing was decided."""
+
+
+class AuditLockedError(AuditError):
+    """Another writer has this audit log open."""
+
+
 class MissingDependencyError(MoEPosteriorError, ImportError):
     """A part was used whose packages belong to an extra that is not installed.
 

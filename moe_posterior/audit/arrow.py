@@ -1,0 +1,11 @@
+"""pyarrow, or a word on how to get it."""
+
+from moe_posterior.errors import MissingDependencyError
+
+try:
+    import pyarrow
+    import pyarrow.parquet as parquet
+except ModuleNotFoundError as error:
+    raise MissingDependencyError("pyarrow", "audit") from error
+
+__all__ = ["parquet", "pyarrow"]

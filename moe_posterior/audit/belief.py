@@ -1,0 +1,99 @@
+"""The posterior rows that decisions rested on, put together again from checkpoints and changed cells.
+
+Dimensions: N decisions, C clusters, E experts, R rows of the posterior in one group.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_posterior.audit.state import Checkpoint
+from moe_posterior.audit.tables import Columns, Group
+from moe_posterior.errors import AuditError
+
+_MOST_CELLS = 1 << 24  # of one group's rows, beside two whole tables: far above what a writer puts into one
+
+
+class RowsOfGroup(NamedTuple):
+    """Rows of one group, ordered by (cluster, version); a decision rests on the last one that is not after its version."""
+
+    keys: NDArray[np.int64]  # (R,) cluster * 2^32 + version
+    alpha: NDArray[np.float64]  # (R, E)
+    beta: NDArray[np.float64]  # (R, E)
+
+    def places(self, decisions: Columns) -> NDArray[np.int64]:  # -> (N,)
+        """The row of each decision."""
+        return np.searchsorted(self.keys, _keys(decisions["cluster"], decisions["version"]), side="right") - 1
+
+
+def _keys(clusters: NDArray, versions: NDArray) -> NDArray[np.int64]:
+    return (clusters.astype(np.int64) << 32) + versions.astype(np.int64)
+
+
+class BeliefState:
+    """One source's posterior rows as far as a reader has come."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        arrays = checkpoint.arrays
+        try:
+            self.alpha, self.beta = arrays["alpha"].copy(), arrays["beta"].copy()  # (C, E)
+            self.versions = arrays["versions"].astype(np.int64)  # (C,)
+            self.active: NDArray[np.bool_] = arrays["active"]  # (E,)
+        except KeyError as error:
+            raise AuditError(f"a checkpoint lacks the array {error}") from error
+        shape = self.alpha.shape
+        sound = len(shape) == 2 and self.beta.shape == shape and self.alpha.dtype == self.beta.dtype == np.float64
+        if not sound or self.versions.shape != shape[:1] or self.active.shape != shape[1:]:
+            raise AuditError("a checkpoint's posterior has arrays that do not fit each other")
+
+    def advance(self, group: Group) -> RowsOfGroup:
+        """Take in a group's changed cells, and give the rows its decisions rest on.
+
+        Raises:
+            AuditError: a cell or decision lies outside the tables.
+        """
+        cells, decisions = group.tables["posterior"], group.tables["decisions"]
+        num_clusters, num_experts = self.alpha.shape
+        for columns, name, size in (
+            (cells, "cluster", num_clusters),
+            (decisions, "cluster", num_clusters),
+            (cells, "expert", num_experts),
+        ):
+            if len(columns[name]) and int(columns[name].max()) >= size:
+                raise AuditError(f"a group speaks of {name} {int(columns[name].max())}; there are {size}")
+        clusters = np.unique(np.concatenate([cells["cluster"], decisions["cluster"]])).astype(np.int64)
+        bases = (clusters << 32) + self.versions[clusters]
+        cell_keys = _keys(cells["cluster"], cells["version"])
+        keys = np.union1d(bases, cell_keys)
+        if len(keys) * num_experts > _MOST_CELLS + 2 * self.alpha.size:
+            raise AuditError("a group holds more posterior rows than a writer would put into one")
+        base_places = np.searchsorted(keys, bases)
+        cell_places = np.searchsorted(keys, cell_keys)
+        last = np.zeros((len(keys), num_experts), dtype=np.int64)
+        last[base_places] = base_places[:, None]
+        last[cell_places, cells["expert"]] = cell_places
+        np.maximum.accumulate(last, axis=0, out=last)  # a base row is set everywhere: nothing leaks between clusters
+        rows = []
+        for table, name in ((self.alpha, "alpha"), (self.beta, "beta")):
+            values = np.empty((len(keys), num_experts))
+            values[base_places] = table[clusters]
+            values[cell_places, cells["expert"]] = cells[name]
+            rows.append(np.take_along_axis(values, last, axis=0))
+            if len(keys):
+                ends = np.append(base_places[1:], len(keys)) - 1
+                table[clusters] = rows[-1][ends]
+        if len(keys):
+            self.versions[clusters] = keys[np.append(base_places[1:], len(keys)) - 1] & 0xFFFFFFFF
+        return RowsOfGroup(keys, *rows)
+
+
+def belief_of(checkpoint: Checkpoint) -> BeliefState | None:
+    """The belief that a checkpoint holds; None for a gate without one."""
+    return BeliefState(checkpoint) if "alpha" in checkpoint.arrays else None
+
+
+def knobs(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How competence became decisions when the checkpoint was made."""
+    found = checkpoint.settings.get("knobs")
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,279 @@
+"""The audit log as its users see it: a folder that one process writes and any number read."""
+
+import atexit
+import weakref
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from moe_posterior.audit.chain import Chain, Note, Position, read_head
+from moe_posterior.audit.collect import Event, Item
+from moe_posterior.audit.files import HEAD, FileSystem, lock, segment_numbers
+from moe_posterior.audit.frames import Frame, Kind, check_key
+from moe_posterior.audit.read import Reader
+from moe_posterior.audit.recorder import RouterRecorder, now
+from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.segments import Segments, first_position, reopen
+from moe_posterior.audit.state import decode_checkpoint, decode_json
+from moe_posterior.audit.tables import decode
+from moe_posterior.audit.writer import Writer
+from moe_posterior.errors import AuditError, AuditWriteError, InvalidArgumentError
+from moe_posterior.router import PosteriorRouter
+
+OnFull = Literal["block", "drop"]
+
+
+class AuditLog:
+    """Every decision, every outcome, and the belief each decision rested on: append-only, hash-chained, crash-safe.
+
+    Recording appends to a queue in memory; a thread writes, in groups, and syncs. What :meth:`flush` has returned for is on the disk.
+    No query and no embedding is stored.
+
+    Args:
+        folder: one log. ``"w"`` makes it where it is missing and goes on where it is there.
+        mode: ``"w"`` (default) the one writer, ``"r"`` a reader, also beside a writer.
+        fsync_every: seconds between group commits, 0.1 by default: what a crash of the machine can cost. 0 commits at once.
+        key: 16 to 64 secret bytes make every hash a MAC: without them nobody can rewrite the log unseen. None (default): whoever can
+            write the folder can also rewrite all of it consistently.
+        max_queue: bytes of memory for what is not yet on the disk; 128 MiB by default.
+        on_full: what to do when the queue is full or the disk refuses. ``"block"`` (default): wait up to ``max_wait`` seconds for room,
+            then raise, and raise at once while the disk refuses; nothing is decided unrecorded. ``"drop"``: decide on, count what is
+            lost, and write the count and a fresh checkpoint once there is room.
+        rotate_bytes, rotate_seconds: begin a new segment, with a checkpoint of the whole belief, after so much; 64 MiB and an hour.
+        files: for tests: the calls that touch the disk.
+
+    Raises:
+        AuditLockedError: another writer has the folder. AuditWriteError: it cannot be written. AuditError: what is there is no sound
+            log. InvalidArgumentError: an option out of range.
+
+    >>> import tempfile, numpy as np
+    >>> folder = tempfile.mkdtemp()
+    >>> embeddings = np.array([[0.0, 0.0], [0.0, 1.0], [9.0, 9.0], [9.0, 8.0]], dtype=np.float32)
+    >>> with AuditLog(folder) as log:
+    ...     router = PosteriorRouter(num_experts=3, hidden_size=2, num_clusters=2, audit=log)
+    ...     router.fit(embeddings)
+    ...     decision = router.route(embeddings[0])
+    ...     router.resolve(decision.id, 0.0)
+    >>> AuditLog(folder, mode="r").decisions().select(["id", "cluster", "experts", "signal"]).to_pylist()
+    [{'id': 0, 'cluster': 0, 'experts': [0], 'signal': [0.0]}]
+    """
+
+    def __init__(
+        self,
+        folder: str | PathLike[str],
+        *,
+        mode: Literal["w", "r"] = "w",
+        fsync_every: float = 0.1,
+        key: bytes | None = None,
+        max_queue: int = 128 << 20,
+        on_full: OnFull = "block",
+        max_wait: float = 10.0,
+        rotate_bytes: int = 64 << 20,
+        rotate_seconds: float = 3600.0,
+        files: FileSystem | None = None,
+    ) -> None:
+        self.folder, self.mode, self.key = Path(folder), mode, check_key(key)
+        if mode not in ("w", "r") or on_full not in get_args(OnFull):
+            raise InvalidArgumentError(
+                f"mode must be 'w' or 'r' and on_full one of {list(get_args(OnFull))}; got {mode!r}, {on_full!r}"
+            )
+        limits = {"max_queue": max_queue, "rotate_bytes": rotate_bytes, "rotate_seconds": rotate_seconds}
+        for name, value in {**limits, "fsync_every + 1": fsync_every + 1, "max_wait + 1": max_wait + 1}.items():
+            if not value >= 1:
+                raise InvalidArgumentError(f"{name} must be at least 1; got {value}")
+        self.on_full, self.max_wait = on_full, max_wait
+        self.reached_id = 0  # no id below was ever given, as far as the log knows
+        self.dropped: dict[str, int] = {}
+        self._names: dict[str, int] = {}
+        self._writer: Writer | None = None
+        if mode == "r":
+            read_head(self.folder, self.key)
+            return
+        files = files or FileSystem()
+        self._lock_file = lock(self.folder)
+        try:
+            position, cut = self._resume(files)
+            segments = Segments(self.folder, self.key, files, position, self._said_in_segments)
+            self._writer = Writer(
+                segments,
+                sync_every=fsync_every,
+                max_queue=max_queue,
+                rotate_bytes=rotate_bytes,
+                rotate_seconds=rotate_seconds,
+                on_rotate=lambda: None,
+            )
+        except BaseException:
+            self._lock_file.close()
+            raise
+        opened = {"event": "opened", "time": now(), "continues": position.frames > 0, "clean": self._clean, "cut": cut}
+        self.put(Event(0, opened))
+        _close_at_exit(self)
+
+    def follow(self, router: PosteriorRouter, name: str = "router") -> RouterRecorder:
+        """Record what this router does from now on; ``PosteriorRouter(..., audit=log)`` calls it.
+
+        Several routers may share a log under different names.
+        """
+        return self._follow(router, name, "attached")
+
+    def _follow(self, router: PosteriorRouter, name: str, reason: str) -> RouterRecorder:
+        self._require_writer()
+        return RouterRecorder(self, router, self.source_of(name), name, reason)
+
+    def source_of(self, name: str) -> int:
+        """The number that stands for a router or gate in the files."""
+        return self._names.setdefault(name, len(self._names))
+
+    @classmethod
+    def recover(cls, folder: str | PathLike[str], *, name: str = "router", **options: Any) -> PosteriorRouter:
+        """The router that wrote this folder, as of its last durable record, with its pending decisions, recording on.
+
+        The belief is rebuilt bit for bit from the last checkpoint and what came after it. After a crash ids go on behind a gap, so that
+        none that was given and not yet written comes twice.
+
+        Args:
+            folder: of the log.
+            name: which router, where several share a log.
+            options: of :class:`AuditLog`.
+
+        Raises:
+            AuditError: there is no such log or router in it, or it was altered. The rest as :class:`AuditLog`.
+        """
+        log = cls(folder, **options)
+        try:
+            router = rebuild(log.read(), name)
+            router._audit = log._follow(router, name, "recovered")
+            log.flush()
+        except BaseException:
+            log.close()
+            raise
+        return router
+
+    def read(self) -> Reader:
+        """The log's records, in order and verified as they are read; see :class:`~moe_posterior.audit.read.Reader`."""
+        return Reader(self.folder, self.key)
+
+    def decisions(self, **filters: Any) -> Any:
+        """The paper's full entries, as a ``pyarrow.Table``; see :meth:`Reader.decisions`."""
+        return self.read().decisions(**filters)
+
+    def outcomes(self) -> Any:
+        """Outcomes, one row a decision and slot, also refused ones; see :meth:`Reader.outcomes`."""
+        return self.read().outcomes()
+
+    def flush(self, timeout: float = 60.0) -> None:
+        """Return once everything recorded before is on the disk.
+
+        Raises:
+            AuditWriteError: it is not, after ``timeout`` seconds or because the disk refuses. It stays queued.
+        """
+        self._require_writer().flush(timeout)
+
+    def close(self, timeout: float = 60.0) -> None:
+        """Write what is left, seal the log's end, let the folder go. A closed log can be opened again.
+
+        Raises:
+            AuditWriteError: not everything could be written; the rest is lost, and the message says how much.
+        """
+        if self._writer is None:
+            return
+        writer, self._writer = self._writer, None
+        try:
+            writer.stop(timeout)
+            writer.segments.close()
+        except OSError as error:
+            raise error if isinstance(error, AuditWriteError) else AuditWriteError(f"{self.folder}: {error}") from error
+        finally:
+            self._lock_file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def head(self) -> Position:
+        """The end of what is on the disk; write its digest down elsewhere to prove later that nothing before it was changed."""
+        if self._writer is not None:
+            return self._writer.segments.position
+        return read_head(self.folder, self.key).position
+
+    @property
+    def generation(self) -> int:
+        """Rises when the log wants checkpoints to begin a new segment with."""
+        return self._require_writer().generation
+
+    def has_room(self) -> bool:
+        """Whether something can be recorded now."""
+        return self._require_writer().has_room()
+
+    def admit(self) -> bool:
+        """Whether what is about to happen will be recorded; waits or raises as ``on_full`` says."""
+        writer = self._require_writer()
+        if writer.has_room():
+            return True
+        if self.on_full == "drop":
+            return False
+        writer.wait_for_room(self.max_wait)
+        return True
+
+    def put(self, item: Item, size: int = 500) -> None:
+        """Record an item of about ``size`` bytes."""
+        self._require_writer().put(item, size)
+
+    def count_dropped(self, what: str, count: int) -> None:
+        """Note that something was not recorded."""
+        self.dropped[what] = self.dropped.get(what, 0) + count
+
+    def _said_in_segments(self) -> dict[str, Any]:
+        """What each segment's first frame repeats, so that a log can be gone on with from its end."""
+        return {"sources": dict(self._names), "reached": self.reached_id}
+
+    def _require_writer(self) -> Writer:
+        if self._writer is None:
+            raise AuditWriteError(f"{self.folder}: this log is {'open for reading' if self.mode == 'r' else 'closed'}")
+        return self._writer
+
+    def _resume(self, files: FileSystem) -> tuple[Position, int]:
+        """Where to go on, and how many bytes of a torn end were cut off."""
+        self._clean = True
+        if not (self.folder / HEAD).exists():
+            if segment_numbers(self.folder):
+                raise AuditError(f"{self.folder} holds segments and no {HEAD}: verify it before writing on")
+            return first_position(self.key), 0
+        numbers = [n for n, suffixes in segment_numbers(self.folder).items() if "audit" in suffixes]
+        chain = Chain(self.folder, self.key, start=numbers[-2] if len(numbers) > 1 else 0)
+        for frame in chain:
+            self._learn_from(frame)
+        self._clean = chain.head.closed
+        if not self._clean:  # ids may have been given that no durable record knows of
+            self.reached_id += 1 << 32 if self.reached_id else 0
+        return chain.end, reopen(self.folder, files, chain)
+
+    def _learn_from(self, frame: Frame | Note) -> None:
+        """What names and ids are taken."""
+        if isinstance(frame, Note):
+            return
+        if frame.kind == Kind.SEGMENT:
+            said = decode_json(frame.payload())
+            self._names.update(said.get("sources", {}))
+            self.reached_id = max(self.reached_id, said.get("reached", 0))
+        elif frame.kind == Kind.CHECKPOINT:
+            settings = decode_checkpoint(frame.payload()).settings
+            self._names[settings["name"]] = settings["source"]
+            self.reached_id = max(self.reached_id, settings.get("next_id", 0))
+        elif frame.kind == Kind.GROUP:
+            for group in decode(frame.payload()):
+                ids = group.decision_ids()
+                self.reached_id = max(self.reached_id, int(ids[-1]) + 1 if len(ids) else 0)
+
+
+def _close_at_exit(log: AuditLog) -> None:
+    reference = weakref.ref(log)
+
+    def close() -> None:
+        if (alive := reference()) is not None:
+            alive.close(timeout=5.0)
+
+    atexit.register(close)

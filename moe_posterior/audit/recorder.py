@@ -1,0 +1,247 @@
+"""What an audit log notes down of a router, under the router's lock: a few appends, and the posterior rows a decision rests on.
+
+Dimensions: N decisions, M outcomes, R posterior rows, C clusters, E experts, k experts per decision.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe_posterior.audit.collect import Event, Many, Marked, One, Refused, Resolved, Rows
+from moe_posterior.audit.frames import MAX_PAYLOAD
+from moe_posterior.audit.state import Checkpoint
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.gates import PosteriorGate
+from moe_posterior.router import PosteriorRouter
+
+if TYPE_CHECKING:
+    from moe_posterior.audit.log import AuditLog
+
+KNOBS = ("score", "risk_aversion", "credible_level", "temperature", "exploration")
+MAX_REFUSALS = 1000  # rows of one refused call that are kept; its reason says how many there were
+_ONE_SIZE = 400  # bytes of memory, about, that a single decision's item takes
+_MAX_EXPERTS = 1 << 16
+
+
+def now() -> int:
+    """Microseconds since 1970, UTC."""
+    return time.time_ns() // 1000
+
+
+def knobs_of(gate: PosteriorGate, abstain_below: float | None) -> tuple[Any, ...]:
+    """What turns a belief into decisions and outcomes into evidence."""
+    return (
+        gate.score,
+        gate.risk_aversion,
+        gate.credible_level,
+        gate.temperature,
+        gate.exploration,
+        gate.threshold,
+        abstain_below,
+    )
+
+
+class BeliefTracker:
+    """Which posterior rows of a gate are newer than what the log holds."""
+
+    def __init__(self, gate: PosteriorGate) -> None:
+        self.gate = gate
+        self.versions = np.zeros(gate.num_clusters, dtype=np.uint32)  # (C,)
+        self.dirty = np.zeros(gate.num_clusters, dtype=np.bool_)  # (C,)
+        self.notified = 0  # changes of the belief since somebody last looked
+        gate.posterior.subscribe(self._touch)
+
+    def _touch(self, cluster_ids: Tensor | None) -> None:
+        self.notified += 1
+        if cluster_ids is None:
+            self.dirty[:] = True
+        else:
+            self.dirty[cluster_ids.numpy(force=True)] = True
+
+    def capture(self, source: int, clusters: NDArray) -> Rows | None:  # (N,)
+        """The rows that decisions in these clusters rest on, where the log does not hold them yet."""
+        if self.gate.novelty == "discount":  # the pooled record of all clusters speaks in each
+            clusters = np.arange(len(self.dirty))
+        if not self.dirty[clusters].any():
+            return None
+        wanted = np.zeros_like(self.dirty)
+        wanted[clusters] = True
+        rows = np.flatnonzero(wanted & self.dirty)
+        self.dirty[rows] = False
+        self.versions[rows] += 1
+        alpha, beta = self._parameters(rows)
+        return Rows(source, rows, self.versions[rows], alpha, beta)
+
+    def _parameters(self, rows: NDArray) -> tuple[NDArray, NDArray]:  # (R,) -> 2 x (R, E)
+        belief = self.gate.posterior
+        if belief.shrinkage is None and belief.noise is None and belief.successes.device.type == "cpu":
+            trust = belief.trust.numpy()  # the same sums as parameters_of's, without torch's overhead a call
+            alpha = belief.prior_alpha.numpy()[rows] * trust + belief.successes.numpy()[rows]
+            return alpha, belief.prior_beta.numpy()[rows] * trust + belief.failures.numpy()[rows]
+        device = belief.successes.device
+        alpha, beta = belief.parameters_of(torch.from_numpy(rows).to(device))
+        return alpha.numpy(force=True), beta.numpy(force=True)
+
+    def snapshot(self) -> dict[str, NDArray[Any]]:
+        """All rows at once; the log then holds them."""
+        self.versions[self.dirty] += 1
+        self.dirty[:] = False
+        self.notified = 0
+        belief = self.gate.posterior
+        alpha, beta = belief.parameters_of()
+        arrays = {"alpha": alpha, "beta": beta, "active": belief.active, "radius": self.gate.clusterer.radius}
+        return {"versions": self.versions.copy(), **{n: t.detach().numpy(force=True).copy() for n, t in arrays.items()}}
+
+
+class RouterRecorder:
+    """The :class:`~moe_posterior.router.Recorder` that writes to an :class:`AuditLog`."""
+
+    def __init__(self, log: "AuditLog", router: PosteriorRouter, source: int, name: str, reason: str) -> None:
+        gate = router.gate
+        if gate.num_experts > _MAX_EXPERTS:
+            raise InvalidArgumentError(f"an audited router has at most {_MAX_EXPERTS} experts; got {gate.num_experts}")
+        if router.max_pending * (12 + 8 * gate.top_k) > MAX_PAYLOAD // 2:
+            raise InvalidArgumentError(
+                f"an audited router's pending decisions must fit one record: max_pending * (12 + 8 top_k) must be at most "
+                f"{MAX_PAYLOAD // 2}; got max_pending={router.max_pending}, top_k={gate.top_k}"
+            )
+        self.log, self.router, self.source, self.name = log, router, source, name
+        self._belief = BeliefTracker(gate)
+        self._generation = -1
+        self._knobs: tuple[Any, ...] = ()
+        self._steps = 0
+        self._owed: str | None = None  # a change that found no room
+        self._lost: dict[str, int] = {}  # what was dropped since the log last had room
+        self._open = True  # whether the call under way is recorded
+        with router.locked():
+            router.skip_ids(log.reached_id)
+            self.checkpoint(reason)
+
+    def before(self) -> None:
+        self._open = self.log.admit()
+        if not self._open:
+            return
+        reason = None
+        if self._lost:
+            reason = "resumed after a gap"
+            dropped = {"event": "dropped", "time": now(), "lost": self._lost, **self._source()}
+            self.log.put(Event(self.source, dropped))
+            self._lost = {}
+        elif self._owed is not None:
+            reason = self._owed
+        elif self._belief.notified:
+            reason = "changed from outside"
+        elif knobs_of(self.router.gate, self.router.abstain_below) != self._knobs:
+            reason = "configured"
+        elif self._generation != self.log.generation:
+            reason = "rotated"
+        if reason is not None:
+            self.checkpoint(reason)
+
+    def routed_one(
+        self, decision_id: int, cluster: int, distance: float, experts: list[int], scores: list[float], flags: int
+    ) -> None:
+        if not self._open:
+            self._drop("decisions", 1)
+            return
+        belief = self._belief
+        if belief.dirty[cluster]:
+            self._capture(np.array([cluster]))
+        self.log.reached_id = max(self.log.reached_id, decision_id + 1)
+        if self.router.gate.chooses_per_token:
+            self._steps = int(self.router.gate.steps)
+        version = int(belief.versions[cluster])
+        item = One(
+            self.source, now(), decision_id, self._steps, cluster, distance, version, experts, scores, int(flags)
+        )
+        self.log.put(item, _ONE_SIZE)
+
+    def routed(
+        self, ids: NDArray, clusters: NDArray, distance: NDArray, experts: NDArray, scores: NDArray, flags: NDArray
+    ) -> None:
+        if not self._open:
+            self._drop("decisions", len(ids))
+            return
+        self._capture(clusters)
+        if self.router.gate.chooses_per_token:
+            self._steps = int(self.router.gate.steps)
+        columns = {  # copies: what the caller gets belongs to the caller
+            "cluster": clusters.astype(np.uint32),
+            "distance": distance.astype(np.float32),
+            "version": self._belief.versions[clusters],
+            "experts": experts.astype(np.uint16),
+            "scores": scores.astype(np.float32),
+            "flags": flags.astype(np.uint8),
+        }
+        first = int(ids[0]) if len(ids) else 0
+        self.log.reached_id = max(self.log.reached_id, first + len(ids))
+        item = Many(self.source, now(), first, self._steps, columns)
+        self.log.put(item, 600 + sum(column.nbytes for column in columns.values()))
+
+    def resolved(self, ids: NDArray, outcomes: NDArray) -> None:  # (M,), (M, k)
+        if not self._open:
+            self._drop("outcomes", len(ids))
+            return
+        self._steps += 1
+        self._belief.notified -= 1  # if somebody else changed the belief too, the next call writes a checkpoint
+        item = Resolved(self.source, now(), self._steps, ids.astype(np.int64), np.array(outcomes, dtype=np.float64))
+        self.log.put(item, 400 + item.ids.nbytes + item.signal.nbytes)
+
+    def refused(self, ids: NDArray, outcomes: NDArray, reason: str) -> None:
+        if not self._open:
+            self._drop("refusals", 1)
+            return
+        top_k = outcomes.shape[1]
+        if len(ids) * top_k > MAX_REFUSALS:
+            reason = f"{reason} (one of {len(ids)} refused together)"
+        kept = ids.astype(np.int64)[: max(1, MAX_REFUSALS // top_k)]
+        slots = np.tile(np.arange(top_k), len(kept))
+        signal = outcomes[: len(kept)].reshape(-1).copy()
+        item = Refused(self.source, now(), np.repeat(kept, top_k), slots, signal, reason[:400])
+        self.log.put(item, 800 + 24 * len(slots))
+
+    def changed(self, reason: str) -> None:
+        if self.log.has_room():
+            self.checkpoint(reason)
+        else:  # it has happened; the next call writes it down or says that it cannot
+            self._owed = reason
+
+    def checkpoint(self, reason: str) -> None:
+        """Write down all there is; under the router's lock."""
+        router, gate = self.router, self.router.gate
+        self._generation, self._knobs = self.log.generation, knobs_of(gate, router.abstain_below)
+        self._steps, self._owed = int(gate.steps), None
+        state = router.state()
+        settings = {
+            **self._source(),
+            "kind": "router",
+            "reason": reason,
+            "time": now(),
+            "num_experts": gate.num_experts,
+            "num_clusters": gate.num_clusters,
+            "top_k": gate.top_k,
+            "knobs": dict(zip((*KNOBS, "threshold", "abstain_below"), self._knobs, strict=True)),
+            "options": state["options"],
+            "next_id": state["next_id"],
+        }
+        arrays = self._belief.snapshot() | {"tenure": state["tenure"].numpy().copy()}
+        arrays |= {f"gate.{name}": tensor.numpy(force=True).copy() for name, tensor in state["gate"].items()}
+        arrays |= {f"pending.{name}": tensor.numpy() for name, tensor in state["pending"].items()}
+        size = 2000 + sum(array.nbytes for array in arrays.values())
+        self.log.put(Marked(self.source, Checkpoint(settings, arrays), self._generation), size)
+
+    def _source(self) -> dict[str, Any]:
+        return {"source": self.source, "name": self.name}
+
+    def _capture(self, clusters: NDArray) -> None:
+        rows = self._belief.capture(self.source, clusters)
+        if rows is not None:
+            self.log.put(rows, 400 + rows.alpha.nbytes + rows.beta.nbytes)
+
+    def _drop(self, what: str, count: int) -> None:
+        self._lost[what] = self._lost.get(what, 0) + count
+        self.log.count_dropped(what, count)

@@ -1,0 +1,192 @@
+"""Folding a log into the router that wrote it, bit for bit.
+
+Dimensions: N decisions, M outcomes, C clusters, E experts, k experts per decision.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moe_posterior.audit.read import Reader
+from moe_posterior.audit.recorder import KNOBS
+from moe_posterior.audit.state import Checkpoint
+from moe_posterior.audit.tables import RESOLVE, Group
+from moe_posterior.errors import AuditError, MoEPosteriorError
+from moe_posterior.router import PosteriorRouter
+
+_FOLDED = ("rotated", "configured", "recovered")  # reasons of checkpoints that only outcomes lead to
+
+
+def restore(checkpoint: Checkpoint) -> PosteriorRouter:
+    """The router of a checkpoint.
+
+    Raises:
+        AuditError: the checkpoint is not of a router, or does not fit together.
+    """
+    settings, arrays = checkpoint.settings, checkpoint.arrays
+
+    def tensors(prefix: str) -> dict[str, torch.Tensor]:
+        return {n.removeprefix(prefix): torch.from_numpy(a.copy()) for n, a in arrays.items() if n.startswith(prefix)}
+
+    try:
+        state = {
+            "options": settings["options"],
+            "next_id": settings["next_id"],
+            "gate": tensors("gate."),
+            "tenure": torch.from_numpy(arrays["tenure"].copy()),
+            "pending": tensors("pending."),
+        }
+        router = PosteriorRouter.from_state(state)
+        knobs = settings["knobs"]
+        router.gate.configure(**{name: knobs[name] for name in KNOBS})
+        router.gate.threshold, router.abstain_below = knobs["threshold"], knobs["abstain_below"]
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, MoEPosteriorError) as error:
+        raise AuditError(f"a checkpoint does not make a router: {error}") from error
+    return router
+
+
+class Fold:
+    """A router that is brought forward by what the log says, instead of by queries and outcomes."""
+
+    def __init__(self, router: PosteriorRouter) -> None:
+        self.router = router
+        belief = router.gate.posterior
+        self._plain = belief.half_life is None and belief.surprise is None and belief.noise is None
+        self._plain = self._plain and belief.shrinkage is None
+        self._listeners, belief._listeners = belief._listeners, []  # nobody reads the tables meanwhile
+
+    def advance(self, group: Group) -> None:
+        """Take in a group.
+
+        Raises:
+            AuditError: it speaks of decisions that the log does not hold.
+        """
+        router = self.router
+        ids, decisions = group.decision_ids(), group.tables["decisions"]
+        experts = decisions["experts"].astype(np.int32)
+        clusters = np.where(np.isinf(decisions["distance"]), -1, decisions["cluster"].astype(np.int32))
+        if group.top_k != router.gate.top_k or (len(ids) and int(experts.max()) >= router.gate.num_experts):
+            raise AuditError("a group does not fit the router of the checkpoint before it")
+        if group.rows("outcomes"):
+            self._learn(group, ids, clusters, experts)
+        if len(ids):
+            latest = ids[-router.max_pending :]  # ids grow by one within a call: the last ones win their slots
+            slots = latest % router.max_pending
+            router._pending_id[slots] = latest
+            router._pending_cluster[slots] = clusters[-router.max_pending :]
+            router._pending_experts[slots] = experts[-router.max_pending :]
+            router._pending_tenure[slots] = router._tenure[experts[-router.max_pending :]]
+            router._next_id = int(ids[-1]) + 1
+        resolved = group.tables["outcomes"]["id"]
+        slots = resolved % router.max_pending
+        router._pending_id[slots[router._pending_id[slots] == resolved]] = -1
+        steps = group.tables["calls"]["steps"][group.tables["calls"]["kind"] <= RESOLVE]
+        if len(steps):
+            router.gate.steps.fill_(int(steps[-1]))
+
+    def finish(self) -> PosteriorRouter:
+        """The router, its tables brought up to date."""
+        belief = self.router.gate.posterior
+        belief._listeners = self._listeners
+        self.router.gate.load_state_dict(self.router.gate.state_dict())
+        return self.router
+
+    def _learn(self, group: Group, ids: NDArray, clusters: NDArray, experts: NDArray) -> None:
+        outcomes = group.tables["outcomes"]
+        their_clusters, their_experts = self._looked_up(outcomes["id"], ids, clusters, experts)
+        signal = np.where(their_clusters[:, None] >= 0, outcomes["signal"], np.nan)
+        their_clusters = their_clusters.clip(min=0).astype(np.int64)
+        calls = group.tables["calls"]
+        sizes = calls["rows"][calls["kind"] == RESOLVE].astype(np.int64)
+        if self._plain:
+            self._add_plainly(np.repeat(np.arange(len(sizes)), sizes), their_clusters, their_experts, signal)
+            return
+        belief, threshold = self.router.gate.posterior, self.router.gate.threshold
+        parts = [torch.from_numpy(a) for a in (their_clusters, signal, their_experts.astype(np.int64))]
+        for cluster, outcome, chosen in zip(*(p.split(sizes.tolist()) for p in parts), strict=True):
+            belief.observe(cluster, outcome, chosen, threshold=threshold, sync=False)
+
+    def _looked_up(
+        self, wanted: NDArray, ids: NDArray, clusters: NDArray, experts: NDArray
+    ) -> tuple[NDArray, NDArray]:  # (M,), (M, k)
+        """Cluster and experts of the decisions that outcomes belong to: of this group, or pending before it."""
+        router = self.router
+        slots = wanted % router.max_pending
+        places = np.searchsorted(ids, wanted).clip(max=max(len(ids) - 1, 0))
+        here = ids[places] == wanted if len(ids) else np.zeros(len(wanted), dtype=np.bool_)
+        known = here | (router._pending_id[slots] == wanted)
+        if not known.all():
+            raise AuditError(f"the log holds an outcome of decision {int(wanted[~known][0])}, but not the decision")
+        their_clusters, their_experts = router._pending_cluster[slots], router._pending_experts[slots]
+        their_clusters[here], their_experts[here] = clusters[places[here]], experts[places[here]]
+        return their_clusters, their_experts
+
+    def _add_plainly(self, batch: NDArray, clusters: NDArray, experts: NDArray, signal: NDArray) -> None:
+        """What ``observe`` does call by call, in one go: sums by cell within a call, calls in order; the same additions."""
+        gate = self.router.gate
+        seen = ~np.isnan(signal)
+        cells = (clusters[:, None] * gate.num_experts + experts)[seen]
+        values = signal[seen]
+        if gate.threshold is not None:
+            values = (values >= gate.threshold).astype(np.float64)
+        keys = np.repeat(batch, seen.sum(axis=1)) * gate.posterior.successes.numel() + cells
+        kept, place = np.unique(keys, return_inverse=True)
+        for counts, added in ((gate.posterior.successes, values), (gate.posterior.failures, 1 - values)):
+            sums = np.zeros(len(kept))
+            np.add.at(sums, place, added)
+            np.add.at(counts.numpy().reshape(-1), kept % counts.numel(), sums)
+
+
+def rebuild(reader: Reader, name: str = "router", *, check: bool = False) -> PosteriorRouter:
+    """The router of that name as of the end of the log.
+
+    Args:
+        reader: of the log.
+        name: which router.
+        check: fold from the first checkpoint on, and compare with every later one that outcomes alone lead to.
+
+    Raises:
+        AuditError: the log holds no such router, or (``check``) a checkpoint is not what the records before it lead to.
+    """
+    fold: Fold | None = None
+    checkpoint: Checkpoint | None = None
+    waiting: list[Group] = []
+    for record in reader:
+        if (
+            isinstance(record, Checkpoint)
+            and record.settings["name"] == name
+            and record.settings.get("kind") == "router"
+        ):
+            if check and fold is not None and record.settings["reason"] in _FOLDED:
+                _compare(fold, record)
+            checkpoint, waiting = record, []
+            fold = Fold(restore(record)) if check else None
+        elif isinstance(record, Group) and checkpoint is not None and record.source == checkpoint.settings["source"]:
+            if fold is not None:
+                fold.advance(record)
+            else:
+                waiting.append(record)
+    if checkpoint is None:
+        raise AuditError(f"{reader.folder} holds no router named {name!r}")
+    if fold is None:
+        fold = Fold(restore(checkpoint))
+        for group in waiting:
+            fold.advance(group)
+    return fold.finish()
+
+
+def _compare(fold: Fold, checkpoint: Checkpoint) -> None:
+    expected: dict[str, Any] = {
+        n: a for n, a in checkpoint.arrays.items() if n.startswith(("gate.", "tenure", "pending."))
+    }
+    state = fold.router.state()
+    found = {f"gate.{n}": t.numpy() for n, t in state["gate"].items()}
+    found |= {"tenure": state["tenure"].numpy()} | {f"pending.{n}": t.numpy() for n, t in state["pending"].items()}
+    for name, array in expected.items():
+        if not np.array_equal(array, found[name], equal_nan=array.dtype.kind == "f"):
+            raise AuditError(
+                f"the checkpoint of {checkpoint.settings['time']} ({checkpoint.settings['reason']}) is not what the records "
+                f"before it lead to: {name} differs"
+            )
