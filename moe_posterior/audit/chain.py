@@ -127,7 +127,12 @@ def read_note(path: Path, key: bytes | None) -> Note | None:
         note = Note(**value, digest="")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AuditError(f"{path.name} is malformed: {error!r}") from error
-    return note._replace(digest=keyed_hash(key, note_bytes(note, key)).hex())
+    return note._replace(digest=note_digest(note, key))
+
+
+def note_digest(note: Note, key: bytes | None) -> str:
+    """What a later record holds to vouch for a note."""
+    return keyed_hash(key, note_bytes(note, key)).hex()
 
 
 class Chain:
@@ -155,6 +160,7 @@ class Chain:
             yield removed
         self._require_all(segments, first)
         numbers = [n for n in segments if n >= max(first, self.start)]
+        self._tails: set[int] = set()  # segments behind which a failed disk left something that could not be cut
         starts = {n: self._start_of(n, segments[n]) for n in numbers}
         if len(numbers) > 1 and starts[numbers[-1]] is None:  # died before the first frame of a new file was whole
             self.torn = f"segment {numbers[-1]} is empty"
@@ -182,7 +188,12 @@ class Chain:
         with self._open(number) as file:
             try:
                 frame = read_frame(file, number, 0, b"", self.key, unchecked=True)
-                return None if frame is None else bytes.fromhex(decode_json(frame.payload())["previous"])
+                if frame is None:
+                    return None
+                said = decode_json(frame.payload())
+                if said.get("tail"):
+                    self._tails.add(number - 1)
+                return bytes.fromhex(said["previous"])
             except (Torn, AuditError, KeyError, TypeError, ValueError):
                 return None
 
@@ -221,7 +232,10 @@ class Chain:
                 self.end, self.end_offset = Position(number, frames, frame.digest), offset
                 self._compare_on_the_way()
                 yield frame
-            self.cut_bytes += self._size(file) - offset
+            behind = self._size(file) - offset
+            if behind and number not in self._tails:
+                raise AuditError(f"segment {number}, record {frames}: segment {number + 1} continues what is before it")
+            self.cut_bytes += behind
 
     def _compacted(self, number: int) -> Note:
         note = read_note(self.folder / note_name(number), self.key)

@@ -42,10 +42,19 @@ class Rows(NamedTuple):
     """Posterior rows that a decision is about to rest on."""
 
     source: int
-    clusters: NDArray  # (R,)
-    versions: NDArray  # (R,)
-    alpha: NDArray  # (R, E)
-    beta: NDArray  # (R, E)
+    clusters: NDArray | list[int]  # (R,)
+    versions: NDArray | list[Any]  # (R,)
+    alpha: NDArray  # (R, E), less the base
+    beta: NDArray
+    base: tuple[NDArray, NDArray] | None  # 2 x (C, E): the prior that is still to be added
+    whole: bool  # alpha and beta hold all C rows
+
+    def parameters(self) -> tuple[NDArray, NDArray]:  # 2 x (R, E)
+        """Alpha and beta."""
+        alpha, beta = (self.alpha[self.clusters], self.beta[self.clusters]) if self.whole else (self.alpha, self.beta)
+        if self.base is None:
+            return alpha, beta
+        return self.base[0][self.clusters] + alpha, self.base[1][self.clusters] + beta
 
 
 class Resolved(NamedTuple):
@@ -172,10 +181,10 @@ class _Gathering:
                 name: np.concatenate([part[name] for part in self.decisions]) for name in tables["decisions"]
             }
         if self.rows and known is not None:
-            clusters, versions, alpha, beta = (
-                np.concatenate([getattr(rows, name) for rows in self.rows])
-                for name in ("clusters", "versions", "alpha", "beta")
-            )
+            clusters = np.concatenate([rows.clusters for rows in self.rows])
+            versions = np.concatenate([rows.versions for rows in self.rows])
+            parameters = zip(*(rows.parameters() for rows in self.rows), strict=True)
+            alpha, beta = (np.concatenate(parts) for parts in parameters)
             tables["posterior"] = changed_cells(clusters, versions, alpha, beta, known)
         if self.resolved:
             tables["outcomes"] = {

@@ -1,6 +1,9 @@
 """The audit log as its users see it: a folder that one process writes and any number read."""
 
 import atexit
+import threading
+import time
+import warnings
 import weakref
 from os import PathLike
 from pathlib import Path
@@ -16,6 +19,7 @@ from moe_posterior.audit.replay import rebuild
 from moe_posterior.audit.segments import Segments, first_position, reopen
 from moe_posterior.audit.state import decode_checkpoint, decode_json
 from moe_posterior.audit.tables import decode
+from moe_posterior.audit.upkeep import Upkeep
 from moe_posterior.audit.writer import Writer
 from moe_posterior.errors import AuditError, AuditWriteError, InvalidArgumentError
 from moe_posterior.router import PosteriorRouter
@@ -40,6 +44,9 @@ class AuditLog:
             then raise, and raise at once while the disk refuses; nothing is decided unrecorded. ``"drop"``: decide on, count what is
             lost, and write the count and a fresh checkpoint once there is room.
         rotate_bytes, rotate_seconds: begin a new segment, with a checkpoint of the whole belief, after so much; 64 MiB and an hour.
+        compact: turn sealed segments into Parquet in the background, for DuckDB and its like; False by default.
+        retain_bytes, retain_seconds: remove the oldest sealed segments beyond so many bytes in all, or so old; None (default) keeps
+            all. A note keeps their totals and their place in the chain.
         files: for tests: the calls that touch the disk.
 
     Raises:
@@ -70,6 +77,9 @@ class AuditLog:
         max_wait: float = 10.0,
         rotate_bytes: int = 64 << 20,
         rotate_seconds: float = 3600.0,
+        compact: bool = False,
+        retain_bytes: int | None = None,
+        retain_seconds: float | None = None,
         files: FileSystem | None = None,
     ) -> None:
         self.folder, self.mode, self.key = Path(folder), mode, check_key(key)
@@ -84,12 +94,16 @@ class AuditLog:
         self.on_full, self.max_wait = on_full, max_wait
         self.reached_id = 0  # no id below was ever given, as far as the log knows
         self.dropped: dict[str, int] = {}
+        self._keeping = threading.Lock()
         self._names: dict[str, int] = {}
         self._writer: Writer | None = None
         if mode == "r":
             read_head(self.folder, self.key)
             return
         files = files or FileSystem()
+        self._policy = (compact, retain_bytes, retain_seconds)
+        self._upkeep = Upkeep(self.folder, self.key, files, self._tell_durably)
+        self._background: threading.Thread | None = None
         self._lock_file = lock(self.folder)
         try:
             position, cut = self._resume(files)
@@ -100,7 +114,7 @@ class AuditLog:
                 max_queue=max_queue,
                 rotate_bytes=rotate_bytes,
                 rotate_seconds=rotate_seconds,
-                on_rotate=lambda: None,
+                on_rotate=self._keep_up_in_background,
             )
         except BaseException:
             self._lock_file.close()
@@ -169,6 +183,18 @@ class AuditLog:
         """
         self._require_writer().flush(timeout)
 
+    def compact(self) -> int:
+        """Turn every sealed segment into Parquet files now; how many were. Rotation seals; so does opening a log again."""
+        with self._keeping:
+            self._require_writer().flush(60.0)
+            return self._upkeep.compact()
+
+    def retain(self, max_bytes: int | None = None, max_seconds: float | None = None) -> int:
+        """Remove the oldest sealed segments beyond so many bytes in all, or older than so many seconds; how many were."""
+        with self._keeping:
+            self._require_writer().flush(60.0)
+            return self._upkeep.retain(max_bytes, max_seconds, time.time())
+
     def close(self, timeout: float = 60.0) -> None:
         """Write what is left, seal the log's end, let the folder go. A closed log can be opened again.
 
@@ -177,6 +203,8 @@ class AuditLog:
         """
         if self._writer is None:
             return
+        if self._background is not None:
+            self._background.join(timeout)
         writer, self._writer = self._writer, None
         try:
             writer.stop(timeout)
@@ -229,6 +257,28 @@ class AuditLog:
     def _said_in_segments(self) -> dict[str, Any]:
         """What each segment's first frame repeats, so that a log can be gone on with from its end."""
         return {"sources": dict(self._names), "reached": self.reached_id}
+
+    def _tell_durably(self, event: dict[str, Any]) -> None:
+        self.put(Event(0, {**event, "time": now()}))
+        self.flush()
+
+    def _keep_up_in_background(self) -> None:
+        compact, max_bytes, max_seconds = self._policy
+        if not compact and max_bytes is None and max_seconds is None:
+            return
+        if self._background is None or not self._background.is_alive():
+            self._background = threading.Thread(target=self._keep_up, name="audit upkeep", daemon=True)
+            self._background.start()
+
+    def _keep_up(self) -> None:
+        compact, max_bytes, max_seconds = self._policy
+        try:
+            if compact:
+                self.compact()
+            if max_bytes is not None or max_seconds is not None:
+                self.retain(max_bytes, max_seconds)
+        except (AuditError, OSError) as error:  # the log itself goes on; the next rotation tries again
+            warnings.warn(f"{self.folder}: upkeep of old segments failed: {error}", RuntimeWarning, stacklevel=2)
 
     def _require_writer(self) -> Writer:
         if self._writer is None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from moe_posterior.audit.arrow import pyarrow as pa
 from moe_posterior.audit.belief import BeliefState, RowsOfGroup, belief_of, knobs
 from moe_posterior.audit.chain import Chain, Note
+from moe_posterior.audit.compact import read_compacted
 from moe_posterior.audit.frames import Frame, Kind
 from moe_posterior.audit.state import Checkpoint, decode_checkpoint, decode_json, encode_json
 from moe_posterior.audit.tables import ABSTAIN, EXPLORED, REFUSE, RESOLVE, ROUTE, Group, decode
@@ -76,8 +77,7 @@ class Reader:
 
     def _compacted(self, note: Note) -> Iterator[Record]:
         if not note.removed:
-            raise AuditError(f"segment {note.segment} was compacted")
-        yield from ()
+            yield from read_compacted(self.folder, note, self.key)
 
     def groups(self) -> Iterator[tuple[Group, Source | None, RowsOfGroup | None]]:
         """Every group with its source and the posterior rows its decisions rested on (None where none was recorded)."""

@@ -25,6 +25,7 @@ KNOBS = ("score", "risk_aversion", "credible_level", "temperature", "exploration
 MAX_REFUSALS = 1000  # rows of one refused call that are kept; its reason says how many there were
 _ONE_SIZE = 400  # bytes of memory, about, that a single decision's item takes
 _MAX_EXPERTS = 1 << 16
+Tables = tuple[NDArray, NDArray]  # 2 x (C, E)
 
 
 def now() -> int:
@@ -53,6 +54,8 @@ class BeliefTracker:
         self.versions = np.zeros(gate.num_clusters, dtype=np.uint32)  # (C,)
         self.dirty = np.zeros(gate.num_clusters, dtype=np.bool_)  # (C,)
         self.notified = 0  # changes of the belief since somebody last looked
+        self._base: Tables | None = None  # prior pseudo-counts, as of the last snapshot
+        self._evidence: Tables
         gate.posterior.subscribe(self._touch)
 
     def _touch(self, cluster_ids: Tensor | None) -> None:
@@ -66,31 +69,54 @@ class BeliefTracker:
         """The rows that decisions in these clusters rest on, where the log does not hold them yet."""
         if self.gate.novelty == "discount":  # the pooled record of all clusters speaks in each
             clusters = np.arange(len(self.dirty))
-        if not self.dirty[clusters].any():
-            return None
         wanted = np.zeros_like(self.dirty)
         wanted[clusters] = True
-        rows = np.flatnonzero(wanted & self.dirty)
+        wanted &= self.dirty
+        rows = np.flatnonzero(wanted)
+        if not len(rows):
+            return None
         self.dirty[rows] = False
         self.versions[rows] += 1
-        alpha, beta = self._parameters(rows)
-        return Rows(source, rows, self.versions[rows], alpha, beta)
+        return Rows(source, rows, self.versions[rows], *self._cells(rows))
 
-    def _parameters(self, rows: NDArray) -> tuple[NDArray, NDArray]:  # (R,) -> 2 x (R, E)
+    def capture_one(self, source: int, cluster: int) -> Rows | None:
+        """:meth:`capture` of one cluster."""
+        if not self.dirty[cluster] or self.gate.novelty == "discount":
+            return self.capture(source, np.array([cluster]))
+        self.dirty[cluster] = False
+        version = self.versions[cluster] + 1
+        self.versions[cluster] = version
+        return Rows(source, [cluster], [version], *self._cells(slice(cluster, cluster + 1)))
+
+    def _cells(self, rows: NDArray | slice) -> tuple[NDArray, NDArray, Tables | None, bool]:
+        """What alpha and beta of these rows are made of, copied; the sum itself can wait for the writer's thread."""
+        if self._base is None:
+            ids = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+            device = self.gate.posterior.successes.device
+            alpha, beta = self.gate.posterior.parameters_of(torch.from_numpy(ids).to(device))
+            return alpha.numpy(force=True), beta.numpy(force=True), None, False
+        successes, failures = self._evidence
+        if isinstance(rows, slice):
+            return successes[rows].copy(), failures[rows].copy(), self._base, False
+        if 4 * len(rows) > len(successes):  # copying everything is cheaper than picking much of it
+            return successes.copy(), failures.copy(), self._base, True
+        return successes.take(rows, axis=0), failures.take(rows, axis=0), self._base, False
+
+    def _prepare(self) -> None:
+        """Where the prior stays and cells are apart, alpha and beta are the prior plus the counts."""
         belief = self.gate.posterior
-        if belief.shrinkage is None and belief.noise is None and belief.successes.device.type == "cpu":
-            trust = belief.trust.numpy()  # the same sums as parameters_of's, without torch's overhead a call
-            alpha = belief.prior_alpha.numpy()[rows] * trust + belief.successes.numpy()[rows]
-            return alpha, belief.prior_beta.numpy()[rows] * trust + belief.failures.numpy()[rows]
-        device = belief.successes.device
-        alpha, beta = belief.parameters_of(torch.from_numpy(rows).to(device))
-        return alpha.numpy(force=True), beta.numpy(force=True)
+        self._base = None
+        plain = belief.shrinkage is None and belief.noise is None and belief.surprise is None
+        if plain and belief.successes.device.type == "cpu":
+            self._base = ((belief.prior_alpha * belief.trust).numpy(), (belief.prior_beta * belief.trust).numpy())
+            self._evidence = (belief.successes.numpy(), belief.failures.numpy())
 
     def snapshot(self) -> dict[str, NDArray[Any]]:
         """All rows at once; the log then holds them."""
         self.versions[self.dirty] += 1
         self.dirty[:] = False
         self.notified = 0
+        self._prepare()
         belief = self.gate.posterior
         alpha, beta = belief.parameters_of()
         arrays = {"alpha": alpha, "beta": beta, "active": belief.active, "radius": self.gate.clusterer.radius}
@@ -149,15 +175,13 @@ class RouterRecorder:
             self._drop("decisions", 1)
             return
         belief = self._belief
-        if belief.dirty[cluster]:
-            self._capture(np.array([cluster]))
+        if belief.dirty[cluster] and (row := belief.capture_one(self.source, cluster)) is not None:
+            self.log.put(row, 800)
         self.log.reached_id = max(self.log.reached_id, decision_id + 1)
         if self.router.gate.chooses_per_token:
             self._steps = int(self.router.gate.steps)
-        version = int(belief.versions[cluster])
-        item = One(
-            self.source, now(), decision_id, self._steps, cluster, distance, version, experts, scores, int(flags)
-        )
+        version = belief.versions[cluster]
+        item = One(self.source, now(), decision_id, self._steps, cluster, distance, version, experts, scores, flags)
         self.log.put(item, _ONE_SIZE)
 
     def routed(
@@ -166,7 +190,9 @@ class RouterRecorder:
         if not self._open:
             self._drop("decisions", len(ids))
             return
-        self._capture(clusters)
+        rows = self._belief.capture(self.source, clusters)
+        if rows is not None:
+            self.log.put(rows, 400 + rows.alpha.nbytes + rows.beta.nbytes)
         if self.router.gate.chooses_per_token:
             self._steps = int(self.router.gate.steps)
         columns = {  # copies: what the caller gets belongs to the caller
@@ -236,11 +262,6 @@ class RouterRecorder:
 
     def _source(self) -> dict[str, Any]:
         return {"source": self.source, "name": self.name}
-
-    def _capture(self, clusters: NDArray) -> None:
-        rows = self._belief.capture(self.source, clusters)
-        if rows is not None:
-            self.log.put(rows, 400 + rows.alpha.nbytes + rows.beta.nbytes)
 
     def _drop(self, what: str, count: int) -> None:
         self._lost[what] = self._lost.get(what, 0) + count

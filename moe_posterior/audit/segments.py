@@ -37,6 +37,7 @@ class Segments:
         self._pending = position
         self._synced_size = 0
         self._head_is_old = False
+        self._left_tail = False  # behind the last synced frame, because it could not be cut
 
     def commit(self, frames: list[Raw]) -> None:
         """Write the frames and return once they are on the disk; on OSError the first ``done`` of them are."""
@@ -75,6 +76,8 @@ class Segments:
         self.size, self.opened = 0, time.monotonic()
         self._pending = Position(number, 0, self.position.digest)
         said = {"format": FORMAT, "segment": number, "previous": self.position.digest.hex(), "made": time.time()}
+        if self._left_tail:
+            said["tail"] = True
         return self._place(Kind.SEGMENT, encode_json(said | self.describe()))
 
     def _place(self, kind: Kind, payload: bytes) -> bytes:
@@ -97,6 +100,7 @@ class Segments:
         if self._pending.segment != self.position.segment or not self.position.frames:
             self.files.sync_folder(self.folder)
             self._head_is_old = True
+            self._left_tail = False
         self.position, self._synced_size = self._pending, self.size
         if self._head_is_old:  # the chain itself says where it ends; that its head follows late must fail nothing
             with contextlib.suppress(OSError):
@@ -113,11 +117,13 @@ class Segments:
         path = self.folder / segment_name(self._pending.segment)
         kept = self._pending.segment == self.position.segment and self.position.frames > 0
         self._release()
-        with contextlib.suppress(OSError):  # what stays is cut off by the next segment, which continues what was synced
+        try:
             if kept:
                 self.files.truncate(path, self._synced_size)
             else:
                 self.files.remove(path)
+        except OSError:  # the next segment says so, and continues what was synced
+            self._left_tail |= kept
 
     def _release(self) -> None:
         if self._file is not None:

@@ -167,10 +167,13 @@ def _batch(table: str, top_k: int, columns: Columns) -> Any:
         values = columns[column.name]
         if column.differences:
             values = np.diff(values, prepend=np.int64(0))
-        if column.per_slot:
-            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), top_k))
-        else:
-            arrays.append(pa.array(values, type=_arrow_type(column, top_k)))
+        if column.dtype is object:
+            arrays.append(pa.array(values.tolist(), type=pa.string()))
+            continue
+        # From its buffer: pa.array of a numpy array begins by importing pandas, half a second in the writer's thread.
+        flat = np.ascontiguousarray(values, dtype=column.dtype).reshape(-1)
+        scalars = pa.Array.from_buffers(pa.from_numpy_dtype(column.dtype), len(flat), [None, pa.py_buffer(flat)])
+        arrays.append(pa.FixedSizeListArray.from_arrays(scalars, top_k) if column.per_slot else scalars)
     return pa.RecordBatch.from_arrays(arrays, schema=_schema(table, top_k))
 
 

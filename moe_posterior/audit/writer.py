@@ -39,6 +39,7 @@ class Writer:
         self._attempts = 0  # that failed
         self._stopping = False
         self._collector = Collector()
+        self._segment = segments.position.segment
         self._unwritten: list[Raw] = []
         self._taken_items = self._taken_bytes = 0  # what they were made of
         self._thread = threading.Thread(target=self._run, name="audit log", daemon=True)
@@ -155,6 +156,9 @@ class Writer:
         self._unwritten = []
         self._written_items += self._taken_items
         self._written_bytes += self._taken_bytes
+        if self.segments.position.segment != self._segment:
+            self._segment = self.segments.position.segment
+            self.on_rotate()
         mended = self.failure is not None
         with self._progress:
             self.failure = None
@@ -168,4 +172,3 @@ class Writer:
         old = time.monotonic() - self.segments.opened > self.rotate_seconds
         if mended or old or self.segments.size > self.rotate_bytes:
             self.generation += 1
-            self.on_rotate()

@@ -1,0 +1,147 @@
+"""What becomes of sealed segments: Parquet for those who query, and an end for the oldest. The chain stays verifiable through both.
+
+In both cases a note takes the place of the segment: first the new files, then a record in the log that vouches for the note, and only
+then are the old files removed. A crash in between leaves files too many, never too few.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moe_posterior.audit.chain import REMOVED, Chain, Note, note_bytes, note_digest, read_note
+from moe_posterior.audit.compact import SegmentTables, read_compacted
+from moe_posterior.audit.files import FileSystem, note_name, segment_name, segment_numbers
+from moe_posterior.audit.frames import Kind, genesis
+from moe_posterior.audit.state import Checkpoint, decode_json
+from moe_posterior.errors import AuditError
+
+_COUNTED = ("decisions", "outcomes", "refusals")
+
+
+class Upkeep:
+    """Compaction and retention in a folder whose writer is us.
+
+    Args:
+        folder, key, files: of the log.
+        tell: puts an event into the log and returns once it is on the disk.
+    """
+
+    def __init__(
+        self, folder: Path, key: bytes | None, files: FileSystem, tell: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self.folder, self.key, self.files, self.tell = folder, key, files, tell
+
+    def compact(self) -> int:
+        """Turn every sealed segment into Parquet files; how many were."""
+        done, number, start, end = 0, -1, b"", b""
+        tables = SegmentTables()
+        last = max(segment_numbers(self.folder), default=-1)
+        for frame in Chain(self.folder, self.key):
+            if isinstance(frame, Note):
+                continue
+            if frame.kind == Kind.SEGMENT:
+                if number >= 0:
+                    self._put_parquet(Note(number, start, end, {}, {}, False, ""), tables)
+                    done += 1
+                if frame.segment == last:
+                    break
+                number, tables = frame.segment, SegmentTables()
+                start = bytes.fromhex(decode_json(frame.payload())["previous"])
+            tables.add(frame)
+            end = frame.digest
+        return done
+
+    def retain(self, max_bytes: int | None, max_seconds: float | None, now: float) -> int:
+        """Remove the oldest sealed segments beyond a size or an age; how many were."""
+        sizes, ages = self._sizes_and_ages(now)
+        numbers, total, up_to = sorted(sizes), sum(sizes.values()), None
+        for number in numbers[:-1]:
+            too_large = max_bytes is not None and total > max_bytes
+            too_old = max_seconds is not None and ages[number] > max_seconds
+            if not (too_large or too_old):
+                break
+            total -= sizes[number]
+            up_to = number
+        while up_to is not None and up_to >= numbers[0] and not self._begins_with_checkpoint(up_to + 1):
+            up_to -= 1
+        if up_to is None or up_to < numbers[0]:
+            return 0
+        return self.remove(up_to)
+
+    def remove(self, up_to: int) -> int:
+        """Remove all segments up to this one, and say so; how many files' segments that were.
+
+        Raises:
+            AuditError: what would be left does not begin with a sealed segment's successor and its checkpoint.
+        """
+        numbers = [n for n in segment_numbers(self.folder) if n <= up_to]
+        if not numbers or not self._begins_with_checkpoint(up_to + 1):
+            raise AuditError(f"segment {up_to + 1} does not begin with a checkpoint: what is before it is still needed")
+        before = read_note(self.folder / REMOVED, self.key)
+        totals, counted, end = Counter(before.totals if before else {}), SegmentTables(), b""
+        for frame in Chain(self.folder, self.key):
+            if isinstance(frame, Note):
+                if frame.removed or frame.segment > up_to:
+                    continue
+                totals.update({name: frame.totals.get(name, 0) for name in _COUNTED})
+                end = frame.end
+            elif frame.segment > up_to:
+                break
+            else:
+                counted.add(frame)
+                counted.groups, counted.others = [], []
+                end = frame.digest
+        totals.update({name: counted.totals[name] for name in _COUNTED})
+        totals["segments"] += len(numbers)
+        note = Note(up_to, genesis(self.key), end, {}, dict(totals), True, "")
+        waiting = self.folder / (REMOVED + ".next")
+        self.files.replace(waiting, note_bytes(note, self.key))
+        self.tell({"event": "removed", "up_to": up_to, "note": note_digest(note, self.key), "totals": dict(totals)})
+        os.replace(waiting, self.folder / REMOVED)
+        self.files.sync_folder(self.folder)
+        self.sweep()
+        return len(numbers)
+
+    def sweep(self) -> None:
+        """Remove files that a note has taken the place of, also those that a crash has left."""
+        removed = read_note(self.folder / REMOVED, self.key)
+        for number in segment_numbers(self.folder):
+            if removed is not None and number <= removed.segment:
+                note = read_note(self.folder / note_name(number), self.key)
+                for name in [*(note.files if note else ()), segment_name(number), note_name(number)]:
+                    self.files.remove(self.folder / name)
+        self.files.sync_folder(self.folder)
+
+    def _put_parquet(self, note: Note, tables: SegmentTables) -> None:
+        note = note._replace(
+            files=tables.write(self.folder, note.segment, self.key, self.files), totals=dict(tables.totals)
+        )
+        self.files.replace(self.folder / note_name(note.segment), note_bytes(note, self.key))
+        self.tell({"event": "compacted", "segment": note.segment, "note": note_digest(note, self.key)})
+        self.files.remove(self.folder / segment_name(note.segment))
+        self.files.sync_folder(self.folder)
+
+    def _begins_with_checkpoint(self, number: int) -> bool:
+        """Whether nothing in a segment, events apart, comes before a checkpoint."""
+        for frame in Chain(self.folder, self.key, start=number):
+            if isinstance(frame, Note):
+                if frame.removed or frame.segment < number:
+                    continue
+                records = read_compacted(self.folder, frame, self.key)
+                return isinstance(next((r for r in records if not isinstance(r, dict)), None), Checkpoint)
+            if frame.kind in (Kind.GROUP, Kind.CHECKPOINT):
+                return frame.kind == Kind.CHECKPOINT
+        return False
+
+    def _sizes_and_ages(self, now: float) -> tuple[dict[int, int], dict[int, float]]:
+        sizes, ages = {}, {}
+        for number in segment_numbers(self.folder):
+            names = [segment_name(number)]
+            if (note := read_note(self.folder / note_name(number), self.key)) is not None:
+                names += note.files
+            found = [path.stat() for name in names if (path := self.folder / name).exists()]
+            sizes[number] = sum(stat.st_size for stat in found)
+            ages[number] = now - max((stat.st_mtime for stat in found), default=now)
+        return sizes, ages

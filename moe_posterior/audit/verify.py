@@ -1,0 +1,270 @@
+"""Whether a log is what was written: its chain, and the choices it holds.
+
+Dimensions: N decisions, C clusters, E experts, k experts per decision, R rows of the posterior.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe_posterior import beta as beta_functions
+from moe_posterior.audit.belief import BeliefState, RowsOfGroup, knobs
+from moe_posterior.audit.chain import Chain, Note, Position
+from moe_posterior.audit.compact import read_compacted
+from moe_posterior.audit.frames import Frame, Kind
+from moe_posterior.audit.read import Reader, Source
+from moe_posterior.audit.state import decode_json
+from moe_posterior.audit.tables import ROUTE, Group, split
+from moe_posterior.errors import AuditError
+from moe_posterior.kernels import reference
+from moe_posterior.router import PosteriorRouter
+
+_SLACK = 1e-6  # of a score that is no plain arithmetic: a quantile's last bits depend on how many are computed together
+
+
+@dataclass
+class Verification:
+    """What :func:`verify` found."""
+
+    problem: str | None = None  # the first record that is not as it was written
+    records: int = 0
+    segments: int = 0
+    totals: Counter[str] = field(default_factory=Counter)  # rows of decisions, outcomes, refusals, posterior
+    removed: Counter[str] = field(default_factory=Counter)  # the same, of what retention took
+    closed: bool = False
+    head: Position | None = None
+    torn: str | None = None  # how a log that was not closed ends, if not with a whole record
+    torn_bytes: int = 0
+    cut_bytes: int = 0
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing was found altered."""
+        return self.problem is None
+
+
+def verify(folder: Path, key: bytes | None = None, *, head: str | None = None) -> Verification:
+    """Walk the chain and check every hash.
+
+    Args:
+        folder: of the log.
+        key: what it was written with.
+        head: a digest (hexadecimal) that the log once ended with, noted elsewhere: it must stand in the chain.
+
+    Nothing that is found raises; the first problem is named in the result.
+    """
+    found = Verification()
+    try:
+        _walk(folder, key, head, found)
+    except AuditError as error:
+        found.problem = str(error)
+    return found
+
+
+def _walk(folder: Path, key: bytes | None, head: str | None, found: Verification) -> None:
+    chain = Chain(folder, key)
+    notes: dict[str, str] = {}  # digest: what it is of
+    vouched: set[str] = set()
+    digests = {chain.end.digest.hex()}
+    for frame in chain:
+        if isinstance(frame, Note):
+            vouched |= _check_note(folder, frame, key, found)
+            notes[frame.digest] = f"the note of removed segments up to {frame.segment}"
+            if not frame.removed:
+                notes[frame.digest] = f"the note of segment {frame.segment}"
+            digests.add(frame.end.hex())
+            continue
+        found.records += 1
+        found.segments += frame.kind == Kind.SEGMENT
+        digests.add(frame.digest.hex()) if head else None
+        vouched |= _count(frame, found)
+    found.closed, found.head = chain.head.closed, chain.end
+    found.torn, found.torn_bytes, found.cut_bytes = chain.torn, chain.torn_bytes, chain.cut_bytes
+    for digest, of in notes.items():
+        if digest not in vouched:
+            raise AuditError(f"no record vouches for {of}: it was replaced")
+    if head is not None and head.lower() not in digests:
+        raise AuditError(f"no record has the hash {head}: the log was cut before it, or written anew")
+
+
+def _count(frame: Frame, found: Verification) -> set[str]:
+    """Count a frame's rows; the digests of notes that it vouches for."""
+    try:
+        if frame.kind == Kind.GROUP:
+            for table, _, _, rows, _ in split(frame.payload()):
+                found.totals[table] += rows
+        elif frame.kind == Kind.EVENT:
+            return {str(decode_json(frame.payload()).get("note"))}
+    except AuditError as error:
+        raise AuditError(f"segment {frame.segment}, record {frame.number}: {error}") from error
+    return set()
+
+
+def _check_note(folder: Path, note: Note, key: bytes | None, found: Verification) -> set[str]:
+    if note.removed:
+        found.removed.update(
+            {name: note.totals.get(name, 0) for name in ("segments", "decisions", "outcomes", "refusals")}
+        )
+        return set()
+    vouched = set()
+    for record in read_compacted(folder, note, key, events_only=True):
+        if isinstance(record, dict):
+            vouched.add(str(record.get("note")))
+    found.segments += 1
+    found.totals.update({name: note.totals.get(name, 0) for name in ("decisions", "outcomes", "refusals", "posterior")})
+    return vouched
+
+
+@dataclass
+class Recomputed:
+    """What :func:`verify_decisions` found."""
+
+    agree: int = 0
+    disagree: list[dict[str, Any]] = field(default_factory=list)  # the first hundred
+    disagreements: int = 0
+    skipped: int = 0  # of gates without a belief, or whose draws were not recorded
+
+
+def verify_decisions(reader: Reader) -> Recomputed:
+    """Recompute every choice from the posterior rows and the configuration that the log holds.
+
+    Choices that depend on the cluster alone are recomputed from the rows. Those that were drawn (exploration, ``thompson``) or
+    blended (``novelty="discount"``) are made again by a gate with these rows and the recorded state of its random generator.
+
+    Raises:
+        AuditError: the log was altered or is malformed.
+    """
+    found = Recomputed()
+    for group, source, rows in reader.groups():
+        count = group.rows("decisions")
+        if not count:
+            continue
+        if source is None or rows is None or source.belief is None:
+            found.skipped += count
+        elif _by_table(source):
+            _compare(group, source, found, *table_choices(group, source, rows))
+        elif source.checkpoint.settings.get("kind") == "router":
+            _compare(group, source, found, *_drawn_choices(group, source, rows))
+        else:
+            found.skipped += count
+    return found
+
+
+def _by_table(source: Source) -> bool:
+    said = knobs(source.checkpoint)
+    options = source.checkpoint.settings.get("options") or {}
+    return said.get("score") != "thompson" and not said.get("exploration") and options.get("novelty") != "discount"
+
+
+def table_choices(
+    group: Group, source: Source, rows: RowsOfGroup
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:  # (N, k), (N, k)
+    """Experts and scores of a group's decisions, from each distinct posterior row once."""
+    assert source.belief is not None
+    decisions = group.tables["decisions"]
+    used, place = np.unique(rows.places(decisions), return_inverse=True)
+    alpha, beta = torch.from_numpy(rows.alpha[used]), torch.from_numpy(rows.beta[used])
+    scores = _scores(alpha, beta, knobs(source.checkpoint))
+    scores = scores.masked_fill(~torch.from_numpy(source.belief.active), -torch.inf)
+    clusters = torch.from_numpy((rows.keys[used] >> 32).astype(np.int64))
+    selection = reference.select(scores, clusters, group.top_k)
+    return selection.expert_indices.numpy()[place], selection.scores.float().numpy()[place]
+
+
+def _scores(alpha: Tensor, beta: Tensor, said: dict[str, Any]) -> Tensor:  # (R, E)
+    if said.get("score") == "lcb":
+        return beta_functions.lcb(alpha, beta, said["risk_aversion"])
+    if said.get("score") == "quantile":
+        return beta_functions.quantile(alpha, beta, said["credible_level"])
+    return beta_functions.mean(alpha, beta)
+
+
+class _Replayed(torch.nn.Module):
+    """In place of a clusterer: the assignments that the log holds."""
+
+    def __init__(self, assignment: reference.Assignment, radius: Tensor) -> None:
+        super().__init__()
+        self.assignment, self.radius = assignment, radius
+
+    def require_fitted(self) -> None:
+        """It is."""
+
+    def forward(self, hidden: Tensor) -> reference.Assignment:
+        return self.assignment
+
+
+def _drawn_choices(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDArray, NDArray]:  # (N, k), (N, k)
+    """Call by call, with a gate whose belief is the recorded rows and whose draws start where they did."""
+    assert source.belief is not None
+    settings, said = source.checkpoint.settings, knobs(source.checkpoint)
+    options = {**settings["options"], "num_experts": settings["num_experts"], "lazy": True, "max_pending": 1}
+    for name in ("half_life", "shrinkage", "surprise", "false_positive_rate", "false_negative_rate"):
+        options.pop(name, None)  # they made the rows, and are in them
+    gate = PosteriorRouter(**options).gate
+    gate.configure(**{name: said[name] for name in ("score", "risk_aversion", "temperature", "exploration")})
+    belief, decisions, calls = gate.posterior, group.tables["decisions"], group.tables["calls"]
+    belief.active.copy_(torch.from_numpy(source.belief.active))
+    places, routed = rows.places(decisions), calls["kind"] == ROUTE
+    bumps = said["score"] == "thompson" or said["exploration"] > 0
+    radius = torch.from_numpy(source.checkpoint.arrays["radius"])
+    ends = np.cumsum(calls["rows"][routed].astype(np.int64))
+    experts, scores = [], []
+    tables = _table_walk(source.belief, rows)
+    for end, size, steps in zip(
+        ends.tolist(), calls["rows"][routed].tolist(), calls["steps"][routed].tolist(), strict=True
+    ):
+        here = slice(end - size, end)
+        alpha, beta = tables(places[here], decisions["cluster"][here])
+        belief.prior_alpha.copy_(torch.from_numpy(alpha))
+        belief.prior_beta.copy_(torch.from_numpy(beta))
+        clusters = torch.from_numpy(decisions["cluster"][here].astype(np.int64))
+        assignment = reference.Assignment(clusters, torch.from_numpy(decisions["distance"][here].copy()))
+        gate.clusterer = _Replayed(assignment, radius)  # type: ignore[assignment]
+        gate.steps.fill_(steps - bumps)
+        routing = gate(torch.zeros(1).expand(size, gate.hidden_size))
+        experts.append(routing.expert_indices.numpy())
+        scores.append(routing.scores.numpy())
+    return np.concatenate(experts), np.concatenate(scores)
+
+
+def _table_walk(belief: BeliefState, rows: RowsOfGroup) -> Any:
+    """A function from the rows that a call used to the whole tables as of that call."""
+    bases = np.flatnonzero(np.diff(rows.keys >> 32, prepend=-1))
+    clusters = rows.keys[bases] >> 32
+    alpha, beta = belief.alpha.copy(), belief.beta.copy()
+    alpha[clusters], beta[clusters] = rows.alpha[bases], rows.beta[bases]
+
+    def at(places: NDArray, of: NDArray) -> tuple[NDArray, NDArray]:
+        alpha[of], beta[of] = rows.alpha[places], rows.beta[places]
+        return alpha, beta
+
+    return at
+
+
+def _compare(group: Group, source: Source, found: Recomputed, experts: NDArray, scores: NDArray) -> None:
+    decisions = group.tables["decisions"]
+    near = np.isclose(decisions["scores"], scores, rtol=0, atol=_SLACK, equal_nan=True).all(axis=1)
+    exact = knobs(source.checkpoint).get("score") in ("lcb", "mean")
+    same = (decisions["experts"] == experts).all(axis=1)
+    good = (same & near) if exact else near  # two quantiles may tie up to rounding
+    if exact:
+        good &= (decisions["scores"] == scores).all(axis=1) | np.isnan(scores).any(axis=1)
+    found.agree += int(good.sum())
+    wrong = np.flatnonzero(~good)
+    found.disagreements += len(wrong)
+    ids = group.decision_ids()
+    for row in wrong[: 100 - len(found.disagree)].tolist():
+        found.disagree.append(
+            {
+                "source": source.name,
+                "id": int(ids[row]),
+                "logged": {"experts": decisions["experts"][row].tolist(), "scores": decisions["scores"][row].tolist()},
+                "recomputed": {"experts": experts[row].tolist(), "scores": scores[row].tolist()},
+            }
+        )
