@@ -9,6 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from torch import nn
+
+from moe_posterior.audit.attach import Attachment, attach
 from moe_posterior.audit.chain import Chain, Note, Position, read_head
 from moe_posterior.audit.collect import Event, Item
 from moe_posterior.audit.files import HEAD, FileSystem, lock, segment_numbers
@@ -129,6 +132,36 @@ class AuditLog:
         Several routers may share a log under different names.
         """
         return self._follow(router, name, "attached")
+
+    def attach(self, model: nn.Module, *, rate: float = 1.0, name: str = "model", seed: int = 0) -> Attachment:
+        """Record the gates of a model: of every forward a share of the tokens, and their outcomes when the gates observe them.
+
+        The rate is written into the log. Hooks see eager forwards only, so a compiled model must be attached to before it is compiled
+        and run eagerly; a model that was attached to is to be detached before it is pickled or copied.
+
+        Args:
+            model: holds at least one :class:`~moe_posterior.Gate`.
+            rate: share of the tokens, in (0, 1]; 1 (default) records all.
+            name: the gates stand in the log as ``name.place.in.model``.
+            seed: of the sample, which is drawn apart from everything else.
+
+        Raises:
+            InvalidArgumentError: no gate, or a rate out of range. AuditError: a gate is recorded already.
+
+        >>> import tempfile, torch
+        >>> from moe_posterior import PosteriorMoE
+        >>> moe = PosteriorMoE(nn.ModuleList([nn.Linear(8, 8) for _ in range(4)]), hidden_size=8, num_clusters=4)
+        >>> moe.gate.fit(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
+        >>> folder = tempfile.mkdtemp()
+        >>> with AuditLog(folder) as log, log.attach(moe, rate=0.5):
+        ...     routing = moe.route(torch.ones(1000, 8))
+        ...     moe.observe(routing, torch.ones(1000, 2))
+        >>> table = AuditLog(folder, mode="r").decisions()
+        >>> 400 < len(table) < 600, table["source"][0].as_py(), table["signal"][0].as_py()
+        (True, 'model.gate', [1.0, 1.0])
+        """
+        self._require_writer()
+        return attach(self, model, rate, name, seed)
 
     def _follow(self, router: PosteriorRouter, name: str, reason: str) -> RouterRecorder:
         self._require_writer()

@@ -1,0 +1,189 @@
+"""Recording the gates inside a model: a stated share of the tokens, and the outcomes of those.
+
+Dimensions: N tokens, M sampled tokens, C clusters, E experts, k experts per token.
+"""
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moe_posterior.audit.collect import Event, Many, Marked, Resolved
+from moe_posterior.audit.recorder import KNOBS, BeliefTracker, knobs_of, now
+from moe_posterior.audit.state import Checkpoint
+from moe_posterior.errors import AuditError, InvalidArgumentError
+from moe_posterior.gates import Gate, PosteriorGate, Routing
+
+if TYPE_CHECKING:
+    from moe_posterior.audit.log import AuditLog
+
+_REMEMBERED = 256  # routings of a gate whose outcome can still be recorded
+
+
+class _Sampled(NamedTuple):
+    """Which tokens of a routing were recorded."""
+
+    routing: Callable[[], Tensor | None]  # weakly
+    ids: NDArray[np.int64]  # (M,)
+    rows: Tensor  # (M,)
+
+
+class GateRecorder:
+    """One gate's decisions and outcomes, sampled per token."""
+
+    def __init__(self, log: "AuditLog", gate: Gate, name: str, rate: float, seed: int) -> None:
+        self.log, self.gate, self.name, self.rate = log, gate, name, rate
+        self.source = log.source_of(name)
+        self._random = np.random.default_rng(seed)
+        self._belief = BeliefTracker(gate) if isinstance(gate, PosteriorGate) else None
+        self._next_id, self._generation = log.reached_id, -1
+        self._knobs: tuple[Any, ...] = ()
+        self._lost = 0
+        self._recent: OrderedDict[int, _Sampled] = OrderedDict()
+        self._lock = threading.Lock()
+        self._hook = gate.register_forward_hook(self._routed)
+        self._observe = gate.observe
+        gate.observe = self._observed  # type: ignore[method-assign]
+        with self._lock:
+            self._checkpoint("attached")
+
+    def detach(self) -> None:
+        """Leave the gate as it was."""
+        self._hook.remove()
+        self.gate.__dict__.pop("observe", None)
+
+    def _routed(self, gate: nn.Module, inputs: Any, routing: Routing) -> None:
+        if gate is not self.gate or torch._C._current_graph_task_id() != -1:  # a copy of the model, or a recomputation
+            return
+        count = len(routing.expert_indices)
+        with self._lock:
+            sampled = np.flatnonzero(self._random.random(count) < self.rate)
+            if not len(sampled) or not self._before(len(sampled)):
+                return
+            rows = torch.from_numpy(sampled).to(routing.expert_indices.device)
+            ids = np.arange(self._next_id, self._next_id + len(sampled))
+            self._next_id += len(sampled)
+            self.log.reached_id = max(self.log.reached_id, self._next_id)
+            self._put(routing, rows, int(ids[0]))
+            key = id(routing.expert_indices)
+            self._recent[key] = _Sampled(weakref.ref(routing.expert_indices), ids, rows)
+            self._recent.move_to_end(key)
+            if len(self._recent) > _REMEMBERED:
+                self._recent.popitem(last=False)
+
+    def _put(self, routing: Routing, rows: Tensor, first: int) -> None:
+        clusters = routing.cluster_ids[rows].numpy(force=True)
+        versions = np.zeros(len(clusters), dtype=np.uint32)
+        if self._belief is not None:
+            captured = self._belief.capture(self.source, clusters)
+            if captured is not None:
+                self.log.put(captured, 400 + captured.alpha.nbytes + captured.beta.nbytes)
+            versions = self._belief.versions[clusters]
+        columns = {
+            "cluster": clusters.astype(np.uint32),
+            "distance": routing.distance[rows].detach().float().numpy(force=True).copy(),
+            "version": versions,
+            "experts": routing.expert_indices[rows].numpy(force=True).astype(np.uint16),
+            "scores": routing.scores[rows].detach().float().numpy(force=True).copy(),
+            "flags": np.zeros(len(clusters), dtype=np.uint8),
+        }
+        item = Many(self.source, now(), first, 0, columns)
+        self.log.put(item, 600 + sum(column.nbytes for column in columns.values()))
+
+    def _observed(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:
+        self._observe(routing, outcome, dense=dense)
+        with self._lock:
+            sampled = self._recent.get(id(routing.expert_indices))
+            if sampled is None or sampled.routing() is not routing.expert_indices:
+                return  # not one of ours, or too long ago
+            del self._recent[id(routing.expert_indices)]
+            if not self._before(len(sampled.ids)):
+                return
+            values = outcome.to(sampled.rows.device)[sampled.rows]
+            experts = routing.expert_indices[sampled.rows]
+            if self.gate.slots_of(routing, outcome, dense) is None:
+                values = values.gather(1, experts)
+            signal = values.detach().double().numpy(force=True).copy()
+            self.log.put(Resolved(self.source, now(), 0, sampled.ids, signal), 400 + 2 * signal.nbytes)
+
+    def _before(self, count: int) -> bool:
+        if not self.log.admit():
+            self._lost += count
+            self.log.count_dropped("sampled", count)
+            return False
+        if self._lost:
+            event = {"event": "dropped", "time": now(), "source": self.source, "name": self.name}
+            self.log.put(Event(self.source, event | {"lost": {"sampled": self._lost}}))
+            self._lost = 0
+        gate = self.gate
+        configured = isinstance(gate, PosteriorGate) and knobs_of(gate, None) != self._knobs
+        if configured or self._generation != self.log.generation:
+            self._checkpoint("configured" if configured else "rotated")
+        return True
+
+    def _checkpoint(self, reason: str) -> None:
+        gate = self.gate
+        self._generation = self.log.generation
+        settings: dict[str, Any] = {
+            "source": self.source,
+            "name": self.name,
+            "kind": "gate",
+            "reason": reason,
+            "time": now(),
+            "num_experts": gate.num_experts,
+            "num_clusters": 1,
+            "top_k": gate.top_k,
+            "gate": type(gate).__name__,
+            "rate": self.rate,
+            "next_id": self._next_id,
+            "knobs": {},
+        }
+        arrays: dict[str, NDArray[Any]] = {}
+        if self._belief is not None and isinstance(gate, PosteriorGate):
+            self._knobs = knobs_of(gate, None)
+            settings["num_clusters"] = gate.num_clusters
+            settings["knobs"] = dict(zip((*KNOBS, "threshold"), self._knobs[:-1], strict=True))
+            settings["options"] = {"novelty": gate.novelty}
+            arrays = self._belief.snapshot()
+        size = 2000 + sum(array.nbytes for array in arrays.values())
+        self.log.put(Marked(self.source, Checkpoint(settings, arrays), self._generation), size)
+
+
+class Attachment:
+    """The recorded gates of one model; a context manager that ends the recording."""
+
+    def __init__(self, recorders: list[GateRecorder]) -> None:
+        self.recorders = recorders
+
+    def detach(self) -> None:
+        """Record these gates no longer."""
+        for recorder in self.recorders:
+            recorder.detach()
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+
+def attach(log: "AuditLog", model: nn.Module, rate: float, name: str, seed: int) -> Attachment:
+    """See :meth:`AuditLog.attach`."""
+    if not 0.0 < rate <= 1.0:
+        raise InvalidArgumentError(f"rate must lie in (0, 1]; got {rate}")
+    gates = {place: module for place, module in model.named_modules() if isinstance(module, Gate)}
+    if not gates:
+        raise InvalidArgumentError(f"model must hold at least one Gate; {type(model).__name__} holds none")
+    if any("observe" in gate.__dict__ for gate in gates.values()):
+        raise AuditError("a gate of this model is recorded already")
+    recorders = [
+        GateRecorder(log, gate, f"{name}.{place}" if place else name, rate, seed + index)
+        for index, (place, gate) in enumerate(gates.items())
+    ]
+    return Attachment(recorders)

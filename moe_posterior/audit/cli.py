@@ -1,0 +1,212 @@
+"""``moe-posterior audit``: look into a log, verify it, recompute it, take it elsewhere."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_posterior.audit.export import export
+from moe_posterior.audit.log import AuditLog
+from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.stats import summarise
+from moe_posterior.audit.verify import Verification, verify, verify_decisions
+from moe_posterior.errors import AuditError
+
+EXAMPLES = """
+examples:
+  moe-posterior audit show runs/x/audit --last 5
+  moe-posterior audit show runs/x/audit --expert 3 --cluster 7 --json
+  moe-posterior audit stats runs/x/audit
+  moe-posterior audit verify runs/x/audit --decisions --head 5f0c...   exit status 1 if anything was altered
+  moe-posterior audit replay runs/x/audit                    the belief, rebuilt and compared with every checkpoint
+  moe-posterior audit export runs/x/audit --out tables --format csv
+"""
+
+
+def printable(text: object) -> str:
+    """Text that does nothing to a terminal: whatever is not plainly printable stands as an escape.
+
+    >>> printable("a\\x1b[2Jb\\nc")
+    'a\\\\x1b[2Jb\\\\nc'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="moe-posterior audit",
+        description="Read an audit log: what was decided, on what grounds, and whether the log is what was written.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = made.add_subparsers(dest="command", required=True)
+
+    def command(name: str, summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary)
+        added.add_argument("folder", type=Path, help="the log's folder")
+        added.add_argument(
+            "--key-file", type=Path, metavar="FILE", help="holds the key the log was written with, as bytes"
+        )
+        return added
+
+    show = command("show", "print decisions, with the posterior they rested on and what came of them")
+    show.add_argument("--id", type=int, nargs="+", metavar="N", help="only these decisions")
+    show.add_argument("--expert", type=int, metavar="E", help="only those that chose this expert")
+    show.add_argument("--cluster", type=int, metavar="C", help="only those in this cluster")
+    show.add_argument("--last", type=int, default=20, metavar="N", help="at most so many, the latest (default 20)")
+    show.add_argument("--json", action="store_true", help="one JSON object a line, with the full posterior row")
+    stats = command("stats", "print counts, and each expert's competence with its credible interval")
+    stats.add_argument("--json", action="store_true", help="as JSON")
+    check = command("verify", "check every hash of the chain; exit status 1 if anything was altered")
+    check.add_argument("--decisions", action="store_true", help="also recompute every choice from the logged posterior")
+    check.add_argument("--head", metavar="HASH", help="a hash the log once ended with: it must stand in the chain")
+    check.add_argument("--json", action="store_true", help="as JSON")
+    replay = command("replay", "rebuild the router's belief from the records and compare it with every checkpoint")
+    replay.add_argument("--name", default="router", help="which router, where several share a log (default router)")
+    replay.add_argument("--out", type=Path, metavar="FILE", help="save the rebuilt router, for PosteriorRouter.load")
+    exporting = command("export", "write decisions, outcomes, posterior and events as tables")
+    exporting.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to")
+    exporting.add_argument("--format", choices=("parquet", "csv"), default="parquet")
+    return made
+
+
+def audit(arguments: Sequence[str]) -> int:
+    """Run ``moe-posterior audit``; the exit status is 0, or 1 if a log is not what was written."""
+    given = parser().parse_args(arguments)
+    key = given.key_file.read_bytes() if given.key_file else None
+    if given.command == "verify":
+        return _verify(given, key)
+    log = AuditLog(given.folder, mode="r", key=key)
+    return {"show": _show, "stats": _stats, "replay": _replay, "export": _export}[given.command](log, given)
+
+
+def _when(time: Any) -> str:
+    moment = time if isinstance(time, datetime) else datetime.fromtimestamp(time / 1e6, UTC)
+    return moment.isoformat(sep=" ", timespec="milliseconds").removesuffix("+00:00")
+
+
+def _show(log: AuditLog, given: argparse.Namespace) -> int:
+    table = log.decisions(ids=given.id, expert=given.expert, cluster=given.cluster, last=given.last)
+    rows = table.to_pylist()
+    if given.json:
+        for row in rows:
+            times = {name: row[name].isoformat() if row[name] else None for name in ("time", "resolved")}
+            print(json.dumps(row | times))
+        return 0
+    print(
+        f"{'id':>12} {'time (UTC)':23} {'cluster':>7} {'distance':>8} {'expert':>6} {'score':>7} {'mean':>6}  outcome"
+    )
+    for row in rows:
+        best = row["experts"][0]
+        mean = "" if row["alpha"] is None else f"{row['alpha'][best] / (row['alpha'][best] + row['beta'][best]):.3f}"
+        signal = "waits" if row["signal"] is None else " ".join(f"{value:g}" for value in row["signal"])
+        notes = [word for word in ("abstain", "explored") if row[word]] + [f"also {e}" for e in row["experts"][1:]]
+        source = [] if row["source"] == "router" else [printable(row["source"])]
+        print(
+            f"{row['id']:>12} {_when(row['time']):23} {row['cluster']:>7} {row['distance']:>8.3f} {best:>6} "
+            f"{row['scores'][0]:>7.4f} {mean:>6}  {', '.join([signal, *notes, *source])}"
+        )
+    print(f"{len(rows)} decisions")
+    return 0
+
+
+def _stats(log: AuditLog, given: argparse.Namespace) -> int:
+    found = summarise(log.read())
+    if given.json:
+        print(json.dumps(found))
+        return 0
+    if found["first_time"] is not None:
+        print(f"from {_when(found['first_time'])} to {_when(found['last_time'])} UTC")
+    for source in found["sources"]:
+        print(f"\n{printable(source['source'])}")
+        for name in ("decisions", "outcomes", "refused"):
+            print(f"  {name:<10} {source[name]:>12,}")
+        for name in ("abstained", "explored"):
+            print(f"  {name:<10} {source[name]:>12,}  {source[name + '_share']:.2%}")
+        print(f"\n  {'expert':>6} {'chosen':>12} {'outcomes':>12} {'competence':>10}  95 % interval")
+        for row in source["experts"]:
+            mean = "" if row["competence"] is None else f"{row['competence']:.4f}"
+            bounds = f"{row['low']:.4f} to {row['high']:.4f}"
+            print(f"  {row['expert']:>6} {row['chosen']:>12,} {row['outcomes']:>12,} {mean:>10}  {bounds}")
+    return 0
+
+
+def _verify(given: argparse.Namespace, key: bytes | None) -> int:
+    found = verify(given.folder, key, head=given.head)
+    report = {**_report(found), "choices": None}
+    good = found.sound
+    if given.decisions and found.sound:
+        choices = verify_decisions(AuditLog(given.folder, mode="r", key=key).read())
+        report["choices"] = choices.__dict__
+        good = not choices.disagreements
+    if given.json:
+        print(json.dumps(report))
+        return 0 if good else 1
+    if not found.sound:
+        print(f"ALTERED: {printable(found.problem)}")
+        return 1
+    for name in ("segments", "records", "decisions", "outcomes", "refusals", "head"):
+        print(f"{name:<10} {report[name]}")
+    if found.removed:
+        print(
+            f"removed    {found.removed['segments']} segments with {found.removed['decisions']} decisions, by retention"
+        )
+    print(
+        "ends       "
+        + ("as it was closed" if found.closed else f"open: {found.torn or 'not closed, or still written'}")
+    )
+    if report["choices"]:
+        print(
+            f"choices    {choices.agree} recomputed alike, {choices.disagreements} not, {choices.skipped} not recomputable"
+        )
+        for wrong in choices.disagree[:10]:
+            print(f"  {printable(json.dumps(wrong))}")
+    print("sound" if good else "DISAGREES")
+    return 0 if good else 1
+
+
+def _report(found: Verification) -> dict[str, Any]:
+    return {
+        "sound": found.sound,
+        "problem": found.problem,
+        "segments": found.segments,
+        "records": found.records,
+        **{name: found.totals[name] for name in ("decisions", "outcomes", "refusals")},
+        "removed": dict(found.removed),
+        "closed": found.closed,
+        "torn": found.torn,
+        "torn_bytes": found.torn_bytes,
+        "cut_bytes": found.cut_bytes,
+        "head": None if found.head is None else found.head.digest.hex(),
+    }
+
+
+def _replay(log: AuditLog, given: argparse.Namespace) -> int:
+    try:
+        router = rebuild(log.read(), given.name, check=True)
+    except AuditError as error:
+        print(f"DISAGREES: {printable(error)}")
+        return 1
+    belief = router.posterior
+    observed = float((belief.successes + belief.failures).sum())
+    waiting = int(np.count_nonzero(router.state()["pending"]["id"].numpy() >= 0))
+    print(f"experts    {belief.num_experts}, of which active {int(belief.active.sum())}")
+    print(f"clusters   {belief.num_clusters}")
+    print(f"evidence   {observed:g} observations")
+    print(f"waiting    {waiting} decisions without an outcome")
+    if given.out is not None:
+        router.save(given.out)
+        print(f"saved      {given.out}")
+    print("the records lead to every checkpoint, bit for bit")
+    return 0
+
+
+def _export(log: AuditLog, given: argparse.Namespace) -> int:
+    for path, rows in export(log.read(), given.out, given.format).items():
+        print(f"{rows:>12,} rows  {path}")
+    return 0

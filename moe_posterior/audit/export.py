@@ -1,0 +1,55 @@
+"""A log as plain tables, for tools that know nothing of it."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_posterior.audit.arrow import parquet
+from moe_posterior.audit.arrow import pyarrow as pa
+from moe_posterior.audit.read import Reader
+
+_FORMULA = ("=", "+", "-", "@")  # what spreadsheets take for one at the start of a text
+
+
+def export(reader: Reader, folder: Path, form: Literal["parquet", "csv"] = "parquet") -> dict[str, int]:
+    """Write decisions, outcomes, posterior and events, one file each; their paths and numbers of rows.
+
+    Each table is held in memory while it is written. In CSV, lists are joined by semicolons, and a text that a spreadsheet would
+    take for a formula gets an apostrophe in front.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    views = {
+        "decisions": reader.decisions,
+        "outcomes": reader.outcomes,
+        "posterior": reader.posterior,
+        "events": reader.events,
+    }
+    written = {}
+    for name, view in views.items():
+        table, path = view(), folder / f"{name}.{form}"
+        if form == "parquet":
+            parquet.write_table(table, path, compression="zstd")
+        else:
+            from pyarrow import csv
+
+            csv.write_csv(_flat(table), path)
+        written[str(path)] = table.num_rows
+    return written
+
+
+def _flat(table: Any) -> Any:
+    for index, field in enumerate(table.schema):
+        if pa.types.is_list(field.type):
+            texts = [None if row is None else ";".join(map(repr, row)) for row in table[field.name].to_pylist()]
+        elif pa.types.is_string(field.type):
+            texts = [_harmless(text) for text in table[field.name].to_pylist()]
+        else:
+            continue
+        table = table.set_column(index, field.name, pa.array(texts, pa.string()))
+    return table
+
+
+def _harmless(text: str | None) -> str | None:
+    if text is None:
+        return None
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return f"'{text}" if text.startswith(_FORMULA) else text

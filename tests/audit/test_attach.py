@@ -1,0 +1,95 @@
+"""Gates inside models are recorded token by token, at a stated rate, with the outcomes they observe."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from moe_posterior import InvalidArgumentError, MixtureOfExperts, PosteriorMoE, SoftmaxGate, record
+from moe_posterior.audit import AuditError, AuditLog
+from moe_posterior.audit.verify import verify, verify_decisions
+
+HIDDEN = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+
+
+def experts(count: int = 4) -> nn.ModuleList:
+    return nn.ModuleList([nn.Linear(8, 8) for _ in range(count)])
+
+
+def model(**options) -> nn.Sequential:
+    first = PosteriorMoE(experts(5), hidden_size=8, num_clusters=6, top_k=2, **options)
+    first.gate.fit(HIDDEN)
+    return nn.Sequential(first, nn.ReLU(), MixtureOfExperts(experts(4), SoftmaxGate(8, 4, 1)))
+
+
+def test_all_gates_of_a_model_are_recorded_with_gradient_outcomes(tmp_path: Path) -> None:
+    layers = model()
+    seen = []
+    with AuditLog(tmp_path) as log, log.attach(layers):
+        for _ in range(3):
+            with record(layers) as trace:
+                loss = layers(HIDDEN).square().mean()
+            loss.backward()
+            seen.append([routing for _, routing in trace.routings])
+            trace.observe_gradients()
+    entries = AuditLog(tmp_path, mode="r").decisions().to_pylist()
+    for place, name in ((0, "model.0.gate"), (1, "model.2.gate")):
+        wanted = [row for routings in seen for row in routings[place].expert_indices.tolist()]
+        mine = [entry for entry in entries if entry["source"] == name]
+        assert [entry["experts"] for entry in mine] == wanted
+        signals = [value for entry in mine for value in entry["signal"]]
+        # One expert a token has weight 1 whatever its score: no gradient, nothing observed.
+        assert {repr(value) for value in signals} == ({"0.0", "1.0"} if place == 0 else {"nan"})
+    found = verify_decisions(AuditLog(tmp_path, mode="r").read())
+    assert (found.agree, found.disagreements, found.skipped) == (900, 0, 900)
+    assert verify(tmp_path).sound
+
+
+def test_the_rate_is_kept_and_stated(tmp_path: Path) -> None:
+    layers = model()
+    with AuditLog(tmp_path) as log, log.attach(layers, rate=0.1):
+        routings = [layers[0].route(HIDDEN) for _ in range(10)]
+        for step, routing in enumerate(routings):
+            layers[0].observe(routing, torch.full((300, 5), step / 16), dense=True)
+    log = AuditLog(tmp_path, mode="r")
+    entries = log.decisions().to_pylist()
+    assert 200 < len(entries) < 400
+    assert {tuple(entry["signal"]) for entry in entries} == {(step / 16,) * 2 for step in range(10)}
+    assert '"rate":0.1' in log.read().events()["detail"].to_pylist()[1]
+
+
+def test_a_detached_model_is_as_before_and_its_forwards_are_unchanged_meanwhile(tmp_path: Path) -> None:
+    layers = model()
+    plain = layers(HIDDEN)
+    keys = {name: set(module.__dict__) for name, module in layers.named_modules()}
+    with AuditLog(tmp_path) as log:
+        attachment = log.attach(layers)
+        assert torch.equal(layers(HIDDEN), plain)
+        with pytest.raises(AuditError, match="recorded already"):
+            log.attach(layers)
+        twin = copy.deepcopy(layers.state_dict())
+        attachment.detach()
+        layers(HIDDEN)
+    assert set(twin) == set(layers.state_dict())
+    assert {name: set(module.__dict__) for name, module in layers.named_modules()} == keys
+    assert len(AuditLog(tmp_path, mode="r").decisions()) == 2 * len(HIDDEN)
+
+
+def test_an_outcome_counts_once_in_the_log(tmp_path: Path) -> None:
+    layers = model()
+    with AuditLog(tmp_path) as log, log.attach(layers):
+        routing = layers[0].route(HIDDEN)
+        layers[0].observe(routing, torch.ones(300, 2))
+        layers[0].observe(routing, torch.zeros(300, 2))  # the layer does not mind; the log holds the first
+        layers[0].observe(layers[0].gate(HIDDEN), torch.zeros(300, 2))
+    assert AuditLog(tmp_path, mode="r").outcomes().num_rows == 2 * 2 * 300
+
+
+def test_what_cannot_be_attached_is_refused(tmp_path: Path) -> None:
+    with AuditLog(tmp_path) as log:
+        with pytest.raises(InvalidArgumentError, match="holds none"):
+            log.attach(nn.Linear(2, 2))
+        with pytest.raises(InvalidArgumentError, match="rate must lie"):
+            log.attach(model(), rate=0.0)
