@@ -18,8 +18,8 @@ from moe_posterior.audit.arrow import pyarrow as pa
 from moe_posterior.audit.chain import Note
 from moe_posterior.audit.files import FileSystem, parquet_name
 from moe_posterior.audit.frames import MAX_PAYLOAD, Frame, Kind
-from moe_posterior.audit.state import Checkpoint, decode_checkpoint, decode_json
-from moe_posterior.audit.tables import RESOLVE, ROUTE, TABLES, Group, decode, empty_tables
+from moe_posterior.audit.state import Checkpoint, decode_checkpoint, decode_event
+from moe_posterior.audit.tables import RESOLVE, ROUTE, TABLES, Group, check_calls, decode, empty_tables
 from moe_posterior.errors import AuditError
 
 _BLOCK = 1 << 20
@@ -135,7 +135,7 @@ def _records(folder: Path, note: Note, events_only: bool) -> Iterator[Group | Ch
             if len(payload) > MAX_PAYLOAD:
                 raise AuditError(f"a record of segment {note.segment} is too long")
             if kind == Kind.EVENT:
-                records.append((number, decode_json(payload)))
+                records.append((number, decode_event(payload)))
             elif not events_only:
                 records.append((number, decode_checkpoint(payload)))
     if not events_only:
@@ -172,4 +172,6 @@ def _groups(tables: dict[str, Any]) -> list[tuple[int, Group]]:
                     for column in TABLES[table]
                 }
             )
+    for group in found.values():
+        check_calls(group)
     return [(frame, group) for (frame, _), group in found.items()]

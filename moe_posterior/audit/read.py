@@ -16,7 +16,7 @@ from moe_posterior.audit.belief import BeliefState, RowsOfGroup, belief_of, knob
 from moe_posterior.audit.chain import Chain, Note
 from moe_posterior.audit.compact import read_compacted
 from moe_posterior.audit.frames import Frame, Kind
-from moe_posterior.audit.state import Checkpoint, decode_checkpoint, decode_json, encode_json
+from moe_posterior.audit.state import Checkpoint, decode_checkpoint, decode_event, encode_json
 from moe_posterior.audit.tables import ABSTAIN, EXPLORED, REFUSE, RESOLVE, ROUTE, Group, decode
 from moe_posterior.errors import AuditError
 
@@ -44,7 +44,7 @@ def records_of(frame: Frame) -> Iterator[Record]:
         elif frame.kind == Kind.CHECKPOINT:
             yield decode_checkpoint(frame.payload())
         elif frame.kind == Kind.EVENT:
-            yield decode_json(frame.payload())
+            yield decode_event(frame.payload())
     except AuditError as error:
         raise AuditError(f"segment {frame.segment}, record {frame.number}: {error}") from error
 
@@ -67,12 +67,12 @@ class Reader:
             for record in records:
                 if isinstance(record, Checkpoint):
                     self._note(record)
+                elif isinstance(record, Group) and record.source in self.sources:
+                    _check_fit(record, self.sources[record.source].checkpoint)
                 yield record
 
     def _note(self, checkpoint: Checkpoint) -> None:
-        source, name = checkpoint.settings.get("source"), checkpoint.settings.get("name")
-        if not isinstance(source, int) or not isinstance(name, str):
-            raise AuditError("a checkpoint does not say whose it is")
+        source, name = checkpoint.settings["source"], checkpoint.settings["name"]
         self.sources[source] = Source(name, checkpoint, belief_of(checkpoint))
 
     def _compacted(self, note: Note) -> Iterator[Record]:
@@ -165,6 +165,23 @@ class Reader:
                 arrays = {"source": np.full(record.rows("posterior"), name, dtype=object), **columns}
                 parts.append(pa.table({n: pa.array(a) for n, a in arrays.items()}, schema=_CELLS))
         return pa.concat_tables(parts) if parts else _CELLS.empty_table()
+
+
+def _check_fit(group: Group, checkpoint: Checkpoint) -> None:
+    """Raise AuditError if a group speaks of clusters or experts that its source does not have."""
+    said = checkpoint.settings
+    bounds = (
+        ("decisions", "cluster", said["num_clusters"]),
+        ("decisions", "experts", said["num_experts"]),
+        ("posterior", "cluster", said["num_clusters"]),
+        ("posterior", "expert", said["num_experts"]),
+    )
+    for table, column, size in bounds:
+        values = group.tables[table][column]
+        if values.size and int(values.max()) >= size:
+            raise AuditError(f"a group of {said['name']!r} speaks of {column} {int(values.max())}; there are {size}")
+    if group.top_k != said["top_k"]:
+        raise AuditError(f"a group of {said['name']!r} has {group.top_k} experts a decision, not {said['top_k']}")
 
 
 _CELLS = pa.schema(

@@ -13,7 +13,7 @@ from moe_posterior.audit.read import Reader
 from moe_posterior.audit.recorder import KNOBS
 from moe_posterior.audit.state import Checkpoint
 from moe_posterior.audit.tables import RESOLVE, Group
-from moe_posterior.errors import AuditError, MoEPosteriorError
+from moe_posterior.errors import AuditError, InvalidArgumentError, MoEPosteriorError
 from moe_posterior.router import PosteriorRouter
 
 _FOLDED = ("rotated", "configured", "recovered")  # reasons of checkpoints that only outcomes lead to
@@ -67,7 +67,10 @@ class Fold:
         ids, decisions = group.decision_ids(), group.tables["decisions"]
         experts = decisions["experts"].astype(np.int32)
         clusters = np.where(np.isinf(decisions["distance"]), -1, decisions["cluster"].astype(np.int32))
-        if group.top_k != router.gate.top_k or (len(ids) and int(experts.max()) >= router.gate.num_experts):
+        beyond = len(ids) and (
+            int(experts.max()) >= router.gate.num_experts or int(clusters.max()) >= router.gate.num_clusters
+        )
+        if group.top_k != router.gate.top_k or beyond:
             raise AuditError("a group does not fit the router of the checkpoint before it")
         if group.rows("outcomes"):
             self._learn(group, ids, clusters, experts)
@@ -106,7 +109,10 @@ class Fold:
         belief, threshold = self.router.gate.posterior, self.router.gate.threshold
         parts = [torch.from_numpy(a) for a in (their_clusters, signal, their_experts.astype(np.int64))]
         for cluster, outcome, chosen in zip(*(p.split(sizes.tolist()) for p in parts), strict=True):
-            belief.observe(cluster, outcome, chosen, threshold=threshold, sync=False)
+            try:
+                belief.observe(cluster, outcome, chosen, threshold=threshold, sync=False)
+            except InvalidArgumentError as error:
+                raise AuditError(f"the log holds outcomes that no router takes: {error}") from error
 
     def _looked_up(
         self, wanted: NDArray, ids: NDArray, clusters: NDArray, experts: NDArray

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moe_posterior.audit.frames import MAX_PAYLOAD
 from moe_posterior.errors import AuditError
 
+MAX_TIME = 253_402_300_800_000_000  # the year 10000, in microseconds
 _SIZE = struct.Struct("<Q")
 _DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "int64", "int32", "uint32", "bool")}
 
@@ -81,4 +82,68 @@ def decode_checkpoint(payload: bytes) -> Checkpoint:
         raise AuditError(f"a checkpoint is malformed: {error!r}") from error
     if position != len(payload) or not isinstance(settings, dict):
         raise AuditError("a checkpoint is longer than it says, or has no settings")
+    _check_settings(settings, arrays)
     return Checkpoint(settings, arrays)
+
+
+def decode_event(data: bytes) -> dict[str, Any]:
+    """An event.
+
+    Raises:
+        AuditError: it is malformed.
+    """
+    event = decode_json(data)
+    _require("event", isinstance(event.get("event"), str) and is_time(event.get("time")))
+    _require("event", isinstance(event.get("name", ""), str))
+    return event
+
+
+def is_time(value: Any) -> bool:
+    """Whether this is a number of microseconds that a calendar has a date for."""
+    return type(value) is int and 0 <= value < MAX_TIME
+
+
+def _require(what: str, fits: bool) -> None:
+    if not fits:
+        raise AuditError(f"a {what} holds a value that no writer would put there")
+
+
+def _check_settings(settings: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+    """Whatever a reader relies on, so that a hostile file is refused here and allocates nothing."""
+    sizes = [settings.get(name) for name in ("num_clusters", "num_experts", "top_k", "source")]
+    _require("checkpoint", all(type(size) is int and 0 <= size < 1 << 32 for size in sizes))
+    num_clusters, num_experts, top_k = sizes[0] or 0, sizes[1] or 0, sizes[2] or 0
+    _require("checkpoint", 1 <= top_k <= num_experts <= 1 << 16 and num_clusters >= 1)
+    _require("checkpoint", all(isinstance(settings.get(name), str) for name in ("name", "reason", "kind")))
+    _require("checkpoint", is_time(settings.get("time")))
+    knobs, options = settings.get("knobs"), settings.get("options", {})
+    _require("checkpoint", isinstance(knobs, dict) and isinstance(options, dict))
+    for name, value in (knobs or {}).items():
+        right = isinstance(value, str) if name == "score" else value is None or type(value) in (int, float)
+        _require("checkpoint", right)
+    if "alpha" in arrays:
+        _require("checkpoint", arrays["alpha"].shape == (num_clusters, num_experts))
+    else:
+        _require("checkpoint", num_clusters == 1 and settings["kind"] == "gate")
+    if settings["kind"] == "router":
+        _check_options(options, num_clusters, num_experts, top_k, arrays)
+
+
+def _check_options(
+    options: dict[str, Any], num_clusters: int, num_experts: int, top_k: int, arrays: dict[str, NDArray[Any]]
+) -> None:
+    names = ("num_clusters", "num_experts", "hidden_size", "top_k", "max_pending")
+    _require("checkpoint", all(type(options.get(name)) is int for name in names))
+    clusters, experts, hidden_size, chosen, pending = (int(options[name]) for name in names)
+    centroids = arrays.get("gate.clusterer.centroids", np.zeros(0))
+    _require("checkpoint", clusters in (num_clusters, num_clusters - 1) and chosen == top_k and experts <= num_experts)
+    _require("checkpoint", centroids.shape == (clusters, hidden_size))
+    _require("checkpoint", pending >= 1 and pending * (12 + 8 * top_k) <= MAX_PAYLOAD // 2)
+    rows = {name: array for name, array in arrays.items() if name.startswith("pending.")}
+    shapes = {"pending.id": 1, "pending.cluster": 1, "pending.experts": 2, "pending.tenure": 2}
+    _require("checkpoint", {name: array.ndim for name, array in rows.items()} == shapes)
+    _require("checkpoint", len({len(array) for array in rows.values()}) == 1)
+    _require("checkpoint", rows["pending.experts"].shape[1] == rows["pending.tenure"].shape[1] == top_k)
+    within = rows["pending.experts"]
+    _require("checkpoint", not within.size or (int(within.min()) >= 0 and int(within.max()) < num_experts))
+    _require("checkpoint", not len(rows["pending.id"]) or int(rows["pending.id"].min()) >= 0)

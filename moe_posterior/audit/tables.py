@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_posterior.audit.arrow import pyarrow as pa
+from moe_posterior.audit.state import MAX_TIME
 from moe_posterior.errors import AuditError
 
 ROUTE, RESOLVE, REFUSE = 0, 1, 2  # kinds of calls
@@ -60,6 +61,7 @@ TABLES: dict[str, tuple[_Column, ...]] = {
     ),
 }
 _NAMES = tuple(TABLES)
+_MOST = {"time": MAX_TIME, "first": 1 << 62, "steps": 1 << 62}
 _PART = struct.Struct("<BxHIII")  # table, k, source, rows, bytes
 _CALLED = {ROUTE: "decisions", RESOLVE: "outcomes", REFUSE: "refusals"}
 
@@ -125,11 +127,21 @@ def decode(payload: bytes) -> list[Group]:
         tables[table] = _columns(table, top_k, rows, message)
     groups = [Group(source, top_k, tables) for source, (top_k, tables) in found.items()]
     for group in groups:
-        calls = group.tables["calls"]
-        for kind, table in _CALLED.items():
-            if int(calls["rows"][calls["kind"] == kind].sum()) != group.rows(table):
-                raise AuditError(f"a group's calls do not add up to its {table}")
+        check_calls(group)
     return groups
+
+
+def check_calls(group: Group) -> None:
+    """Raise AuditError unless the calls account for every row, at times that exist."""
+    calls = group.tables["calls"]
+    for kind, table in _CALLED.items():
+        if int(calls["rows"][calls["kind"] == kind].sum()) != group.rows(table):
+            raise AuditError(f"a group's calls do not add up to its {table}")
+    if len(calls["kind"]) and int(calls["kind"].max()) > REFUSE:
+        raise AuditError("a group holds a call of an unknown kind")
+    for column in ("time", "first", "steps"):
+        if len(calls[column]) and not 0 <= int(calls[column].min()) <= int(calls[column].max()) < _MOST[column]:
+            raise AuditError(f"a group's calls have an impossible {column}")
 
 
 def split(payload: bytes) -> Iterator[tuple[str, int, int, int, bytes]]:
@@ -184,8 +196,8 @@ def _columns(table: str, top_k: int, rows: int, message: bytes) -> Columns:
         if batch.num_rows != rows or any(column.null_count for column in batch.columns):
             raise AuditError(f"a table of {table} holds nulls or another number of rows than its part says")
         return {c.name: _values(c, top_k, batch.column(i)) for i, c in enumerate(TABLES[table])}
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise AuditError(f"a table of {table} is malformed: {str(error).splitlines()[0]}") from error
+    except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError) as error:
+        raise AuditError(f"a table of {table} is malformed: {error}") from error
 
 
 def _values(column: _Column, top_k: int, array: Any) -> NDArray[Any]:

@@ -21,7 +21,7 @@ from moe_posterior.audit.frames import Frame, Kind
 from moe_posterior.audit.read import Reader, Source
 from moe_posterior.audit.state import decode_json
 from moe_posterior.audit.tables import ROUTE, Group, split
-from moe_posterior.errors import AuditError
+from moe_posterior.errors import AuditError, InvalidArgumentError
 from moe_posterior.kernels import reference
 from moe_posterior.router import PosteriorRouter
 
@@ -145,14 +145,15 @@ def verify_decisions(reader: Reader) -> Recomputed:
         count = group.rows("decisions")
         if not count:
             continue
-        if source is None or rows is None or source.belief is None:
+        drawn = source is not None and not _by_table(source)
+        if source is None or rows is None or (drawn and source.checkpoint.settings["kind"] != "router"):
             found.skipped += count
-        elif _by_table(source):
-            _compare(group, source, found, *table_choices(group, source, rows))
-        elif source.checkpoint.settings.get("kind") == "router":
-            _compare(group, source, found, *_drawn_choices(group, source, rows))
-        else:
-            found.skipped += count
+            continue
+        try:
+            choices = (_drawn_choices if drawn else table_choices)(group, source, rows)
+        except (ValueError, KeyError, TypeError, IndexError, RuntimeError, InvalidArgumentError) as error:
+            raise AuditError(f"choices of {source.name!r} do not fit the checkpoint before them: {error}") from error
+        _compare(group, source, found, *choices)
     return found
 
 
