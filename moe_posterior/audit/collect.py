@@ -49,12 +49,9 @@ class Rows(NamedTuple):
     base: tuple[NDArray, NDArray] | None  # 2 x (C, E): the prior that is still to be added
     whole: bool  # alpha and beta hold all C rows
 
-    def parameters(self) -> tuple[NDArray, NDArray]:  # 2 x (R, E)
-        """Alpha and beta."""
-        alpha, beta = (self.alpha[self.clusters], self.beta[self.clusters]) if self.whole else (self.alpha, self.beta)
-        if self.base is None:
-            return alpha, beta
-        return self.base[0][self.clusters] + alpha, self.base[1][self.clusters] + beta
+    def counts(self) -> tuple[NDArray, NDArray]:  # 2 x (R, E)
+        """Alpha and beta less the base."""
+        return (self.alpha[self.clusters], self.beta[self.clusters]) if self.whole else (self.alpha, self.beta)
 
 
 class Resolved(NamedTuple):
@@ -183,8 +180,10 @@ class _Gathering:
         if self.rows and known is not None:
             clusters = np.concatenate([rows.clusters for rows in self.rows])
             versions = np.concatenate([rows.versions for rows in self.rows])
-            parameters = zip(*(rows.parameters() for rows in self.rows), strict=True)
-            alpha, beta = (np.concatenate(parts) for parts in parameters)
+            alpha, beta = (np.concatenate(parts) for parts in zip(*(rows.counts() for rows in self.rows), strict=True))
+            base = self.rows[0].base  # one for all: a new one comes with a checkpoint, which ends the group
+            if base is not None:
+                alpha, beta = base[0][clusters] + alpha, base[1][clusters] + beta
             tables["posterior"] = changed_cells(clusters, versions, alpha, beta, known)
         if self.resolved:
             tables["outcomes"] = {

@@ -18,7 +18,7 @@ from moe_posterior.audit.files import HEAD, FileSystem, lock, segment_numbers
 from moe_posterior.audit.frames import Frame, Kind, check_key
 from moe_posterior.audit.read import Reader
 from moe_posterior.audit.recorder import RouterRecorder, now
-from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.replay import rebuild_from_end
 from moe_posterior.audit.segments import Segments, first_position, reopen
 from moe_posterior.audit.state import decode_checkpoint, decode_json
 from moe_posterior.audit.tables import decode
@@ -188,7 +188,7 @@ class AuditLog:
         """
         log = cls(folder, **options)
         try:
-            router = rebuild(log.read(), name)
+            router = rebuild_from_end(log.folder, log.key, name)
             router._audit = log._follow(router, name, "recovered")
             log.flush()
         except BaseException:

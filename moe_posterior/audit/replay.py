@@ -3,12 +3,14 @@
 Dimensions: N decisions, M outcomes, C clusters, E experts, k experts per decision.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moe_posterior.audit.files import segment_numbers
 from moe_posterior.audit.read import Reader
 from moe_posterior.audit.recorder import KNOBS
 from moe_posterior.audit.state import Checkpoint
@@ -42,7 +44,7 @@ def restore(checkpoint: Checkpoint) -> PosteriorRouter:
         knobs = settings["knobs"]
         router.gate.configure(**{name: knobs[name] for name in KNOBS})
         router.gate.threshold, router.abstain_below = knobs["threshold"], knobs["abstain_below"]
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, MoEPosteriorError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, IndexError, RuntimeError, MoEPosteriorError) as error:
         raise AuditError(f"a checkpoint does not make a router: {error}") from error
     return router
 
@@ -181,6 +183,21 @@ def rebuild(reader: Reader, name: str = "router", *, check: bool = False) -> Pos
         for group in waiting:
             fold.advance(group)
     return fold.finish()
+
+
+def rebuild_from_end(folder: Path, key: bytes | None, name: str = "router") -> PosteriorRouter:
+    """As :func:`rebuild`, from the last segment that holds a checkpoint of the router; nothing before it is read.
+
+    Raises:
+        AuditError: as :func:`rebuild`.
+    """
+    for start in reversed(segment_numbers(folder)):
+        reader = Reader(folder, key, start=start)
+        if any(
+            isinstance(r, Checkpoint) and r.settings["name"] == name and r.settings["kind"] == "router" for r in reader
+        ):
+            return rebuild(reader, name)
+    raise AuditError(f"{folder} holds no router named {name!r}")
 
 
 def _compare(fold: Fold, checkpoint: Checkpoint) -> None:

@@ -14,6 +14,7 @@ from moe_posterior.audit.frames import MAX_PAYLOAD
 from moe_posterior.errors import AuditError
 
 MAX_TIME = 253_402_300_800_000_000  # the year 10000, in microseconds
+_LARGE = 1e18  # no knob goes there
 _SIZE = struct.Struct("<Q")
 _DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "int64", "int32", "uint32", "bool")}
 
@@ -119,8 +120,8 @@ def _check_settings(settings: dict[str, Any], arrays: dict[str, NDArray[Any]]) -
     knobs, options = settings.get("knobs"), settings.get("options", {})
     _require("checkpoint", isinstance(knobs, dict) and isinstance(options, dict))
     for name, value in (knobs or {}).items():
-        right = isinstance(value, str) if name == "score" else value is None or type(value) in (int, float)
-        _require("checkpoint", right)
+        number = type(value) in (int, float) and abs(value) < _LARGE
+        _require("checkpoint", isinstance(value, str) if name == "score" else value is None or number)
     if "alpha" in arrays:
         _require("checkpoint", arrays["alpha"].shape == (num_clusters, num_experts))
     else:

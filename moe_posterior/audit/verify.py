@@ -21,7 +21,7 @@ from moe_posterior.audit.frames import Frame, Kind
 from moe_posterior.audit.read import Reader, Source
 from moe_posterior.audit.state import decode_json
 from moe_posterior.audit.tables import ROUTE, Group, split
-from moe_posterior.errors import AuditError, InvalidArgumentError
+from moe_posterior.errors import AuditError
 from moe_posterior.kernels import reference
 from moe_posterior.router import PosteriorRouter
 
@@ -151,7 +151,7 @@ def verify_decisions(reader: Reader) -> Recomputed:
             continue
         try:
             choices = (_drawn_choices if drawn else table_choices)(group, source, rows)
-        except (ValueError, KeyError, TypeError, IndexError, RuntimeError, InvalidArgumentError) as error:
+        except (ValueError, ArithmeticError, KeyError, TypeError, IndexError, RuntimeError) as error:
             raise AuditError(f"choices of {source.name!r} do not fit the checkpoint before them: {error}") from error
         _compare(group, source, found, *choices)
     return found
