@@ -99,6 +99,7 @@ class AuditLog:
         self.dropped: dict[str, int] = {}
         self._keeping = threading.Lock()
         self._names: dict[str, int] = {}
+        self._followed: dict[str, weakref.ref[PosteriorRouter]] = {}
         self._writer: Writer | None = None
         if mode == "r":
             read_head(self.folder, self.key)
@@ -165,6 +166,10 @@ class AuditLog:
 
     def _follow(self, router: PosteriorRouter, name: str, reason: str) -> RouterRecorder:
         self._require_writer()
+        followed = self._followed.get(name)
+        if not isinstance(name, str) or (followed is not None and followed() not in (None, router)):
+            raise InvalidArgumentError(f"name must be a text that no other router in this log goes by; got {name!r}")
+        self._followed[name] = weakref.ref(router)
         return RouterRecorder(self, router, self.source_of(name), name, reason)
 
     def source_of(self, name: str) -> int:

@@ -79,6 +79,11 @@ class Reader:
         if not note.removed:
             yield from read_compacted(self.folder, note, self.key)
 
+    def frames(self) -> Iterator[Frame]:
+        """The verified frames themselves, without those of compacted segments."""
+        self.chain = Chain(self.folder, self.key, start=self.start)
+        return (frame for frame in self.chain if isinstance(frame, Frame))
+
     def groups(self) -> Iterator[tuple[Group, Source | None, RowsOfGroup | None]]:
         """Every group with its source and the posterior rows its decisions rested on (None where none was recorded)."""
         for record in self:

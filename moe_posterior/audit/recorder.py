@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_posterior.audit.collect import Event, Many, Marked, One, Refused, Resolved, Rows
 from moe_posterior.audit.frames import MAX_PAYLOAD
-from moe_posterior.audit.state import Checkpoint
+from moe_posterior.audit.state import Checkpoint, encode_json
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import PosteriorGate
 from moe_posterior.router import PosteriorRouter
@@ -135,6 +135,7 @@ class RouterRecorder:
                 f"an audited router's pending decisions must fit one record: max_pending * (12 + 8 top_k) must be at most "
                 f"{MAX_PAYLOAD // 2}; got max_pending={router.max_pending}, top_k={gate.top_k}"
             )
+        encode_json(router.options)
         self.log, self.router, self.source, self.name = log, router, source, name
         self._belief = BeliefTracker(gate)
         self._generation = -1

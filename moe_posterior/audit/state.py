@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_posterior.audit.frames import MAX_PAYLOAD
-from moe_posterior.errors import AuditError
+from moe_posterior.errors import AuditError, InvalidArgumentError
 
 MAX_TIME = 253_402_300_800_000_000  # the year 10000, in microseconds
 _LARGE = 1e18  # no knob goes there
@@ -33,7 +33,14 @@ class Checkpoint(NamedTuple):
 
 def encode_json(value: Any) -> bytes:
     """The one way to write a value, so that it can be compared byte by byte."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=True).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    """numpy's and torch's scalars, which knobs may be."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise InvalidArgumentError(f"an audit log holds plain values; got {type(value).__name__} {value!r}")
 
 
 def decode_json(data: bytes) -> dict[str, Any]:
