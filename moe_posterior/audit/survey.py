@@ -1,0 +1,219 @@
+"""One pass over a log: what was decided, what came back, where competence stands and how it went. Memory does not grow with the log.
+
+Dimensions: N decisions, C clusters, E experts, k experts per decision.
+"""
+
+import re
+from collections import Counter, deque
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_posterior.audit.belief import knobs
+from moe_posterior.audit.chain import REMOVED, read_note
+from moe_posterior.audit.read import Reader, Record, Source
+from moe_posterior.audit.state import Checkpoint
+from moe_posterior.audit.tables import ABSTAIN, EXPLORED, ROUTE, Group
+from moe_posterior.audit.trajectories import Falls, Flag, Sampler, Samples
+from moe_posterior.errors import AuditError
+
+_KINDS_OF_REFUSAL = 30  # told apart; the rest count together
+_EVENTS = 200  # the latest; how many there were is counted
+CONTINUED = (
+    "rotated",
+    "configured",
+    "recovered",
+    "resumed after a gap",
+)  # reasons of checkpoints that say nothing new of competence
+_NEW_CLUSTERS = "fit"
+
+
+class Happening(NamedTuple):
+    """Something beside decisions and outcomes."""
+
+    time: int
+    source: str
+    what: str
+    before: int  # decisions of the source until then
+
+
+class SourceSurvey:
+    """What became of one router or gate."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.decisions = self.outcomes = self.unknown = self.abstained = self.explored = 0
+        self.refused: Counter[str] = Counter()
+        self.chosen = np.zeros(0, dtype=np.int64)  # (E,) slots given to each expert
+        self.traffic = np.zeros(0, dtype=np.int64)  # (C,) decisions in each cluster
+        self.signal = 0.0  # sum of what came back
+        self.first_time = self.last_time = 0  # of a decision
+        self.checkpoint: Checkpoint | None = None
+        self.sampler: Sampler | None = None
+        self.falls: Falls | None = None
+        self.earlier = 0  # decisions before the clusters were last found anew
+
+    def told(self, source: Source) -> str | None:
+        """Take in a checkpoint; what was new in it."""
+        checkpoint, belief, old = source.checkpoint, source.belief, self.checkpoint
+        self.checkpoint = checkpoint
+        reason, time = str(checkpoint.settings.get("reason")), _integer(checkpoint.settings.get("time"))
+        if belief is not None:
+            fresh = self.sampler is None or reason == _NEW_CLUSTERS or len(belief.alpha) != len(self.sampler.alpha)
+            if fresh or self.sampler is None or self.falls is None:
+                self.sampler = Sampler(belief.alpha, belief.beta, time)
+                self.falls = Falls(belief.alpha, belief.beta, belief.active)
+                self.earlier, self.traffic = self.decisions, np.zeros(len(belief.alpha), dtype=np.int64)
+            else:
+                self.sampler.told(belief.alpha, belief.beta, time)
+                if reason not in CONTINUED:
+                    next_id = _integer(checkpoint.settings.get("next_id"))
+                    self.falls.told(belief.alpha, belief.beta, belief.active, next_id, time)
+        if reason == "rotated":
+            return None
+        changes = _changes(old, checkpoint)
+        return f"{reason}: {changes}" if changes else reason
+
+    def take(self, group: Group, source: Source) -> None:
+        """Take in what happened between two group commits."""
+        decisions, outcomes = group.tables["decisions"], group.tables["outcomes"]
+        flags = decisions["flags"]
+        if source.belief is not None and self.sampler is not None and self.falls is not None:
+            rows = source.belief.advance(group)
+            if len(flags):
+                self.falls.advance(group, rows, self.decisions)
+                self.sampler.advance(group, rows)
+        if len(flags):
+            times = group.tables["calls"]["time"][group.tables["calls"]["kind"] == ROUTE]
+            self.first_time = self.first_time or int(times[0])
+            self.last_time = int(times[-1])
+            self.chosen = _add(self.chosen, decisions["experts"].reshape(-1))
+            self.traffic = _add(self.traffic, decisions["cluster"])
+        self.decisions += len(flags)
+        self.abstained += int(np.count_nonzero(flags & ABSTAIN))
+        self.explored += int(np.count_nonzero(flags & EXPLORED))
+        self.outcomes += len(outcomes["id"])
+        unknown = np.isnan(outcomes["signal"])
+        self.unknown += int(np.count_nonzero(unknown))
+        self.signal += float(np.where(unknown, 0.0, outcomes["signal"]).sum())
+        for reason, count in Counter(group.tables["refusals"]["reason"].tolist()).items():
+            kind = kind_of_refusal(reason)
+            room = kind in self.refused or len(self.refused) < _KINDS_OF_REFUSAL
+            self.refused[kind if room else "other reasons"] += count
+
+    @property
+    def waiting(self) -> int:
+        """Decisions without an outcome that can still get one: no more than the router remembers."""
+        settings = self.checkpoint.settings if self.checkpoint is not None else {}
+        options = settings.get("options")
+        most = options.get("max_pending") if isinstance(options, dict) else None
+        without = max(0, self.decisions - self.outcomes)
+        return min(without, most) if isinstance(most, int) else without
+
+    def samples(self) -> Samples | None:
+        """Trajectories since the clusters were last found; None without a belief."""
+        return None if self.sampler is None else self.sampler.samples()
+
+    def flags(self) -> list[Flag]:
+        """Who stood below the pool, since the clusters were last found; see :func:`below_pool`."""
+        return [] if self.falls is None else self.falls.flags()
+
+
+class Survey:
+    """All sources of a log, and what happened to the log itself."""
+
+    def __init__(self) -> None:
+        self.sources: dict[int, SourceSurvey] = {}
+        self.happenings: deque[Happening] = deque(maxlen=_EVENTS)
+        self.happened = 0
+        self.dropped: Counter[str] = Counter()
+        self.unclaimed = 0  # decisions of a source whose checkpoint was removed
+        self.removed: dict[str, int] = {}  # totals of what retention removed
+
+    def take(self, record: Record, sources: dict[int, Source]) -> None:
+        """Take in the next record of a log; ``sources`` as of it."""
+        if isinstance(record, Group):
+            found = sources.get(record.source)
+            if found is None:
+                self.unclaimed += record.rows("decisions")
+            else:
+                self._source(record.source, found.name).take(record, found)
+        elif isinstance(record, Checkpoint):
+            number = record.settings["source"]
+            said = self._source(number, sources[number].name).told(sources[number])
+            if said is not None:
+                self._note(record.settings, sources[number].name, said, self.sources[number].decisions)
+        else:
+            lost = record.get("lost")
+            if isinstance(lost, dict):
+                self.dropped.update({str(what): _integer(count) for what, count in list(lost.items())[:10]})
+            self._note(record, str(record.get("name", "")), _event(record), 0)
+
+    def _source(self, number: int, name: str) -> SourceSurvey:
+        if number not in self.sources:
+            self.sources[number] = SourceSurvey(name)
+        return self.sources[number]
+
+    def _note(self, said: dict[str, Any], source: str, what: str, before: int) -> None:
+        self.happened += 1
+        self.happenings.append(Happening(_integer(said.get("time")), source, what[:500], before))
+
+
+def survey(reader: Reader) -> Survey:
+    """Read a log once, from its start.
+
+    Raises:
+        AuditError: the log is malformed or was altered.
+    """
+    found = Survey()
+    removed = read_note(reader.folder / REMOVED, reader.key)
+    found.removed = {} if removed is None else dict(removed.totals)
+    for record in reader:
+        found.take(record, reader.sources)
+    return found
+
+
+def kind_of_refusal(reason: str) -> str:
+    """A refusal's reason without its numbers.
+
+    >>> kind_of_refusal("decision 17 was never given; ids must be pending decisions of this router")
+    'decision … was never given; ids must be pending decisions of this router'
+    """
+    return re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "…", reason)[:160]
+
+
+def _add(counts: NDArray, values: NDArray) -> NDArray:
+    found = np.bincount(values.astype(np.int64), minlength=len(counts))
+    found[: len(counts)] += counts
+    return found
+
+
+def _integer(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _changes(old: Checkpoint | None, new: Checkpoint) -> str:
+    """Which knobs differ."""
+    if old is None:
+        return ""
+    before, after = knobs(old), knobs(new)
+    names = [name for name in after if before.get(name) != after[name]]
+    return ", ".join(f"{name} {before.get(name)} → {after[name]}" for name in names)
+
+
+def _event(record: dict[str, Any]) -> str:
+    """An event as a line."""
+    left_out = ("event", "time", "name", "source")
+    rest = ", ".join(f"{name}: {value}" for name, value in record.items() if name not in left_out)
+    return f"{record.get('event')} ({rest})" if rest else str(record.get("event"))
+
+
+def require_sources(found: Survey) -> None:
+    """A log that somebody has recorded to.
+
+    Raises:
+        AuditError: there was nobody.
+    """
+    if not found.sources:
+        raise AuditError("the log holds no router and no gate yet")
