@@ -12,21 +12,20 @@ from numpy.typing import NDArray
 
 from moe_posterior.audit.belief import knobs
 from moe_posterior.audit.chain import REMOVED, read_note
+from moe_posterior.audit.flags import Flag, Flagging
 from moe_posterior.audit.read import Reader, Record, Source
 from moe_posterior.audit.state import Checkpoint
 from moe_posterior.audit.tables import ABSTAIN, EXPLORED, ROUTE, Group
-from moe_posterior.audit.trajectories import Falls, Flag, Sampler, Samples
+from moe_posterior.audit.trajectories import Sampler, Samples
 from moe_posterior.errors import AuditError
 
 _KINDS_OF_REFUSAL = 30  # told apart; the rest count together
 _EVENTS = 200  # the latest; how many there were is counted
-CONTINUED = (
-    "rotated",
-    "configured",
-    "recovered",
-    "resumed after a gap",
-)  # reasons of checkpoints that say nothing new of competence
-_NEW_CLUSTERS = "fit"
+_NEW_CLUSTERS, _NEW_BELIEF = (
+    "fit",
+    ("attached", "warm start"),
+)  # reasons of checkpoints that say what competence starts from
+_NEW_EXPERT = re.compile(r"expert (\d+) (?:added|replaced|removed)")
 
 
 class Happening(NamedTuple):
@@ -46,12 +45,14 @@ class SourceSurvey:
         self.decisions = self.outcomes = self.unknown = self.abstained = self.explored = 0
         self.refused: Counter[str] = Counter()
         self.chosen = np.zeros(0, dtype=np.int64)  # (E,) slots given to each expert
-        self.traffic = np.zeros(0, dtype=np.int64)  # (C,) decisions in each cluster
+        self.traffic = np.zeros(
+            (0, 0), dtype=np.int64
+        )  # (C, E) slots given in each cluster, since the clusters were last found
         self.signal = 0.0  # sum of what came back
         self.first_time = self.last_time = 0  # of a decision
         self.checkpoint: Checkpoint | None = None
         self.sampler: Sampler | None = None
-        self.falls: Falls | None = None
+        self.flagging: Flagging | None = None
         self.earlier = 0  # decisions before the clusters were last found anew
 
     def told(self, source: Source) -> str | None:
@@ -60,16 +61,19 @@ class SourceSurvey:
         self.checkpoint = checkpoint
         reason, time = str(checkpoint.settings.get("reason")), _integer(checkpoint.settings.get("time"))
         if belief is not None:
-            fresh = self.sampler is None or reason == _NEW_CLUSTERS or len(belief.alpha) != len(self.sampler.alpha)
-            if fresh or self.sampler is None or self.falls is None:
+            old_shape = (0, 0) if self.sampler is None else self.sampler.alpha.shape
+            fresh = reason == _NEW_CLUSTERS or len(belief.alpha) != old_shape[0] or belief.alpha.shape[1] < old_shape[1]
+            if fresh or self.sampler is None or self.flagging is None:
                 self.sampler = Sampler(belief.alpha, belief.beta, time)
-                self.falls = Falls(belief.alpha, belief.beta, belief.active)
-                self.earlier, self.traffic = self.decisions, np.zeros(len(belief.alpha), dtype=np.int64)
+                self.flagging = Flagging(belief.alpha, belief.beta, belief.active)
+                self.earlier, self.traffic = self.decisions, np.zeros(belief.alpha.shape, dtype=np.int64)
             else:
                 self.sampler.told(belief.alpha, belief.beta, time)
-                if reason not in CONTINUED:
-                    next_id = _integer(checkpoint.settings.get("next_id"))
-                    self.falls.told(belief.alpha, belief.beta, belief.active, next_id, time)
+                next_id = _integer(checkpoint.settings.get("next_id"))
+                experts = _begun_anew(reason, len(belief.active))
+                self.flagging.told(belief.alpha, belief.beta, belief.active, experts, next_id, time)
+                new = belief.alpha.shape[1] - self.traffic.shape[1]
+                self.traffic = np.pad(self.traffic, ((0, 0), (0, new)))
         if reason == "rotated":
             return None
         changes = _changes(old, checkpoint)
@@ -79,17 +83,17 @@ class SourceSurvey:
         """Take in what happened between two group commits."""
         decisions, outcomes = group.tables["decisions"], group.tables["outcomes"]
         flags = decisions["flags"]
-        if source.belief is not None and self.sampler is not None and self.falls is not None:
+        if source.belief is not None and self.sampler is not None and self.flagging is not None:
             rows = source.belief.advance(group)
             if len(flags):
-                self.falls.advance(group, rows, self.decisions)
+                self.flagging.advance(group, rows, self.decisions)
                 self.sampler.advance(group, rows)
+                np.add.at(self.traffic, (decisions["cluster"][:, None], decisions["experts"]), 1)
         if len(flags):
             times = group.tables["calls"]["time"][group.tables["calls"]["kind"] == ROUTE]
             self.first_time = self.first_time or int(times[0])
             self.last_time = int(times[-1])
             self.chosen = _add(self.chosen, decisions["experts"].reshape(-1))
-            self.traffic = _add(self.traffic, decisions["cluster"])
         self.decisions += len(flags)
         self.abstained += int(np.count_nonzero(flags & ABSTAIN))
         self.explored += int(np.count_nonzero(flags & EXPLORED))
@@ -111,13 +115,19 @@ class SourceSurvey:
         without = max(0, self.decisions - self.outcomes)
         return min(without, most) if isinstance(most, int) else without
 
+    @property
+    def mean_outcome(self) -> float | None:
+        """Of all outcomes that were not unknown."""
+        slots = self.outcomes * (0 if self.checkpoint is None else _integer(self.checkpoint.settings.get("top_k")))
+        return self.signal / (slots - self.unknown) if slots > self.unknown else None
+
     def samples(self) -> Samples | None:
         """Trajectories since the clusters were last found; None without a belief."""
         return None if self.sampler is None else self.sampler.samples()
 
     def flags(self) -> list[Flag]:
-        """Who stood below the pool, since the clusters were last found; see :func:`below_pool`."""
-        return [] if self.falls is None else self.falls.flags()
+        """Who went low, since the clusters were last found; see :class:`Flagging`."""
+        return [] if self.flagging is None else self.flagging.flags()
 
 
 class Survey:
@@ -181,6 +191,14 @@ def kind_of_refusal(reason: str) -> str:
     'decision … was never given; ids must be pending decisions of this router'
     """
     return re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "…", reason)[:160]
+
+
+def _begun_anew(reason: str, num_experts: int) -> list[int]:
+    """The experts of which a checkpoint for that reason says what they start from."""
+    if reason in _NEW_BELIEF:
+        return list(range(num_experts))
+    found = _NEW_EXPERT.fullmatch(reason)
+    return [int(found[1])] if found and int(found[1]) < num_experts else []
 
 
 def _add(counts: NDArray, values: NDArray) -> NDArray:

@@ -7,41 +7,51 @@ import numpy as np
 import pytest
 from audit.worlds import BELIEFS, EMBEDDINGS, C, E, live, lived, new_router
 
-from moe_posterior.audit import AuditLog
+from moe_posterior.audit import AuditLog, flags
+from moe_posterior.audit.flags import Falls, below_pool
 from moe_posterior.audit.survey import Survey, kind_of_refusal, survey
-from moe_posterior.audit.trajectories import Sampler, below_pool
+from moe_posterior.audit.trajectories import Sampler
 
 
 def read(folder: Path) -> Survey:
     return survey(AuditLog(folder, mode="r").read())
 
 
-def is_low(alpha: list[float], beta: list[float], expert: int, active: list[int]) -> bool:
-    means = {e: alpha[e] / (alpha[e] + beta[e]) for e in active}
-    a, b = alpha[expert], beta[expert]
-    std = math.sqrt(a * b / ((a + b) ** 2 * (a + b + 1)))
-    return expert in active and means[expert] + 2 * std < math.fsum(means.values()) / len(means)
+def moments(alpha: list[float], beta: list[float]) -> tuple[list[float], list[float]]:
+    pairs = list(zip(alpha, beta, strict=True))
+    return [a / (a + b) for a, b in pairs], [a * b / ((a + b) ** 2 * (a + b + 1)) for a, b in pairs]
 
 
-def plain_flags(folder: Path, start: tuple[np.ndarray, np.ndarray], active: list[int]) -> dict[tuple[int, int], dict]:
-    """Cell -> first decision, kind, times and end, of a log whose only told checkpoint is the first one with clusters."""
-    alpha, beta = start
-    low = {(c, e): is_low(alpha[c], beta[c], e, active) for c in range(C) for e in range(E)}
-    found: dict[tuple[int, int], dict] = {}
+def plain_flags(folder: Path) -> dict[tuple, dict]:
+    """(against, cluster or None, expert) -> first decision, kind, times and end, of a log that was told nothing but a flat prior."""
+    table = {cluster: moments([1.0] * E, [1.0] * E) for cluster in range(C)}
+    start, low, found, peak = 0.5, {}, {}, {}
     for number, row in enumerate(AuditLog(folder, mode="r").decisions().to_pylist()):
-        c = row["cluster"]
-        for e in range(E):
-            now = is_low(row["alpha"], row["beta"], e, active)
-            if now and not low[c, e]:
-                mean = row["alpha"][e] / (row["alpha"][e] + row["beta"][e])
-                fell = mean < alpha[c][e] / (alpha[c][e] + beta[c][e])
-                one = found.setdefault((c, e), {"number": number, "id": row["id"], "fell": fell, "times": 0})
-                one["times"] += 1
-            if low[c, e] and not now and (c, e) in found:
-                found[c, e]["ended"] = row["id"]
-            low[c, e] = now
-    for cell, one in found.items():
-        one["ended"] = None if low[cell] else one["ended"]
+        cluster = row["cluster"]
+        table[cluster] = moments(row["alpha"], row["beta"])
+        over_all = (
+            [math.fsum(table[c][0][e] for c in table) / C for e in range(E)],
+            [math.fsum(table[c][1][e] for c in table) / C**2 for e in range(E)],
+        )
+        for place, (mean, variance) in ((cluster, table[cluster]), (None, over_all)):
+            for against, level in (("pool", math.fsum(mean) / E), ("start", start)):
+                for e in range(E):
+                    key = against, place, e
+                    peak[key] = max(peak.get(key, start), mean[e])
+                    now = mean[e] + 2 * math.sqrt(variance[e]) < level
+                    if now and not low.get(key):
+                        one = {
+                            "number": number,
+                            "id": row["id"],
+                            "fell": mean[e] + math.sqrt(variance[e]) < peak[key],
+                            "times": 0,
+                        }
+                        found.setdefault(key, one)["times"] += 1
+                    if low.get(key) and not now:
+                        found[key]["ended"] = row["id"]
+                    low[key] = now
+    for key, one in found.items():
+        one["ended"] = None if low[key] else one["ended"]
     return found
 
 
@@ -62,24 +72,38 @@ def uneven(folder: Path, rotate_bytes: int = 64 << 20, **options: object) -> Non
 def test_flags_are_those_of_a_plain_walk_over_the_decisions(tmp_path, rotate_bytes: int) -> None:
     uneven(tmp_path, rotate_bytes)
     assert rotate_bytes > 3000 or len(list(tmp_path.glob("*.audit"))) > 2
-    wanted = plain_flags(tmp_path, (np.ones((C, E)), np.ones((C, E))), list(range(E)))
+    wanted = plain_flags(tmp_path)
     (source,) = read(tmp_path).sources.values()
-    flags = source.flags()
-    assert [flag.number for flag in flags] == sorted(flag.number for flag in flags)
+    raised = source.flags()
+    assert [flag.number for flag in raised] == sorted(flag.number for flag in raised)
     found = {
-        (f.cluster, f.expert): {
+        (f.against, f.cluster, f.expert): {
             "number": f.number,
             "id": f.decision,
             "fell": f.fell,
             "times": f.times,
             "ended": f.ended,
         }
-        for f in flags
+        for f in raised
     }
     assert found == wanted
-    assert len(wanted) > 5
+    assert len(wanted) > 15
+    for against in ("pool", "start"):
+        for over_all in (False, True):
+            assert any(key[0] == against and (key[1] is None) == over_all for key in wanted)
     assert any(one["ended"] is not None for one in wanted.values())
     assert any(one["times"] > 1 for one in wanted.values())
+    assert len({one["fell"] for one in wanted.values()}) == 2
+
+
+def test_flags_do_not_depend_on_how_many_rows_are_looked_at_together(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uneven(tmp_path)
+    whole = next(iter(read(tmp_path).sources.values())).flags()
+    monkeypatch.setattr(flags, "_CHUNK", 7 * E)
+    assert next(iter(read(tmp_path).sources.values())).flags() == [
+        flag._replace(mean=pytest.approx(flag.mean), std=pytest.approx(flag.std), level=pytest.approx(flag.level))
+        for flag in whole
+    ]
 
 
 def test_a_flag_holds_the_numbers_and_the_time_of_its_decision(tmp_path) -> None:
@@ -87,11 +111,14 @@ def test_a_flag_holds_the_numbers_and_the_time_of_its_decision(tmp_path) -> None
     rows = AuditLog(tmp_path, mode="r").decisions().to_pylist()
     for flag in next(iter(read(tmp_path).sources.values())).flags():
         row = rows[flag.number]
-        assert (row["id"], row["cluster"]) == (flag.decision, flag.cluster)
+        assert row["id"] == flag.decision
         assert round(row["time"].timestamp() * 1e6) == flag.time
-        means = np.array(row["alpha"]) / (np.array(row["alpha"]) + row["beta"])
-        assert (flag.mean, flag.pool) == pytest.approx((means[flag.expert], means.mean()))
-        assert flag.mean + 2 * flag.std < flag.pool
+        assert flag.mean + 2 * flag.std < flag.level
+        if flag.cluster is not None:
+            assert row["cluster"] == flag.cluster
+            mean, variance = moments(row["alpha"], row["beta"])
+            assert (flag.mean, flag.std) == pytest.approx((mean[flag.expert], math.sqrt(variance[flag.expert])))
+            assert flag.level == pytest.approx(0.5 if flag.against == "start" else sum(mean) / E)
 
 
 @pytest.mark.parametrize("belief", BELIEFS)
@@ -99,6 +126,7 @@ def test_samples_are_the_rows_that_decisions_saw(tmp_path, belief: str) -> None:
     lived(tmp_path, belief=belief)
     (source,) = read(tmp_path).sources.values()
     samples = source.samples()
+    assert (samples.alpha[0] == 1).all()
     rows = AuditLog(tmp_path, mode="r").decisions().to_pylist()
     assert samples.numbers[-1] == len(rows) == source.decisions
     assert samples.alpha.shape == (len(samples.numbers), samples.alpha.shape[1], E)
@@ -141,7 +169,9 @@ def test_who_is_low_when_the_log_is_told_has_not_fallen(tmp_path) -> None:
         for row in range(40):
             router.resolve(router.route(EMBEDDINGS[row]).id, 1.0)
     (source,) = read(tmp_path).sources.values()
-    assert source.falls.low[:, 2].all()
+    pool, start = source.flagging.cells
+    assert pool.low[:, 2].all()
+    assert not start.low.any()
     assert not any(flag.expert == 2 for flag in source.flags())
 
 
@@ -155,7 +185,7 @@ def test_a_replaced_expert_is_no_longer_flagged_and_clusters_found_anew_begin_an
         replaced_at = router.route(EMBEDDINGS[0]).id
         log.flush()
         first = [flag for flag in next(iter(read(tmp_path).sources.values())).flags() if flag.expert == 1]
-        assert len(first) == C
+        assert len(first) == 2 * (C + 1)
         assert {flag.ended for flag in first} == {replaced_at}
         router.add_expert()
         router.route_batch(EMBEDDINGS)
@@ -170,9 +200,35 @@ def test_a_replaced_expert_is_no_longer_flagged_and_clusters_found_anew_begin_an
 
 
 def test_an_expert_alone_or_a_pool_without_anyone_is_never_below_it() -> None:
-    alpha, beta = np.full((2, 3), 1.0), np.full((2, 3), 99.0)
-    assert not below_pool(alpha, beta, np.zeros(3, dtype=bool)).any()
-    assert not below_pool(alpha, beta, np.array([False, True, False])).any()
+    mean, std = np.full((2, 3), 0.01), np.full((2, 3), 0.001)
+    assert not below_pool(mean, std, np.zeros(3, dtype=bool))[0].any()
+    assert not below_pool(mean, std, np.array([False, True, False]))[0].any()
+
+
+def test_an_expert_that_others_overtake_is_told_from_one_that_fell() -> None:
+    start = np.array([[0.5, 0.5, 0.5]]), np.full((1, 3), 0.05)
+    falls = Falls(*start, np.ones(3, dtype=bool), "pool")
+    one = np.array([0])
+    falls.look(one, np.array([[0.5, 0.9, 0.9]]), start[1], one + 7, one + 70, one + 700)
+    falls.look(one, np.array([[0.9, 0.2, 0.9]]), start[1], one + 8, one + 80, one + 800)
+    overtaken, fallen = falls.flags()
+    assert (overtaken.expert, overtaken.number, overtaken.fell, overtaken.ended) == (0, 7, False, 80)
+    assert (fallen.expert, fallen.decision, fallen.fell, fallen.ended) == (1, 80, True, None)
+
+
+def test_a_newcomer_ends_nobody_elses_flags(tmp_path) -> None:
+    with AuditLog(tmp_path) as log:
+        router = new_router(log, exploration=0.5, abstain_below=None)
+        for _ in range(30):
+            decisions = router.route_batch(EMBEDDINGS[:50])
+            router.resolve_batch(decisions.ids, (decisions.experts != 1).astype(float))
+        log.flush()
+        before = [flag for flag in next(iter(read(tmp_path).sources.values())).flags() if flag.expert == 1]
+        router.replace_expert(3)
+        router.route_batch(EMBEDDINGS[:50])
+    after = [flag for flag in next(iter(read(tmp_path).sources.values())).flags() if flag.expert == 1]
+    assert len(before) == 2 * (C + 1)
+    assert after == before
 
 
 def test_counts_are_those_of_the_tables(tmp_path) -> None:
@@ -191,5 +247,7 @@ def test_counts_are_those_of_the_tables(tmp_path) -> None:
     assert set(source.refused) == {kind_of_refusal(row["reason"]) for row in outcomes if not row["accepted"]}
     for expert in range(E):
         assert source.chosen[expert] == sum(row["experts"].count(expert) for row in decisions)
-    assert source.chosen.sum() == 2 * source.traffic.sum()
+    for cluster in range(C):
+        chosen = [expert for row in decisions if row["cluster"] == cluster for expert in row["experts"]]
+        assert source.traffic[cluster].tolist() == [chosen.count(expert) for expert in range(E)]
     assert source.waiting == min(300, source.decisions - source.outcomes)

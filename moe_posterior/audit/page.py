@@ -1,0 +1,290 @@
+"""What a log says, as one self-contained web page for those who were not there: operators, reviewers, regulators.
+
+It is made in one pass over the log, with every hash checked, and stays small however long the log is.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from html import escape
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_posterior.audit import charts
+from moe_posterior.audit.belief import knobs
+from moe_posterior.audit.flags import Flag, moments
+from moe_posterior.audit.read import Reader
+from moe_posterior.audit.survey import SourceSurvey, Survey, require_sources, survey
+from moe_posterior.page import Cell, Section, Table, estimate, page, paragraph, show, table
+
+TITLE = "Audit log of routing decisions"
+FLAGS, ROWS, DRAWN = 300, 200, 3  # rows of flags and of other tables, and sources with figures, at most
+AGAINST = {"pool": "the pool's mean", "start": "its own start"}
+DEFINITIONS = (
+    "Competence is the posterior mean of an expert's probability of success on a cluster of queries; intervals are central 95 % ones. "
+    "Over all clusters it is the plain mean of the clusters' means; the interval then takes the clusters for independent, and is too "
+    "narrow where the router pools evidence between them.",
+    "A flag goes up with the first decision that rested on a posterior row in which mean + 2 standard deviations lie below a level. "
+    "Against the pool's mean: the plain mean of the active experts there; plain, because weighted by traffic it would follow the "
+    "expert that gets most of it and hide just its fall. Against its own start: where the expert stood when the log was told of it, "
+    "by a warm start or its arrival. Who is low from the start has no flag. Overtaken: its own mean is within a standard deviation of the highest it had; the pool rose.",
+    "Many experts and clusters are watched at once and at every decision, so some flags are chance: a reason to look, not a verdict.",
+    "The chain of hashes shows that nothing was changed since it was written, if the head's hash here equals one that was noted "
+    "elsewhere at the time, or if the log has a key that who can write to the folder does not know. It does not show that what was "
+    "written was true.",
+)
+
+
+def write_page(folder: str | PathLike[str], file: str | PathLike[str], key: bytes | None = None) -> None:
+    """Read a log from its start and write the page, whole or not at all.
+
+    Args:
+        folder: of the log; a writer may be at work there.
+        file: to write, for instance ``audit.html``.
+        key: of the log, if it has one.
+
+    Raises:
+        AuditError: the log is malformed or altered, or nobody has recorded to it. OSError: the file cannot be written.
+    """
+    reader = Reader(Path(folder), key)
+    found = survey(reader)
+    require_sources(found)
+    part = Path(f"{os.fspath(file)}.{os.getpid()}.part")
+    part.write_text(to_html(found, chain_state(reader)), encoding="utf-8")
+    os.replace(part, file)
+
+
+def chain_state(reader: Reader) -> dict[str, str]:
+    """How the log's chain stands once it has been read to its end."""
+    chain = reader.chain
+    if chain is None:
+        return {}
+    ended = (
+        "closed by its writer" if chain.head.closed else "open: being written, or its writer ended without closing it"
+    )
+    if chain.torn:
+        ended = f"ends in an unfinished record of {chain.torn_bytes:,} bytes, as a crash leaves it"
+    keyed = (
+        "every hash is a MAC under the log's key"
+        if reader.key
+        else "no key: hashes can be recomputed by whoever can write"
+    )
+    return {
+        "chain": f"unbroken up to record {chain.end.frames - 1} of segment {chain.end.segment}; {ended}",
+        "head": chain.end.digest.hex(),
+        "key": keyed,
+    }
+
+
+def to_html(found: Survey, chain: Mapping[str, str]) -> str:
+    """Render what was found as a whole HTML document that needs no network. Text in it is escaped.
+
+    Args:
+        found: from :func:`~moe_posterior.audit.survey.survey`.
+        chain: from :func:`chain_state`.
+
+    >>> document = to_html(Survey(), {"head": "<b>"})
+    >>> "<b>" in document, "&lt;b&gt;" in document
+    (False, True)
+    """
+    sources = sorted(found.sources.values(), key=lambda source: -source.decisions)
+    times = [time for source in sources for time in (source.first_time, source.last_time) if time]
+    decisions = sum(source.decisions for source in sources)
+    span = f", {when(min(times))} to {when(max(times))}" if times else ""
+    drawn = [(f"s{number}", source) for number, source in enumerate(sources[:DRAWN])]
+    return page(TITLE, f"{decisions:,} decisions{span}", [
+        Section("summary", "Summary", _summary(found, sources, chain)),
+        Section("flags", "Experts that fell", _flags(sources)),
+        Section("competence", "Competence of the experts", _competence(sources)),
+        Section("trajectories", "Trajectories over all clusters", "".join(_experts(*one) for one in drawn)),
+        Section("clusters", "Trajectories by cluster", "".join(_clusters(*one) for one in drawn)),
+        Section("configuration", "Configuration, pool and log", _configuration(found, sources)),
+        Section("notes", "How to read this", "".join(map(paragraph, DEFINITIONS))),
+    ])  # fmt: skip
+
+
+def when(time: int) -> str:
+    """Microseconds since 1970 as a time in UTC.
+
+    >>> when(1_700_000_000_123_456)
+    '2023-11-14 22:13:20.123 UTC'
+    """
+    try:
+        return datetime.fromtimestamp(time / 1e6, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + " UTC"
+    except (OverflowError, ValueError, OSError):
+        return f"{time} µs"
+
+
+def _summary(found: Survey, sources: list[SourceSurvey], chain: Mapping[str, str]) -> str:
+    said: list[list[object]] = [
+        ["read", when(int(datetime.now(UTC).timestamp() * 1e6))],
+        *([name, text] for name, text in chain.items()),
+    ]
+    said += [[f"dropped {what}", count] for what, count in sorted(found.dropped.items())]
+    said += [
+        [f"{what} removed by retention", count] for what, count in sorted(found.removed.items()) if "time" not in what
+    ]
+    if found.unclaimed:
+        said.append(["decisions of sources whose checkpoint was removed", found.unclaimed])
+    columns = ["source", "decisions", "outcomes", "mean outcome", "pending", "refused", "abstained", "explored"]
+    rows = [
+        [
+            source.name,
+            source.decisions,
+            source.outcomes,
+            source.mean_outcome,
+            source.waiting,
+            sum(source.refused.values()),
+            _share(source.abstained, source.decisions),
+            _share(source.explored, source.decisions),
+        ]
+        for source in sources[:ROWS]
+    ]
+    refused = [[source.name, reason, n] for source in sources for reason, n in source.refused.most_common()][:ROWS]
+    html = table(Table(columns, rows)) + table(Table(["log", "state"], said))
+    if refused:
+        html += "<h3>Outcomes that were refused</h3>" + table(Table(["source", "reason", "outcomes"], refused))
+    return html
+
+
+def _flags(sources: list[SourceSurvey]) -> str:
+    flagged = [(source, flag) for source in sources for flag in source.flags()]
+    if not flagged:
+        return paragraph("No expert fell below the pool or its own start, on any cluster or over all.", "absent")
+    flagged.sort(key=lambda one: (one[1].cluster is not None, one[1].number))
+    columns = [
+        "source",
+        "expert",
+        "cluster",
+        "below",
+        "decision",
+        "at",
+        "mean",
+        "std",
+        "level",
+        "how",
+        "times",
+        "until",
+    ]
+    rows = [_flag_row(source.name, flag) for source, flag in flagged[:FLAGS]]
+    text = f"{len(flagged):,} flags; those over all clusters first, then in the order in which they went up."
+    text += f" The first {FLAGS} are shown." if len(flagged) > FLAGS else ""
+    return paragraph(text, "note") + table(Table(columns, rows))
+
+
+def _flag_row(source: str, flag: Flag) -> list[object]:
+    until = "still" if flag.ended is None else f"decision {flag.ended}, {when(flag.ended_time or 0)}"
+    return [
+        source,
+        flag.expert,
+        "all" if flag.cluster is None else str(flag.cluster),
+        AGAINST[flag.against],
+        flag.decision,
+        when(flag.time),
+        flag.mean,
+        flag.std,
+        flag.level,
+        "fell" if flag.fell else "overtaken",
+        flag.times,
+        until,
+    ]
+
+
+def _competence(sources: list[SourceSurvey]) -> str:
+    columns = [
+        "source",
+        "expert",
+        "in the pool",
+        "chosen",
+        "share",
+        "over all clusters",
+        "where asked",
+        "flags up",
+        "low from start",
+    ]
+    rows = sorted((row for source in sources for row in _expert_rows(source)), key=lambda row: -row[0])
+    text = (
+        "Posterior mean and 95 % interval at the end of the log. Where asked: clusters weighted by how often the expert was chosen "
+        "there. Flags up: how many are up now. Low from start: clusters on which it stood below the pool when the log was told of it, "
+        "and still does."
+    )
+    text += f" The {ROWS} experts chosen most of {len(rows):,} are shown." if len(rows) > ROWS else ""
+    return paragraph(text, "note") + table(Table(columns, [row for _, row in rows[:ROWS]]))
+
+
+def _expert_rows(source: SourceSurvey) -> list[tuple[int, list[object]]]:
+    """How often each expert was chosen, and its row."""
+    if source.flagging is None or source.sampler is None:  # a gate without a belief
+        counts = source.chosen.tolist()
+        return [(n, [source.name, e, None, n, _share(n, sum(counts)), *[None] * 4]) for e, n in enumerate(counts)]
+    mean, std = moments(source.sampler.alpha, source.sampler.beta)
+    pool = source.flagging.cells[0]
+    low = pool.low_from_start.sum(axis=0).tolist()
+    up = Counter(flag.expert for flag in source.flags() if flag.ended is None)
+    chosen = np.pad(source.chosen, (0, max(0, mean.shape[1] - len(source.chosen)))).tolist()
+    rows = []
+    for e, active in enumerate(pool.active.tolist()):
+        evenly = _weighted(mean[:, e], std[:, e], np.ones(len(mean), dtype=np.int64))
+        asked = _weighted(mean[:, e], std[:, e], source.traffic[:, e])
+        row = [source.name, e, active, chosen[e], _share(chosen[e], sum(chosen)), evenly, asked, up[e], low[e]]
+        rows.append((chosen[e], row))
+    return rows
+
+
+def _weighted(mean: NDArray, std: NDArray, weights: NDArray) -> Cell:  # (C,), (C,), (C,)
+    """A mean over clusters with its interval, the clusters taken for independent."""
+    total = int(weights.sum())
+    if not total:
+        return estimate(None)
+    value, spread = float(mean @ weights) / total, float(np.sqrt((std * weights) @ (std * weights))) / total
+    return estimate(value, max(0.0, value - charts.Z * spread), min(1.0, value + charts.Z * spread))
+
+
+def _experts(name: str, source: SourceSurvey) -> str:
+    samples, head = source.samples(), f"<h3>{escape(source.name)}</h3>"
+    if samples is None:
+        return head + paragraph("This gate has no belief.", "absent")
+    note = ""
+    if source.earlier:
+        note = f"The clusters were last found after {source.earlier:,} decisions; trajectories and flags begin there."
+    return (
+        head + (paragraph(note, "note") if note else "") + charts.experts_figure(name, source, samples, source.flags())
+    )
+
+
+def _clusters(name: str, source: SourceSurvey) -> str:
+    samples, head = source.samples(), f"<h3>{escape(source.name)}</h3>"
+    if samples is None or not source.traffic.any():
+        return head + paragraph("Nothing was decided here yet.", "absent")
+    note = f"The {charts.CLUSTERS} busiest clusters; in each the {charts.PANELS} experts that are flagged or were asked most."
+    return head + paragraph(note, "note") + charts.cluster_figures(name, source, samples, source.flags())
+
+
+def _configuration(found: Survey, sources: list[SourceSurvey]) -> str:
+    rows: list[list[object]] = []
+    for source in sources:
+        settings = source.checkpoint.settings if source.checkpoint is not None else {}
+        said = {name: settings.get(name) for name in ("kind", "num_experts", "num_clusters", "top_k", "rate")}
+        options = settings.get("options")
+        said |= {
+            **(options if isinstance(options, dict) else {}),
+            **(knobs(source.checkpoint) if source.checkpoint else {}),
+        }
+        rows += [[source.name, str(name), str(value)] for name, value in said.items() if value is not None]
+    happened = [[when(one.time), one.source, one.what, str(one.before)] for one in reversed(found.happenings)]
+    note = f"What happened, the latest first: {len(happened)} of {found.happened}."
+    return (
+        table(Table(["source", "setting", "value"], rows[:ROWS]))
+        + "<h3>What happened</h3>"
+        + paragraph(note, "note")
+        + table(Table(["time", "source", "what", "decisions before"], happened))
+    )
+
+
+def _share(count: int, total: int) -> Cell:
+    share = count / total if total else 0.0
+    return Cell(f"{100 * share:.1f} %", share, more=show(count)) if total else Cell(show(None))
