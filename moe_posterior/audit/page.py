@@ -18,6 +18,7 @@ from moe_posterior.audit import charts
 from moe_posterior.audit.belief import knobs
 from moe_posterior.audit.flags import Flag, moments
 from moe_posterior.audit.read import Reader
+from moe_posterior.audit.recorder import now
 from moe_posterior.audit.survey import SourceSurvey, Survey, require_sources, survey
 from moe_posterior.page import Cell, Section, Table, estimate, page, paragraph, show, table
 
@@ -31,7 +32,8 @@ DEFINITIONS = (
     "A flag goes up with the first decision that rested on a posterior row in which mean + 2 standard deviations lie below a level. "
     "Against the pool's mean: the plain mean of the active experts there; plain, because weighted by traffic it would follow the "
     "expert that gets most of it and hide just its fall. Against its own start: where the expert stood when the log was told of it, "
-    "by a warm start or its arrival. Who is low from the start has no flag. Overtaken: its own mean is within a standard deviation of the highest it had; the pool rose.",
+    "by a warm start or its arrival. Who is low from the start has no flag. Overtaken: the pool rose; its own mean "
+    "is within a standard deviation of the highest it had.",
     "Many experts and clusters are watched at once and at every decision, so some flags are chance: a reason to look, not a verdict.",
     "The chain of hashes shows that nothing was changed since it was written, if the head's hash here equals one that was noted "
     "elsewhere at the time, or if the log has a key that who can write to the folder does not know. It does not show that what was "
@@ -120,14 +122,10 @@ def when(time: int) -> str:
 
 
 def _summary(found: Survey, sources: list[SourceSurvey], chain: Mapping[str, str]) -> str:
-    said: list[list[object]] = [
-        ["read", when(int(datetime.now(UTC).timestamp() * 1e6))],
-        *([name, text] for name, text in chain.items()),
-    ]
-    said += [[f"dropped {what}", count] for what, count in sorted(found.dropped.items())]
-    said += [
-        [f"{what} removed by retention", count] for what, count in sorted(found.removed.items()) if "time" not in what
-    ]
+    said: list[list[object]] = [["read", when(now())]]
+    said.extend([name, text] for name, text in chain.items())
+    said.extend([f"dropped {what}", count] for what, count in sorted(found.dropped.items()))
+    said.extend([f"{what} removed by retention", n] for what, n in sorted(found.removed.items()) if "time" not in what)
     if found.unclaimed:
         said.append(["decisions of sources whose checkpoint was removed", found.unclaimed])
     columns = ["source", "decisions", "outcomes", "mean outcome", "pending", "refused", "abstained", "explored"]
