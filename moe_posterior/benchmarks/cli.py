@@ -19,7 +19,7 @@ from moe_posterior.benchmarks.records import Record, Results
 from moe_posterior.benchmarks.registry import GATES, TUNED
 from moe_posterior.benchmarks.static import play_static
 from moe_posterior.benchmarks.suite import Plan, cases_of, run
-from moe_posterior.benchmarks.tables import tables_of
+from moe_posterior.benchmarks.tables import Table, tables_of
 from moe_posterior.errors import InvalidArgumentError, MissingDataError, MissingDependencyError
 
 EXAMPLES = """
@@ -31,6 +31,7 @@ examples:
   moe-posterior benchmark c --environments synthetic pacs --gates posterior softmax --seeds 3
   moe-posterior benchmark c --ablation --out ablation.json  one option of the belief changed at a time
   moe-posterior benchmark a --tune 20 --knobs knobs.json    search all gates' knobs on validation seeds, then stop
+  moe-posterior benchmark audit --horizon                   how soon a reader of the audit log sees the failure of benchmark B
   moe-posterior benchmark llm                               nine real language models, static and as streams
 
 a    a stable pool of equally competent experts: robustness must cost nothing
@@ -39,6 +40,7 @@ c    after half of the stream the queries come from classes that no gate has see
 llm  which of nine language models should answer: static, with the best one failing midway, with a change of tasks
 lm   gates swapped into a small language model of its own, experts damaged and repaired; see: moe-posterior benchmark lm --help
 latency  how long a decision takes: one at a time, and when queries arrive at 1,000 to 100,000 a second; wants an idle machine
+audit    what the audit log costs, how fast it is written, verified and replayed; wants an idle machine
 
 synthetic         Gaussian queries and a known competence matrix
 digits            classifiers trained on scikit-learn's digits under transforms
@@ -54,8 +56,8 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("benchmark", choices=("a", "b", "c", "llm", "lm", "latency"), help="which; see below")
-    made.add_argument("--seeds", type=int, default=5, metavar="S", help="how many seeds (default 5)")
+    made.add_argument("benchmark", choices=("a", "b", "c", "llm", "lm", "latency", "audit"), help="which; see below")
+    made.add_argument("--seeds", type=int, metavar="S", help="how many seeds (default 5; audit --horizon 20)")
     made.add_argument("--first-seed", type=int, default=0, metavar="S", help="start the seeds there (default 0)")
     made.add_argument("--out", metavar="FILE.json", help="write tidy records; what it already holds is not run again")
     made.add_argument("--from", dest="source", metavar="FILE.json", help="render these records, run nothing")
@@ -76,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--knobs", metavar="FILE.json", help="knobs to use, or to write with --tune (default: the shipped ones)"
     )
+    made.add_argument(
+        "--horizon", action="store_true", help="of audit: how soon the log shows a failing expert, not how fast it is"
+    )
     made.add_argument("--quiet", action="store_true", help="no progress bar")
     return made
 
@@ -91,6 +96,8 @@ def benchmark(arguments: Sequence[str]) -> int:
 
         return lm(list(arguments[1:]), _about(""))
     asked = parser().parse_args(list(arguments))
+    if asked.seeds is None:
+        asked.seeds = 20 if asked.horizon else 5
     command = shlex.join(["moe-posterior", "benchmark", *arguments])
     if asked.source is not None:
         results = records.read(asked.source)
@@ -107,23 +114,37 @@ def benchmark(arguments: Sequence[str]) -> int:
         return _tune(asked)
     if asked.benchmark == "latency":
         return show(asked, _latency(asked, command))
+    if asked.benchmark == "audit":
+        return show(asked, _audit(asked, command))
     return show(asked, _run(asked, command))
 
 
 def show(asked: argparse.Namespace, results: Results) -> int:
     """Print tables and the reproducing command; write Markdown and figures where asked."""
-    tables = latency.tables(results.records) if asked.benchmark == "latency" else tables_of(results.records)
+    tables = _tables(asked.benchmark, results.records)
     render.print_tables(tables)
     if asked.markdown:
         Path(asked.markdown).write_text(render.to_markdown(tables))
         print(f"tables: {asked.markdown}")
-    if asked.figures and asked.benchmark != "latency":
+    if asked.figures and asked.benchmark not in ("latency", "audit"):
         for path in render.draw(results.records, asked.figures):
             print(f"figure: {path}")
     about = results.about
     print(f"torch {about.get('torch')}, Python {about.get('python')}, {about.get('processors')} processors")
     print(f"again:  {about.get('command')}")
     return 0
+
+
+def _tables(benchmark: str, records: list[Record]) -> list[Table]:
+    if benchmark == "latency":
+        return latency.tables(records)
+    if benchmark == "audit":
+        from moe_posterior.benchmarks import audit, horizon
+
+        soon = [record for record in records if record.environment == horizon.ENVIRONMENT]
+        fast = [record for record in records if record.environment != horizon.ENVIRONMENT]
+        return (horizon.tables(soon) if soon else []) + (audit.tables(fast) if fast else [])
+    return tables_of(records)
 
 
 def environments(asked: argparse.Namespace) -> list[str]:
@@ -182,6 +203,25 @@ def _latency(asked: argparse.Namespace, command: str) -> Results:
     with progress(len(seeds) * latency.parts(), asked.quiet) as advance:
         for seed in seeds:
             found += latency.measure(seed, advance=advance)
+    results = Results(found, _about(command))
+    if asked.out:
+        records.write(results, asked.out)
+    return results
+
+
+def _audit(asked: argparse.Namespace, command: str) -> Results:
+    from moe_posterior.benchmarks import audit, horizon
+
+    seeds = range(asked.first_seed, asked.first_seed + asked.seeds)
+    found: list[Record] = []
+    if asked.horizon:
+        with progress(len(seeds), asked.quiet) as advance:
+            for seed in seeds:
+                found += horizon.measure(seed)
+                advance()
+    else:
+        with progress(audit.parts(len(seeds)), asked.quiet) as advance:
+            found += audit.measure(seeds, advance=advance)
     results = Results(found, _about(command))
     if asked.out:
         records.write(results, asked.out)
