@@ -11,10 +11,12 @@ import numpy as np
 
 from moe_posterior.audit.export import export
 from moe_posterior.audit.log import AuditLog
+from moe_posterior.audit.page import write_page
 from moe_posterior.audit.replay import rebuild
 from moe_posterior.audit.stats import summarise
 from moe_posterior.audit.verify import Verification, verify, verify_decisions
-from moe_posterior.errors import AuditError
+from moe_posterior.audit.watch import MOST_MINUTES, watch
+from moe_posterior.errors import AuditError, InvalidArgumentError
 
 EXAMPLES = """
 examples:
@@ -24,6 +26,8 @@ examples:
   moe-posterior audit verify runs/x/audit --decisions --head 5f0c...   exit status 1 if anything was altered
   moe-posterior audit replay runs/x/audit                    the belief, rebuilt and compared with every checkpoint
   moe-posterior audit export runs/x/audit --out tables --format csv
+  moe-posterior audit export runs/x/audit --html audit.html  a page for those who were not there
+  moe-posterior audit watch runs/x/audit                     the last minutes, live
 """
 
 
@@ -69,9 +73,15 @@ def parser() -> argparse.ArgumentParser:
     replay = command("replay", "rebuild the router's belief from the records and compare it with every checkpoint")
     replay.add_argument("--name", default="router", help="which router, where several share a log (default router)")
     replay.add_argument("--out", type=Path, metavar="FILE", help="save the rebuilt router, for PosteriorRouter.load")
-    exporting = command("export", "write decisions, outcomes, posterior and events as tables")
-    exporting.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to")
+    exporting = command("export", "write decisions, outcomes, posterior and events as tables, or a web page")
+    wanted = exporting.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--out", type=Path, metavar="FOLDER", help="where to write the tables")
+    wanted.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page instead")
     exporting.add_argument("--format", choices=("parquet", "csv"), default="parquet")
+    watching = command("watch", "show the last minutes, as they go by, until Ctrl-C")
+    watching.add_argument("--once", action="store_true", help="print one view and stop; exit status 1 if there is none")
+    watching.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between views (default 1)")
+    watching.add_argument("--minutes", type=float, default=5.0, metavar="M", help="how far back to look (default 5)")
     return made
 
 
@@ -81,6 +91,8 @@ def audit(arguments: Sequence[str]) -> int:
     key = given.key_file.read_bytes() if given.key_file else None
     if given.command == "verify":
         return _verify(given, key)
+    if given.command == "watch":
+        return _watch(given, key)
     log = AuditLog(given.folder, mode="r", key=key)
     return {"show": _show, "stats": _stats, "replay": _replay, "export": _export}[given.command](log, given)
 
@@ -206,7 +218,19 @@ def _replay(log: AuditLog, given: argparse.Namespace) -> int:
     return 0
 
 
+def _watch(given: argparse.Namespace, key: bytes | None) -> int:
+    if not given.every > 0 or not 0 < given.minutes <= MOST_MINUTES:
+        raise InvalidArgumentError(
+            f"--every must be above 0 and --minutes at most {MOST_MINUTES}; got {given.every} and {given.minutes}"
+        )
+    return watch(given.folder, key, once=given.once, every=given.every, minutes=given.minutes)
+
+
 def _export(log: AuditLog, given: argparse.Namespace) -> int:
+    if given.html is not None:
+        write_page(log.folder, given.html, log.key)
+        print(given.html)
+        return 0
     for path, rows in export(log.read(), given.out, given.format).items():
         print(f"{rows:>12,} rows  {path}")
     return 0

@@ -13,6 +13,7 @@ from scipy.stats import beta
 from moe_posterior import PosteriorRouter
 from moe_posterior.audit import AuditError, AuditLog
 from moe_posterior.audit.charts import CLUSTERS, EXPERTS, PANELS, interval
+from moe_posterior.audit.cli import audit
 from moe_posterior.audit.page import write_page
 from moe_posterior.audit.survey import survey
 
@@ -169,6 +170,35 @@ def _event(name: str):
     from moe_posterior.audit.collect import Event
 
     return Event(0, {"event": name, "time": 10**300, "lost": {name: 7}, "detail": name})
+
+
+def test_the_command_writes_the_page_of_a_keyed_log(tmp_path, capsys) -> None:
+    key, file = tmp_path / "key", tmp_path / "page.html"
+    key.write_bytes(b"k" * 32)
+    with AuditLog(tmp_path / "log", key=key.read_bytes()) as log:
+        failing(log)
+    asked = ["export", str(tmp_path / "log"), "--html", str(file)]
+    with pytest.raises(AuditError, match="sealed with a key"):
+        audit(asked)
+    assert audit([*asked, "--key-file", str(key)]) == 0
+    assert str(file) in capsys.readouterr().out
+    state = {row["log"]: row["state"] for row in Parsed(file.read_text(encoding="utf-8")).table("state")}
+    assert state["key"] == "every hash is a MAC under the log's key"
+
+
+def test_a_compacted_log_tells_the_same(tmp_path) -> None:
+    found = []
+    for compacted in (False, True):
+        folder = tmp_path / str(compacted)
+        with AuditLog(folder, fsync_every=0.0, rotate_bytes=3000) as log:
+            failing(log)
+            if compacted:
+                log.flush()
+                assert log.compact() > 2
+        (source,) = survey(AuditLog(folder, mode="r").read()).sources.values()
+        flags = [(f.expert, f.cluster, f.against, f.number, round(f.mean, 9), f.ended) for f in source.flags()]
+        found.append((source.decisions, source.outcomes, source.traffic.tolist(), flags))
+    assert found[0] == found[1]
 
 
 def test_a_log_that_nobody_recorded_to_says_so_and_writes_no_page(tmp_path) -> None:

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from audit.worlds import EMBEDDINGS, E, new_router
 
+from moe_posterior import InvalidArgumentError
 from moe_posterior.audit import AuditLog
+from moe_posterior.audit.cli import audit
 from moe_posterior.audit.follow import Follower
 from moe_posterior.audit.tables import Group
 from moe_posterior.audit.watch import View, Window, watch
@@ -25,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
 import sys, time
 from audit.worlds import EMBEDDINGS, new_router
+from moe_posterior import InvalidArgumentError
 from moe_posterior.audit import AuditLog
+from moe_posterior.audit.cli import audit
 log = AuditLog(sys.argv[1], fsync_every=0.02, rotate_bytes=4000)
 router = new_router(log)
 for call in range(int(sys.argv[2])):
@@ -172,6 +176,16 @@ def test_names_cannot_write_to_the_terminal(tmp_path) -> None:
     watch(tmp_path, once=True, stream=out)
     assert "evil\\x1b[2J\\r\\nname\\x07: " in out.getvalue()
     assert set(re.findall(r"[\x00-\x1f\x7f-\x9f]", out.getvalue())) == {"\n"}
+
+
+def test_the_command_prints_one_view_and_refuses_senseless_options(tmp_path, capsys) -> None:
+    with AuditLog(tmp_path) as log:
+        fill(log)
+    assert audit(["watch", str(tmp_path), "--once", "--minutes", "2"]) == 0
+    assert "last 2 min" in capsys.readouterr().out
+    for option in (["--every", "0"], ["--minutes", "nan"], ["--minutes", "1e9"]):
+        with pytest.raises(InvalidArgumentError, match="--every must be above 0"):
+            audit(["watch", str(tmp_path), "--once", *option])
 
 
 @pytest.mark.parametrize("damage", ["nothing", "flipped"])
