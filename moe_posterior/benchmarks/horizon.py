@@ -47,8 +47,8 @@ FLAGS: dict[str, tuple[Against, bool]] = {
 NOTE = (
     "queries: from the failure to the first decision that rests on a posterior row with mean + 2 std below the pool's plain mean "
     "(pool), or below where the expert stood when the log began (start), on any one cluster (cell) or over all (expert); paper: within "
-    f"{PAPER} queries recorded in the log. Median over seeds with a 95 % interval; ∞: no flag, or one before. own: of these, the queries that the "
-    "failing expert answered itself. within: share of seeds, Wilson 95 % interval. false: flags a seed in "
+    f"{PAPER} queries recorded in the log. Median over seeds with a 95 % interval; ∞: no flag, or one before. own: of these, the "
+    "queries that the failing expert answered itself. within: share of seeds, Wilson 95 % interval. false: flags a seed in "
     f"{HEALTHY} healthy queries, of the expert that then fails and of all others. The router avoids it: at most 5 % of the next 50 "
     "affected queries."
 )
@@ -111,8 +111,8 @@ def figures_of(play: Play, environment: Environment, onset: int) -> Iterator[tup
     """What the log showed, and when: (flag, metric, value).
 
     ``log``: decisions between the failure and the first that rested on a flagged row; ``own``: how many of them were the failing
-    expert's. None where no flag went up, or it had been up before. ``false_it``, ``false_others``: flags before the failure. The router itself has ``avoided``:
-    decisions until it gives the expert at most 5 % of the next 50 affected queries.
+    expert's. None where no flag went up, or one had been up before. ``false_it``, ``false_others``: flags before the failure. The
+    router itself has ``avoided``: decisions until it gives the expert at most 5 % of the next 50 affected queries.
     """
     expert = environment.degraded
     assert expert is not None
