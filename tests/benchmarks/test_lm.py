@@ -271,6 +271,7 @@ def test_shares_of_hand_made_losses() -> None:
     assert measured.shares("noise, layer 0", GRADIENT.name, 20_480) == {0: pytest.approx(1.5)}
     assert measured.mean_shares(GRADIENT.name, 512) == {0: pytest.approx((0.25 - 0.1) / 2)}
     assert measured.mean_shares(GRADIENT.name, 5120) == {0: pytest.approx((0.75 + 1.0) / 2)}
+    assert measured.pooled_shares(GRADIENT.name, 5120) == {0: pytest.approx((0.15 + 1.0) / 1.2)}
     assert measured.healthy_change(GRADIENT.name) == {0: pytest.approx(0.001)}
     assert CHECKPOINTS[4] == 5120
 
@@ -291,7 +292,9 @@ def test_the_command_renders_a_file_with_its_own_command_beside_it(tmp_path, cap
     assert benchmark(["lm", "--from", str(source), "--markdown", str(markdown), "--figures", str(figures)]) == 0
     text = markdown.read_text()
     assert "| gradient | 2.000 | 2.000 | yes | 2.002 | +0.100 | 0.100 | 0.200 |" in text
-    assert "| gradient | 0.075 | 0.250 | 0.500 | 0.875 | 1.000 | 1.000 |" in text  # a share of 1.5 counts as 1
+    assert (
+        "| gradient | 0.075 | 0.250 | 0.500 | 0.875 | 1.000 | 1.000 | 0.958 | 1.083 |" in text
+    )  # a share of 1.5 counts as 1
     assert "moe-posterior benchmark lm --text a.txt" in text
     assert "moe-posterior benchmark lm --text a.txt" in capsys.readouterr().out
     assert [path.name for path in figures.iterdir()] == ["lm-recovery.png"]

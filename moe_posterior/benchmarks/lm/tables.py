@@ -12,6 +12,7 @@ from moe_posterior.benchmarks.records import Record
 from moe_posterior.benchmarks.tables import Table
 
 SHOWN = tuple(tokens for tokens in CHECKPOINTS if tokens)
+POOLED = (5120, 20_480)
 MASKINGS = ("masked", "masked first alone", "masked second alone")
 PER_SEED = "± half of the 95 % t interval over seeds"
 
@@ -59,6 +60,17 @@ class Measured:
             for seed, share in self.shares(damage, method, tokens).items():
                 found[seed].append(min(share, 1.0))
         return {seed: sum(shares) / len(shares) for seed, shares in found.items()}
+
+    def pooled_shares(self, method: str, tokens: int) -> dict[int, float]:
+        """seed -> nats won back over nats recoverable, summed over the same damages: no small one weighs much."""
+        won: dict[int, float] = defaultdict(float)
+        worth: dict[int, float] = defaultdict(float)
+        for damage in self.damages:
+            recoverable = self.recoverable(damage)
+            for seed, share in self.shares(damage, method, tokens).items():
+                won[seed] += share * recoverable[seed]
+                worth[seed] += recoverable[seed]
+        return {seed: won[seed] / worth[seed] for seed in won}
 
     def healthy_change(self, method: str) -> dict[int, float]:
         """seed -> relative change of the loss by evidence from healthy experts."""
@@ -126,14 +138,15 @@ def recovery_table(measured: Measured) -> Table:
     for method in METHODS:
         cells = [_decimal(measured.mean_shares(method.name, tokens)) for tokens in SHOWN]
         if any(cell != NOTHING for cell in cells):
-            rows.append([method.name, *cells])
+            pooled = [_decimal(measured.pooled_shares(method.name, tokens)) for tokens in POOLED]
+            rows.append([method.name, *cells, *pooled])
+    header = ["evidence", *map(_tokens, SHOWN), *(f"of the sum, {_tokens(tokens)}" for tokens in POOLED)]
     note = (
         "0: the frozen damaged gate; 1: the best masking of the touched experts. Mean over the damages of a seed that masking wins at "
-        f"least {RECOVERABLE} nats on; a share above 1 counts as 1. {PER_SEED}."
+        f"least {RECOVERABLE} nats on; a share above 1 counts as 1. of the sum: nats won back over nats recoverable, summed. "
+        f"{PER_SEED}."
     )
-    return Table(
-        "Share of the recoverable loss, by tokens since the damage", ["evidence", *map(_tokens, SHOWN)], rows, note
-    )
+    return Table("Share of the recoverable loss, by tokens since the damage", header, rows, note)
 
 
 def by_damage_table(measured: Measured) -> Table:
