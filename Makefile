@@ -8,7 +8,7 @@ RESULTS := results/benchmarks
 COMPARED := --gates posterior "posterior of the paper" softmax "expert threshold" ucb1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo cifar10h cifar10h-features tables benchmarks benchmarks-data swap-table latency bench bench-gpu test test-slow check format clean
+.PHONY: help install demo cifar10h cifar10h-features tables benchmarks benchmarks-data swap-table lm audit-bench latency bench bench-gpu test test-slow check format clean
 
 help:  ## say what can be made
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -67,6 +67,15 @@ swap-table: $(INSTALLED)  ## which transformers models can be swapped: every typ
 latency: $(INSTALLED)  ## how long a decision takes, written to results/benchmarks (2 minutes on an idle machine)
 	mkdir -p results/benchmarks
 	$(BIN)/moe-posterior benchmark latency --seeds 3 --out results/benchmarks/latency.json --markdown results/benchmarks/latency.md
+
+lm: $(INSTALLED)  ## the language-model experiment on your own TEXT="a.txt b.txt" (hours on 2 cores), resumable
+	mkdir -p results/lm
+	$(BENCHMARK) lm --text $(TEXT) --out results/lm/lm.json --markdown results/lm/lm.md --figures results/lm
+
+audit-bench: $(INSTALLED)  ## what the audit log costs, and how soon it shows a failing expert (5 minutes on an idle machine)
+	mkdir -p results/audit
+	$(BENCHMARK) audit --seeds 5 --out results/audit/speed.json --markdown results/audit/speed.md
+	$(BENCHMARK) audit --horizon --first-seed 300 --out results/audit/horizon.json --markdown results/audit/horizon.md
 
 bench: $(INSTALLED)  ## what the gate costs on a CPU, as ratios (3 minutes on an idle machine)
 	mkdir -p results/speed
