@@ -4,6 +4,7 @@ A segment's first frame names the digest it continues. A segment that was compac
 hashes of its files, segments that were removed by one note for all of them; the hash of each note stands in a later frame of the chain.
 """
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -167,7 +168,7 @@ class Chain:
             self.torn_bytes = (self.folder / segment_name(numbers.pop())).stat().st_size
         if numbers and numbers[0] > first and (start := starts[numbers[0]]) is not None:
             self.end = Position(numbers[0], 0, start)  # asked to begin here: what comes before is taken on trust
-        for number, successor in zip(numbers, [*numbers[1:], None], strict=True):
+        for number, successor in itertools.zip_longest(numbers, numbers[1:]):
             if "audit" in segments[number]:
                 yield from self._frames(number, None if successor is None else starts[successor])
             else:

@@ -336,7 +336,7 @@ class AuditLog:
             self._learn_from(frame)
         self._clean = chain.head.closed
         if not self._clean:  # ids may have been given that no durable record knows of
-            self.reached_id += 1 << 32 if self.reached_id else 0
+            self.reached_id += 1 << 32
         return chain.end, reopen(self.folder, files, chain)
 
     def _learn_from(self, frame: Frame | Note) -> None:

@@ -14,7 +14,9 @@ import pytest
 from audit.worlds import EMBEDDINGS, flat_state, live, new_router
 
 from moe_posterior.audit import AuditError, AuditLockedError, AuditLog, AuditWriteError
-from moe_posterior.audit.files import FileSystem, segment_name
+from moe_posterior.audit.chain import Head, Position, head_bytes
+from moe_posterior.audit.files import HEAD, FileSystem, segment_name
+from moe_posterior.audit.frames import genesis
 from moe_posterior.audit.replay import rebuild
 from moe_posterior.audit.verify import verify, verify_decisions
 
@@ -72,7 +74,7 @@ def crash_runs(folder: Path, runs: int, seed: int) -> str:
 
 
 def test_killed_writers_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    assert "none lost" in crash_runs(tmp_path / "log", 10, seed=0)
+    assert "none lost" in crash_runs(tmp_path / "log", 8, seed=0)
 
 
 @pytest.mark.slow
@@ -111,6 +113,26 @@ def test_a_torn_tail_is_cut_and_a_new_segment_begun(tmp_path: Path, keep: int) -
     assert (tmp_path / segment_name(1)).exists()
     assert verify(tmp_path).sound
     assert flat_state(rebuild(AuditLog(tmp_path, mode="r").read(), check=True)) == flat_state(recovered)
+
+
+@pytest.mark.parametrize("left", [None, b"", b"MPA1", bytes(30)])
+def test_a_writer_that_died_at_birth_leaves_a_log_that_can_be_opened(tmp_path: Path, left: bytes | None) -> None:
+    AuditLog(tmp_path, fsync_every=1000.0).close()
+    position = Position(0, 0, genesis(None))
+    for path in tmp_path.glob("*.audit"):
+        path.unlink()
+    (tmp_path / HEAD).write_bytes(head_bytes(Head(position, False), None))
+    if left is not None:
+        (tmp_path / segment_name(0)).write_bytes(left)
+    assert verify(tmp_path).problem is None
+    assert len(AuditLog(tmp_path, mode="r").decisions()) == 0
+    with pytest.raises(AuditError, match="no router named"):
+        AuditLog.recover(tmp_path)
+    with AuditLog(tmp_path) as log:
+        router = new_router(log)
+        live(router, 5, seed=0)
+    assert verify(tmp_path).problem is None
+    assert len(AuditLog(tmp_path, mode="r").decisions()) > 0
 
 
 def test_ids_that_were_given_before_a_crash_are_not_given_again(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ BELIEFS: dict[str, dict[str, Any]] = {
         "novelty": "discount",
     },
     "thompson": {"score": "thompson", "novelty": "class", "half_life": 50.0},
-    "quantile": {"score": "quantile", "shrinkage": 5.0, "max_pending": 60},
+    "quantile": {"score": "quantile", "max_pending": 60},
 }
 
 
