@@ -164,6 +164,7 @@ class PriorGate(Gate, FixedPrecision):
                 self.router.weight,
                 self.evidence_bias,
                 top_k=self.top_k,
+                gate_bias=self.router.bias,
                 backend=self.backend,
             )
         else:

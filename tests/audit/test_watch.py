@@ -95,7 +95,7 @@ def test_a_follower_begins_again_where_the_writer_took_something_back(tmp_path) 
     shutil.copytree(folder, saved)
     follower = Follower(folder)
     list(follower.poll())
-    fill(log)
+    fill(log, name="another")
     log.close()
     assert sum(record.rows("decisions") for record in follower.poll() if isinstance(record, Group)) == 1000
     assert follower.restarts == 0
