@@ -15,6 +15,8 @@ from moe_posterior.benchmarks.render import DPI, STYLES, band, canvas
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LOWEST = -1.5  # shared outcomes fall far below it: the rest would be a flat line
+
 
 def draw(records: Iterable[Record], folder: str | os.PathLike[str]) -> list[Path]:
     """Draw what the records allow into ``folder``, which is made if it does not exist.
@@ -37,7 +39,10 @@ def draw(records: Iterable[Record], folder: str | os.PathLike[str]) -> list[Path
 def recovery(measured: Measured) -> "Figure | None":
     """Share of the recoverable loss against tokens seen since the damage."""
     return _over_tokens(
-        measured.mean_shares, "tokens since the damage", "share of the recoverable loss", "recovery after a damage"
+        measured.mean_shares,
+        "tokens since the damage",
+        "share of the recoverable loss",
+        f"recovery after a damage, cut at {LOWEST}",
     )
 
 
@@ -62,8 +67,10 @@ def _over_tokens(
         band(axes, list(CHECKPOINTS), points, name, style)
     for level in (0, 1):
         axes.axhline(level, color="0.8", linewidth=0.8, zorder=0)
-    axes.set_xscale("symlog", linthresh=512)
-    axes.set_xticks(CHECKPOINTS, [f"{n:,}" for n in CHECKPOINTS])
+    axes.set_xscale("symlog", linthresh=512, linscale=0.7)
+    axes.set_xlim(0, CHECKPOINTS[-1])
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], LOWEST))
+    axes.set_xticks(CHECKPOINTS, [f"{n:,}" for n in CHECKPOINTS], fontsize=7)
     axes.minorticks_off()
     axes.set_xlabel(across)
     axes.set_ylabel(up)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from moe_posterior.benchmarks.cells import NOTHING, decimal, percent
-from moe_posterior.benchmarks.lm.experiment import BASE, GRADIENT, HEALTHY, KNOB_METHODS, METHODS, SCRATCH
+from moe_posterior.benchmarks.lm.experiment import AMNESTY, BASE, GRADIENT, HEALTHY, KNOB_METHODS, METHODS, SCRATCH
 from moe_posterior.benchmarks.lm.scratch import ARMS, DEAD
 from moe_posterior.benchmarks.lm.shares import CHECKPOINTS, RECOVERABLE, at, recovered_share
 from moe_posterior.benchmarks.records import Record
@@ -206,7 +206,10 @@ def knob_table(measured: Measured) -> Table:
                 ]
             )
     header = ["knob", "healthy change %", "1,024", "5,120", "20,480", "traffic back"]
-    note = f"gradient: the defaults. Shares after so many tokens, damages in all layers at once. {PER_SEED}."
+    note = (
+        f"gradient: amnesty {AMNESTY:,.0f}, else PriorGate's defaults. Shares after so many tokens, damages in all layers at once. "
+        f"{PER_SEED}."
+    )
     return Table("One knob at a time", header, rows, note)
 
 
