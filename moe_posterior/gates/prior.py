@@ -36,7 +36,8 @@ class PriorGate(Gate, FixedPrecision):
         strength: k0 > 0, pseudo-observations that the reference is worth in each cell; default 30.
         half_life: observations of a cell after which what was seen there before counts half; default 300. None never forgets.
         amnesty: tokens observed by the gate after which all evidence counts half, also of experts that are no longer chosen and
-            so could never prove themselves again. None (default) never pardons.
+            so could never prove themselves again; default 5,000. None never pardons: every false alarm then lasts, so that long
+            service makes a healthy model worse, and what was proved long ago outweighs a fresh damage.
         pooling: pseudo-observations after which an expert's shortfall over all clusters together moves what is expected of it in
             each, downwards only; default 30. None keeps clusters apart.
         innocent: False drops the rule, ``penalty = η · log(mean / reference)``, for comparison: every fluctuation then moves logits.
@@ -74,7 +75,7 @@ class PriorGate(Gate, FixedPrecision):
         confidence: float = 2.0,
         strength: float = 30.0,
         half_life: float | None = 300.0,
-        amnesty: float | None = None,
+        amnesty: float | None = 5000.0,
         pooling: float | None = 30.0,
         innocent: bool = True,
         learned: bool = True,

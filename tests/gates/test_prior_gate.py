@@ -96,7 +96,11 @@ def test_without_the_rule_luck_moves_logits_both_ways() -> None:
 
 
 def test_amnesty_lets_an_expert_come_back_that_is_no_longer_asked() -> None:
-    forgiving, strict, hidden = healthy(top_k=1, amnesty=500.0), healthy(top_k=1), hidden_states(500, seed=1)
+    forgiving, strict, hidden = (
+        healthy(top_k=1, amnesty=500.0),
+        healthy(top_k=1, amnesty=None),
+        hidden_states(500, seed=1),
+    )
     strict.load_state_dict(forgiving.state_dict())
     returned = []
     for gate in (forgiving, strict):

@@ -18,7 +18,7 @@ RANKS = 2
 
 def observed(batches: list[dict[str, torch.Tensor]], centroids: list[torch.Tensor] | None, wrap: bool) -> nn.Module:
     model = mixtral()
-    report = swap_gates(model, num_clusters=3, half_life=None)
+    report = swap_gates(model, num_clusters=3, half_life=None, amnesty=None)
     if centroids is None:
         report.fit(batches)
     else:

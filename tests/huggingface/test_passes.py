@@ -97,7 +97,7 @@ def test_fit_says_what_is_missing() -> None:
 def test_warm_start_counts_what_observing_would_and_changes_no_parameter() -> None:
     model, data = mixtral(), loader()
     parameters = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    swap_gates(model, num_clusters=4, half_life=None).fit(data)
+    swap_gates(model, num_clusters=4, half_life=None, amnesty=None).fit(data)
     counted = []
     for each in data:  # by hand: through observe, on labels made by hand
         labels = torch.where(each["attention_mask"] == 1, each["input_ids"], -100)
@@ -113,7 +113,7 @@ def test_warm_start_counts_what_observing_would_and_changes_no_parameter() -> No
     restore_gates(model)
     model.zero_grad()
     seen = []
-    report = swap_gates(model, num_clusters=4, half_life=None).fit(data)
+    report = swap_gates(model, num_clusters=4, half_life=None, amnesty=None).fit(data)
     for _, gate in swapped_gates(model):
         gate.warm_start_from_counts = lambda successes, failures, keep=gate.warm_start_from_counts: (
             seen.append((successes.clone(), failures.clone())),

@@ -110,7 +110,7 @@ def test_gradient_signs_are_those_of_a_finite_difference() -> None:
 
 def test_padding_never_becomes_evidence() -> None:
     model, inputs = mixtral(), batch(size=2, length=8, padded=5)
-    swap_gates(model, num_clusters=2, half_life=None)
+    swap_gates(model, num_clusters=2, half_life=None, amnesty=None)
     gates = dict(swapped_gates(model))
     fit_on_noise(gates)
     with record(model) as trace:
