@@ -31,11 +31,8 @@ def reweigh(gate: Gate, hidden: Tensor, routing: Routing, expert_indices: Tensor
 def _(gate: PriorGate, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:
     if gate.router is None:
         raise InvalidArgumentError("weights must be 'recorded' for a gate without a router of its own")
-    scores = gate.router(hidden).float()
-    if gate.biased:
-        scores = scores + gate.evidence_bias[routing.cluster_ids]
-    chosen = scores.gather(1, expert_indices)
-    return routing._replace(expert_indices=expert_indices, routing_weights=torch.softmax(chosen, dim=-1), scores=chosen)
+    chosen = gate.tempered_logits(hidden, routing.cluster_ids).gather(1, expert_indices)
+    return routing._replace(expert_indices=expert_indices, routing_weights=weigh(chosen, 1.0), scores=chosen)
 
 
 @reweigh.register

@@ -203,6 +203,7 @@ def test_a_softmax_block_becomes_a_mixture_that_shares_its_parameters_and_output
     assert_close(moe(hidden), block(hidden)[0])
     assert {id(parameter) for parameter in moe.parameters()} == {id(parameter) for parameter in block.parameters()}
     moe.gate.fit(hidden)
+    assert_close(moe(hidden), block(hidden)[0])
     routing = moe.route(hidden)
     for _ in range(50):
         moe.observe(routing, (routing.expert_indices != 2).float())

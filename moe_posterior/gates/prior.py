@@ -26,7 +26,8 @@ class PriorGate(Gate, FixedPrecision):
 
     is added to the learned logits: exactly 0 without evidence and for as long as an expert may be as good as it was, strongly
     negative once even its credible upper bound is below. The choice is then top-k of the sums, the weights their softmax over
-    the chosen, so that the learned weights stay trainable. Before :meth:`fit` this is a softmax gate and nothing else.
+    the chosen, so that the learned weights stay trainable. Before :meth:`fit` this is a softmax gate and nothing else. The logits
+    are the router's own, rounded as its dtype rounds them; where a GPU's kernel computes them, they are not rounded below float32.
 
     Args:
         hidden_size, num_experts, num_clusters, top_k: D, E, C, k.
@@ -158,7 +159,7 @@ class PriorGate(Gate, FixedPrecision):
         self.validate_hidden(hidden)
         if self.router is None:
             raise InvalidArgumentError("a gate made with learned=False has no router of its own to route by")
-        if self.clusterer.fitted:
+        if self._fuses(hidden):
             (ids, distance), selection, weights = dispatch.route_prior(
                 hidden,
                 self.clusterer.prepared,
@@ -170,9 +171,28 @@ class PriorGate(Gate, FixedPrecision):
             )
         else:
             ids, distance = self.assign(hidden)
-            selection = reference.select(self.router(hidden).float(), ids, self.top_k)
+            selection = reference.select(self.tempered_logits(hidden, ids), ids, self.top_k)
             weights = reference.weigh(selection.scores, 1.0)
         return Routing(selection.expert_indices, weights, ids, selection.scores, distance)
+
+    def tempered_logits(self, hidden: Tensor, cluster_ids: Tensor) -> Tensor:  # (N, D), (N,) -> (N, E) float32
+        """The router's own logits, in its own precision, plus the evidence; NaN, as of a broken row, counts as -inf."""
+        assert self.router is not None
+        logits = self.router(hidden).float()
+        logits = torch.where(torch.isnan(logits), -torch.inf, logits)
+        return logits + self.evidence_bias[cluster_ids] if self.biased else logits
+
+    def _fuses(self, hidden: Tensor) -> bool:  # (N, D)
+        """Whether one kernel can do it: on a GPU, and for a router that is its weight and bias and nothing more, as LoRA would be."""
+        assert self.router is not None
+        if not self.clusterer.fitted or self.backend == "eager":
+            return False
+        plain = type(self.router) is nn.Linear and not self.router._forward_hooks and not self.router._forward_pre_hooks
+        if self.backend == "triton" and not plain:
+            raise InvalidArgumentError(
+                f"backend must be 'auto' or 'eager' here: 'triton' needs a plain nn.Linear as router; got {self.router}"
+            )
+        return plain and (hidden.is_cuda or self.backend != "auto")
 
     def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (N, k) or (N, E)
         """Add outcomes to the evidence; arguments as :meth:`Gate.observe`.

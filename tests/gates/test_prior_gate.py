@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe_posterior import InvalidArgumentError, NotFittedError, PriorGate, SoftmaxGate, record
+from moe_posterior import InvalidArgumentError, NotFittedError, PriorGate, SoftmaxGate, record, replay
 from moe_posterior.gates.prior import evidence_bias, reference_from, shortfall
 
 HIDDEN, EXPERTS, CLUSTERS = 5, 4, 3
@@ -31,6 +31,54 @@ def test_without_evidence_it_is_the_softmax_gate_bit_for_bit() -> None:
     torch.testing.assert_close(ours.routing_weights, theirs.routing_weights)
     assert not gate.biased
     assert (gate.evidence_bias == 0).all()
+
+
+class Adapted(nn.Module):
+    """A router with something on top, as LoRA adapters are."""
+
+    def __init__(self, router: nn.Linear) -> None:
+        super().__init__()
+        self.router, self.weight = router, router.weight
+        self.extra = nn.Linear(HIDDEN, EXPERTS)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.router(hidden) + self.extra(hidden)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_clusters_alone_change_no_bit_of_what_any_router_says(dtype: torch.dtype, adapted: bool) -> None:
+    gate, hidden = PriorGate(HIDDEN, EXPERTS, CLUSTERS, EXPERTS), hidden_states(200, seed=1).to(dtype)
+    linear = nn.Linear(HIDDEN, EXPERTS)
+    with torch.no_grad():
+        linear.bias.copy_(torch.arange(EXPERTS))
+    gate.router = Adapted(linear) if adapted else linear  # type: ignore[assignment]
+    gate.to(dtype)
+    assert gate.router is not None
+    expected = gate.router(hidden).float()
+    gate.fit(hidden_states(300))
+    routing = gate(hidden)
+    assert torch.equal(routing.scores, expected.gather(1, routing.expert_indices))
+    assert torch.equal(routing.routing_weights, torch.softmax(routing.scores, dim=-1))
+    with record(gate) as trace:
+        gate(hidden)
+    with replay(gate, trace, weights="recomputed"):
+        assert torch.equal(gate(hidden).routing_weights, routing.routing_weights)
+
+
+def test_before_a_fit_broken_rows_and_removed_experts_are_treated_as_after_one() -> None:
+    gate, hidden = PriorGate(HIDDEN, EXPERTS, CLUSTERS, top_k=2), hidden_states(100, seed=1)
+    hidden[3] = torch.nan
+    assert gate(hidden).routing_weights[3].tolist() == [0.5, 0.5]
+    gate.remove_expert(2)
+    assert not (gate(hidden_states(100)).expert_indices == 2).any()
+
+
+def test_an_explicit_kernel_refuses_a_router_that_is_more_than_its_weight() -> None:
+    gate = healthy(backend="triton")  # type: ignore[arg-type]
+    gate.router = Adapted(nn.Linear(HIDDEN, EXPERTS))  # type: ignore[assignment]
+    with pytest.raises(InvalidArgumentError, match=r"'triton' needs a plain nn\.Linear as router"):
+        gate(hidden_states(3))
 
 
 def test_an_expert_as_good_as_it_was_keeps_its_logits_exactly() -> None:
