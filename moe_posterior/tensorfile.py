@@ -6,8 +6,10 @@ either is recognised when read. A checksum over header and tensors stands in it:
 
 import ctypes
 import hashlib
+import io
 import json
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from moe_posterior.errors import DamagedFileError, MissingDataError, MissingDependencyError
 
-_HEADER, _DIGEST = "moe_posterior", "sha256"
+_HEADER = "moe_posterior"
 _ZIP = b"PK"  # how a file of torch.save begins; safetensors begins with 8 bytes of length, then JSON
 
 
@@ -36,8 +38,9 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], he
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     text = json.dumps(header, sort_keys=True)
-    marks = {_HEADER: text, _DIGEST: digest(plain, text)}
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
+    # One entry: safetensors writes several in any order, and the same content should be the same file.
+    marks = {_HEADER: json.dumps({"header": text, "sha256": digest(plain, text)})}
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.new")
     try:
         _write(temporary, plain, marks)
         with open(temporary, "rb") as file:
@@ -58,8 +61,8 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
     if not source.is_file():
         raise MissingDataError(f"there is no file {source}")
     tensors, marks = _read(source)
-    text = marks.get(_HEADER)
-    if not isinstance(text, str) or marks.get(_DIGEST) != digest(tensors, text):
+    text, checksum = _marks_in(marks.get(_HEADER))
+    if checksum != digest(tensors, text):
         raise DamagedFileError(f"{source} was altered since it was written, or was not written by this library")
     header = json.loads(text)
     if header.get("kind") != kind:
@@ -83,6 +86,15 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
     return state.hexdigest()
 
 
+def _marks_in(entry: object) -> tuple[str, str]:
+    """The header's text and the checksum; empty, and so no checksum of anything, where the entry is none of ours."""
+    try:
+        marks = json.loads(entry) if isinstance(entry, str) else {}
+        return str(marks["header"]), str(marks["sha256"])
+    except (ValueError, KeyError, TypeError):
+        return "", ""
+
+
 def _write(path: Path, tensors: dict[str, Tensor], marks: dict[str, str]) -> None:
     try:
         from safetensors.torch import save_file
@@ -93,26 +105,28 @@ def _write(path: Path, tensors: dict[str, Tensor], marks: dict[str, str]) -> Non
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start[8:] == b"{":
-        return _read_safetensors(path)
-    if not start.startswith(_ZIP):
+    data = (
+        path.read_bytes()
+    )  # at once: safetensors and torch open a path again for each part, by when it may be another file
+    if data[8:9] == b"{":
+        return _read_safetensors(path, data)
+    if not data.startswith(_ZIP):
         raise DamagedFileError(f"{path} is no file of this library")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return dict(content["tensors"]), dict(content["marks"])
     except Exception as error:  # a damaged pickle fails in any way there is
         raise DamagedFileError(f"{path} cannot be read: {error}") from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.torch import load
     except ImportError as error:
         raise MissingDependencyError("safetensors", "hf") from error
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118, no mapping
-    except (SafetensorError, OSError, ValueError) as error:
+        length = int.from_bytes(data[:8], "little")  # of the header, which follows
+        return load(data), json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError) as error:
         raise DamagedFileError(f"{path} cannot be read: {error}") from error

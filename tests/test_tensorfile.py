@@ -1,5 +1,6 @@
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,30 @@ def test_safetensors_without_the_package_names_the_extra(tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(MissingDependencyError, match="safetensors"):
         load_tensors(tmp_path / "file", "test")
+
+
+def test_threads_that_write_one_file_leave_one_of_their_files_whole(tmp_path: Path) -> None:
+    failures: list[Exception] = []
+
+    def write(value: float) -> None:
+        try:
+            for _ in range(40):
+                save_tensors(tmp_path / "file", {"a": torch.full((20_000,), value)}, {"kind": "test"})
+                (content, _) = load_tensors(tmp_path / "file", "test")
+                assert len(content["a"].unique()) == 1
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(float(number),)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_same_content_is_the_same_file(tmp_path: Path) -> None:
+    for number in range(12):
+        save_tensors(tmp_path / str(number), tensors(), HEADER)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
