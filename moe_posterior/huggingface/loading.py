@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_posterior.errors import InvalidArgumentError, MissingDataError
-from moe_posterior.huggingface.saving import ENTRY, FILE, MARKER, VERSION, libraries
+from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MissingDataError
+from moe_posterior.huggingface.saving import ENTRY, FILE, KIND, MARKER, VERSION, libraries
 from moe_posterior.huggingface.swap import SwapReport, restore_gates, swap_gates, swapped_gates
+from moe_posterior.tensorfile import load_tensors
 
 
 def load_swapped(path: str | os.PathLike[str], auto_class: Any = None, **options: Any) -> Any:
@@ -31,8 +32,8 @@ def load_swapped(path: str | os.PathLike[str], auto_class: Any = None, **options
         options: for ``from_pretrained``, as ``dtype``, which leaves the belief in float64.
 
     Raises:
-        MissingDataError: the folder holds no belief: load it by transformers alone. InvalidArgumentError: the belief does not
-            belong to the model.
+        MissingDataError: the folder holds no belief: load it by transformers alone. DamagedFileError: a file of it is torn or
+            altered. InvalidArgumentError: the belief does not belong to the model.
     """
     transformers, _ = libraries()
     _read(path)
@@ -45,6 +46,9 @@ def load_swapped(path: str | os.PathLike[str], auto_class: Any = None, **options
     if wrong:
         warnings.warn(f"{path} does not fit {type(model).__name__} exactly: {wrong}", stacklevel=2)
     load_belief(model, path)
+    vars(model.config).pop(
+        ENTRY, None
+    )  # it speaks of that folder, and a model restored later would carry it into another
     return model
 
 
@@ -52,8 +56,9 @@ def load_belief(model: nn.Module, directory: str | os.PathLike[str]) -> SwapRepo
     """Swap an unswapped model as the one that was saved, and give it the saved belief, bit for bit.
 
     Raises:
-        MissingDataError: the folder holds no belief. InvalidArgumentError: the belief is of other routers than this model's, or not
-            the one that the folder's ``config.json`` speaks of; the model stays unswapped.
+        MissingDataError: the folder holds no belief. DamagedFileError: a file of it is torn or altered. InvalidArgumentError: the
+            belief is of other routers than this model's, or not the one that the folder's ``config.json`` speaks of. The model stays
+            unswapped.
     """
     recipe, belief = _read(directory)
     report = swap_gates(model, recipe["num_clusters"], recipe["mode"], **recipe["knobs"])
@@ -67,23 +72,25 @@ def load_belief(model: nn.Module, directory: str | os.PathLike[str]) -> SwapRepo
 
 def _read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """How the model was swapped, and the belief."""
-    _, safetensors = libraries()
     path = Path(directory) / FILE
     if not path.is_file():
         raise MissingDataError(f"{path} must hold the belief of a swapped model; there is no such file")
-    data = path.read_bytes()
     config = path.with_name("config.json")
-    if config.is_file():
-        entry = json.loads(config.read_text()).get(ENTRY)
-        if entry is None or entry["sha256"] != hashlib.sha256(data).hexdigest():
-            raise InvalidArgumentError(
-                f"{path} must be the belief that config.json speaks of; it is another's, or damaged"
-            )
-    length = int.from_bytes(data[:8], "little")  # a safetensors file begins with its header's length, then its header
-    recipe = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][ENTRY])
+    if config.is_file() and _digest_in(config) != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise InvalidArgumentError(f"{path} must be the belief that config.json speaks of; it is another's, or damaged")
+    belief, recipe = load_tensors(path, KIND)
+    del recipe["kind"]
     if recipe.pop("version") != VERSION:
-        raise InvalidArgumentError(f"{path} must be of version {VERSION}; another version of this library wrote it")
-    return recipe, safetensors.load(data)
+        raise DamagedFileError(f"{path} must be of version {VERSION}; another version of this library wrote it")
+    return recipe, belief
+
+
+def _digest_in(config: Path) -> str | None:
+    try:
+        entry = json.loads(config.read_text()).get(ENTRY)
+    except ValueError as error:
+        raise DamagedFileError(f"{config} cannot be read: {error}") from error
+    return entry.get("sha256") if isinstance(entry, dict) else None
 
 
 def _fill(model: nn.Module, belief: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,6 @@ file and its digest, and among the weights lies one tensor that no model expects
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ from torch import nn
 
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.huggingface.host import CHILD, swapped_routers
+from moe_posterior.tensorfile import save_tensors
 
 FILE = "moe_posterior.safetensors"
-ENTRY = "moe_posterior"  # in config.json, and in the file's own metadata
+KIND = "belief"  # what the file's own header says it is
+ENTRY = "moe_posterior"  # in config.json
 MARKER = "the_belief_is_in_moe_posterior.safetensors_and_loaded_by_load_swapped"
 VERSION = 1
 
@@ -31,22 +32,18 @@ def save_belief(model: nn.Module, directory: str | os.PathLike[str]) -> str:
     Raises:
         InvalidArgumentError: the model is not swapped.
     """
-    _, safetensors = libraries()
+    libraries()
     routers = swapped_routers(model)
     belief = {
-        f"{name}.{key}": tensor.detach().cpu().contiguous().clone()
+        f"{name}.{key}": tensor
         for name, router in routers.items()
         for key, tensor in router.posterior_gate.state_dict().items()
     }
     recipe = next(iter(routers.values())).moe_posterior.recipe
-    metadata = {ENTRY: json.dumps({"version": VERSION, **recipe})}
-    data = safetensors.save(belief, metadata)
     path = Path(directory) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(data)
-    os.replace(unfinished, path)
-    return hashlib.sha256(data).hexdigest()
+    save_tensors(path, belief, {"kind": KIND, "version": VERSION, **recipe})
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Saver:

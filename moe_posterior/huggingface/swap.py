@@ -1,5 +1,6 @@
 """Give the routers of a transformers model a belief about their experts, in place, and take it away again."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -71,6 +72,7 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
             f"model must hold a router that can be swapped; got {type(model).__name__} ({reasons})"
         )
     recipe = {"num_clusters": num_clusters, "mode": mode, "knobs": knobs}
+    _validate_savable(recipe)
     gates = [_gate_for(entry, num_clusters, mode, knobs) for entry in usable]
     for entry, gate in zip(usable, gates, strict=True):
         assert entry.adapter is not None
@@ -103,6 +105,16 @@ def swapped_gates(model: nn.Module) -> Iterator[tuple[str, HostedGate]]:
     """The gates inside a swapped model, by their routers' names."""
     for name, router in swapped_routers(model, required=False).items():
         yield name, router.posterior_gate
+
+
+def _validate_savable(recipe: dict[str, Any]) -> None:
+    """Better now than after the training, when the belief is saved."""
+    try:
+        json.dumps(recipe)
+    except TypeError as error:
+        raise InvalidArgumentError(
+            f"num_clusters and knobs must be plain numbers, strings, booleans or None; got {recipe}: {error}"
+        ) from error
 
 
 def _gate_for(entry: Found, num_clusters: int, mode: Mode, knobs: dict[str, Any]) -> HostedGate:

@@ -4,7 +4,9 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from huggingface.models import batch, condemn, mixtral
 from safetensors.torch import load_file
@@ -12,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from moe_posterior import InvalidArgumentError, record, restore_gates, swap_gates
-from moe_posterior.errors import MissingDataError
+from moe_posterior.errors import DamagedFileError, MissingDataError
 from moe_posterior.huggingface import load_belief, load_swapped, save_belief, swapped_gates
 from moe_posterior.huggingface.saving import FILE, MARKER
 from moe_posterior.huggingface.tiny import tiny_batch, tiny_model
@@ -221,3 +223,35 @@ def test_a_model_with_lora_adapters_works_and_keeps_its_belief(swap_first: bool,
     load_belief(loaded, tmp_path)
     assert same_belief(loaded, model)
     assert torch.equal(loaded(**batch()).logits, logits)
+
+
+def test_a_torn_or_foreign_belief_file_is_refused_as_such_also_without_a_config(tmp_path: Path) -> None:
+    save_belief(believing(mixtral()), tmp_path)
+    good = (tmp_path / FILE).read_bytes()
+    flipped = good[:-3] + bytes([good[-3] ^ 1]) + good[-2:]
+    foreign = safetensors.torch.save({"weight": torch.zeros(2)})
+    for content in (b"", good[:5], good[:100], good[: len(good) // 2], flipped, b"hello world" * 50, foreign):
+        (tmp_path / FILE).write_bytes(content)
+        with pytest.raises(DamagedFileError):
+            load_belief(mixtral(), tmp_path)
+    (tmp_path / FILE).write_bytes(good)
+    (tmp_path / "config.json").write_text('{"torn": ')
+    with pytest.raises(DamagedFileError, match=r"config\.json cannot be read"):
+        load_belief(mixtral(), tmp_path)
+
+
+def test_a_loaded_model_that_is_restored_and_saved_again_leaves_no_belief_behind(tmp_path: Path) -> None:
+    believing(mixtral()).save_pretrained(tmp_path)
+    model = load_swapped(tmp_path)
+    assert not hasattr(model.config, "moe_posterior")
+    restore_gates(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InvalidArgumentError, match="another's, or damaged"):
+        load_swapped(tmp_path)
+
+
+def test_a_knob_that_could_not_be_saved_is_refused_before_anything_is_swapped() -> None:
+    model = mixtral()
+    with pytest.raises(InvalidArgumentError, match="knobs must be plain numbers"):
+        swap_gates(model, num_clusters=4, penalty=np.float32(3.0))
+    assert not list(swapped_gates(model))
