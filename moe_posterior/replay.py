@@ -56,6 +56,10 @@ class _ForcedRouter:
             self.mode.__enter__()
 
     def after(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """End the mode; it outlives the router's call where an interrupt cut that short, for which hooks are not called."""
         if self.mode is not None:
             mode, self.mode = self.mode, None
             mode.__exit__(None, None, None)
@@ -74,20 +78,24 @@ class Replay:
         self._seen: list[_Call] = []
         self._forward_since = False  # a forward of these gates after the block, which is none of ours
         self._handles: list[RemovableHandle] = []
+        self._forced: list[_ForcedRouter] = []
         for name, gate in gates.items():
             # Before any other hook, so that record() sees what was forced.
             self._handles.append(gate.register_forward_hook(_Forced(self, name), prepend=True, with_kwargs=True))
             router = hosting_router(model, name)
             if router is not None and weights == "recomputed":
                 hooks = _ForcedRouter(self, name, gate)
+                self._forced.append(hooks)
                 self._handles.append(router.register_forward_pre_hook(hooks.before, with_kwargs=True))
                 self._handles.append(router.register_forward_hook(hooks.after, always_call=True))
 
     def close(self) -> None:
         """Take the hooks off the gates."""
+        for hooks in self._forced:
+            hooks.release()
         for handle in self._handles:
             handle.remove()
-        self._handles, self._seen = [], []
+        self._handles, self._seen, self._forced = [], [], []
 
     def leave(self) -> None:
         """End of the block; where calls may yet be run again in a backward pass the hooks stay for those alone."""

@@ -226,3 +226,20 @@ class _Sorting(nn.Module):
         logits = nn.functional.linear(hidden, self.weight)
         weights, indices = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         return logits, weights[:, :2], indices[:, :2]
+
+
+def test_an_interrupt_inside_a_router_leaves_nothing_forced_behind() -> None:
+    model = swapped(mixtral).eval()
+    tokens = torch.arange(12).reshape(2, 6)
+    with record(model) as trace:
+        model(tokens)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = routers(model)[0].posterior_gate.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), replay(model, trace, weights="recomputed"):
+        model(tokens)
+    handle.remove()
+    scores = torch.tensor([[0.1, 0.7, 0.2]]).repeat(12, 3)  # as many rows as tokens, and no fewer columns than experts
+    assert scores.topk(2).indices[:, 0].eq(scores.argmax(dim=1)).all()
