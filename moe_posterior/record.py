@@ -1,12 +1,14 @@
 """Collect the routings of a forward pass and observe them once outcomes are known."""
 
 import os
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
@@ -16,18 +18,35 @@ from moe_posterior.rerun import in_backward
 HOSTED = "posterior_gate"  # the name of a gate inside another library's router
 
 
+class _Listener:
+    """The forward hook of a trace; once the trace is gone, or in a copy of the model, it listens no more."""
+
+    def __init__(self, trace: "Trace | None", name: str) -> None:
+        # Weakly: a trace that nobody observes would otherwise stay, with its autograd graph, as long as the model.
+        self._trace = None if trace is None else weakref.ref(trace)
+        self._name = name
+
+    def __call__(self, gate: nn.Module, inputs: Any, routing: Routing) -> Routing:
+        trace = None if self._trace is None else self._trace()
+        return routing if trace is None else trace.keep(self._name, routing)
+
+    def __reduce__(self) -> tuple[type["_Listener"], tuple[None, str]]:
+        return _Listener, (None, self._name)
+
+
 class Trace:
     """The routings that the gates of a model made inside :func:`record`, in the order they were made.
 
     Each entry of ``routings`` is (name of the gate in the model, its routing). A trace is observed once: after
-    :meth:`observe` or :meth:`observe_gradients` it is empty.
+    :meth:`observe` or :meth:`observe_gradients` it is empty. Keep it until the backward pass is over.
     """
 
     def __init__(self, gates: dict[str, Gate]) -> None:
         self.gates = gates
         self.routings: list[tuple[str, Routing]] = []
         self.recording = True  # inside the block
-        self._handles = [gate.register_forward_hook(self._hook(name)) for name, gate in gates.items()]
+        self._handles = [gate.register_forward_hook(_Listener(self, name)) for name, gate in gates.items()]
+        weakref.finalize(self, _remove, self._handles)
 
     def __len__(self) -> int:
         return len(self.routings)
@@ -43,7 +62,8 @@ class Trace:
                 routings have tokens.
 
         Raises:
-            InvalidArgumentError: another number of tokens, or a value outside [0, 1]; no gate has learned anything.
+            InvalidArgumentError: another number of tokens, or a value outside [0, 1]. NotFittedError: a gate that took part has no
+                clusters. No gate has learned anything then.
         """
         self._require_routings()
         flat = outcome.reshape(-1)
@@ -55,6 +75,7 @@ class Trace:
                 )
         if ((flat < 0) | (flat > 1)).any():
             raise InvalidArgumentError("outcome must lie in [0, 1] or be NaN (not observed)")
+        self._require_observable()
         for name, routing in self.routings:
             slots = flat[:, None].expand(routing.expert_indices.shape)
             self.gates[name].observe(routing, slots, dense=False)
@@ -65,8 +86,11 @@ class Trace:
 
         Raises:
             InvalidArgumentError: no recorded routing weight has a gradient: no backward has run on the recorded forward.
+            NotFittedError: a gate that took part has no clusters. No gate has learned anything then.
         """
-        for name, routing, outcome in self.gradient_outcomes():
+        outcomes = self.gradient_outcomes()
+        self._require_observable()
+        for name, routing, outcome in outcomes:
             self.gates[name].observe(routing, outcome, dense=False)
         self._done()
 
@@ -100,10 +124,10 @@ class Trace:
         return outcomes
 
     def close(self) -> None:
-        """Take the hooks off the gates. Observing does it too; until then they stay, for a recomputation in the backward pass."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Take the hooks off the gates. Observing does it too, and the trace's end; until then they stay, for a recomputation in the
+        backward pass.
+        """
+        _remove(self._handles)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the routings for :func:`~moe_posterior.replay.replay`, before they are observed; a file is replaced whole or not.
@@ -114,35 +138,37 @@ class Trace:
         self._require_routings()
         save_recording(recording_of(self.gates, self.routings), path)
 
+    def keep(self, name: str, routing: Routing) -> Routing:
+        """Note a routing that the gate of this name has made, and hand it back as part of the graph; the hooks call this."""
+        # Activation checkpointing runs the forward again inside the backward pass: the same tokens, not new ones.
+        recomputed = in_backward()
+        if not (self.recording or recomputed):
+            return routing
+        if torch.is_grad_enabled():
+            weights = routing.routing_weights
+            if weights.requires_grad:
+                weights.retain_grad()
+            else:
+                routing = routing._replace(routing_weights=weights.detach().requires_grad_())
+        if recomputed:
+            self._replace_gradless(name, routing)
+        else:
+            self.routings.append((name, routing))
+        return routing
+
     def _require_routings(self) -> None:
         if not self.routings:
             raise InvalidArgumentError(
                 "this trace holds no routings: run a forward inside record(), and observe it once"
             )
 
+    def _require_observable(self) -> None:
+        for name in {name for name, _ in self.routings}:
+            self.gates[name].require_observable()
+
     def _done(self) -> None:
         self.routings = []
         self.close()
-
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Routing], Routing]:
-        def keep(gate: nn.Module, inputs: Any, routing: Routing) -> Routing:
-            # Activation checkpointing runs the forward again inside the backward pass: the same tokens, not new ones.
-            recomputed = in_backward()
-            if not (self.recording or recomputed):
-                return routing
-            if torch.is_grad_enabled():
-                weights = routing.routing_weights
-                if weights.requires_grad:
-                    weights.retain_grad()
-                else:
-                    routing = routing._replace(routing_weights=weights.detach().requires_grad_())
-            if recomputed:
-                self._replace_gradless(name, routing)
-            else:
-                self.routings.append((name, routing))
-            return routing
-
-        return keep
 
     def _replace_gradless(self, name: str, routing: Routing) -> None:
         """Reentrant checkpointing records without gradients first; the recomputed routing is the one that will have them."""
@@ -151,6 +177,12 @@ class Trace:
             if known == name and not before.routing_weights.requires_grad and routing.routing_weights.requires_grad:
                 self.routings[place] = (name, routing)
                 return
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 @contextmanager

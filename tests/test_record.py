@@ -1,9 +1,20 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_posterior import InvalidArgumentError, MixtureOfExperts, PosteriorMoE, SoftmaxGate, record
+from moe_posterior import (
+    InvalidArgumentError,
+    MixtureOfExperts,
+    NotFittedError,
+    PosteriorMoE,
+    PriorGate,
+    SoftmaxGate,
+    record,
+)
 
 D, E = 6, 5
 
@@ -156,3 +167,36 @@ def test_recording_changes_no_output() -> None:
 def test_a_model_without_gates_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="Linear holds none"), record(nn.Linear(2, 2)):
         pass
+
+
+def test_a_trace_that_nobody_observes_is_gone_with_its_hooks() -> None:
+    model = moe()
+    for _ in range(3):
+        with record(model) as trace:
+            model(data(4))
+    assert len(model.gate._forward_hooks) == 1
+    del trace
+    assert not model.gate._forward_hooks
+
+
+def test_a_copy_or_pickle_of_a_recorded_model_does_not_write_into_the_originals_trace() -> None:
+    model = moe()
+    with record(model) as trace:
+        before = model(data(4))
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(data(4)), before)
+    assert len(trace) == 1
+
+
+def test_a_gate_without_clusters_is_named_before_any_layer_learns() -> None:
+    gates = [PriorGate(D, E, 3, 2) for _ in range(2)]
+    model = nn.Sequential(
+        *(MixtureOfExperts(nn.ModuleList([nn.Linear(D, D) for _ in range(E)]), gate) for gate in gates)
+    )
+    gates[0].fit(data(50))
+    with record(model) as trace:
+        model(data(4)).sum().backward()
+    for observe in (trace.observe_gradients, lambda: trace.observe(torch.ones(4))):
+        with pytest.raises(NotFittedError, match="no clusters"):
+            observe()
+    assert float(gates[0].posterior.successes.sum() + gates[0].posterior.failures.sum()) == 0

@@ -84,6 +84,9 @@ class Gate(nn.Module, ABC):
         if ((outcome < 0) | (outcome > 1)).any():
             raise InvalidArgumentError("outcome must lie in [0, 1] or be NaN (not observed)")
 
+    def require_observable(self) -> None:
+        """Raise NotFittedError where :meth:`observe` would, for want of clusters to hold the evidence."""
+
     def adapt(self, hidden: Tensor) -> None:  # (N, D)
         """Learn from the inputs just routed, without outcomes; only gates that follow the traffic do anything here."""
 

@@ -201,12 +201,15 @@ class PriorGate(Gate, FixedPrecision):
             InvalidArgumentError: as :meth:`Gate.observe`. NotFittedError: before :meth:`fit`; nothing has changed in either case.
         """
         slots = self.slots_of(routing, outcome, dense)
-        if not self.clusterer.fitted:
-            raise NotFittedError("this gate has no clusters to hold evidence yet: call fit(hidden) first")
+        self.require_observable()
         lost = ~torch.isfinite(routing.distance).to(outcome.device)
         outcome = torch.where(lost[:, None], torch.nan, outcome)
         keep = None if self.amnesty is None else self._kept(outcome, self.amnesty)
         self.posterior.observe(routing.cluster_ids, outcome, slots, keep=keep)
+
+    def require_observable(self) -> None:
+        if not self.clusterer.fitted:
+            raise NotFittedError("this gate has no clusters to hold evidence yet: call fit(hidden) first")
 
     def _kept(self, outcome: Tensor, amnesty: float) -> Tensor:  # -> ()
         """The share kept of the evidence so far once these tokens, those of all ranks, have been observed."""
