@@ -44,7 +44,8 @@ def _flag(name: str) -> bool:
 def applies(hidden: Tensor) -> bool:  # (N, D)
     """Whether :func:`assign` may stand in: it has no gradient and looks at the data, so no graph can hold it."""
     if (
-        not hidden.is_cpu
+        type(hidden) is not Tensor  # of a fake one, for one, nothing can be seen
+        or not hidden.is_cpu
         or hidden.dtype is not torch.float32
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()

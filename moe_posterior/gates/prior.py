@@ -63,7 +63,6 @@ class PriorGate(Gate, FixedPrecision):
     """
 
     evidence_bias: Tensor  # (C, E) float32, derived: at most 0, -inf for an expert that was removed
-    biased: bool  # whether any of it is not 0: known on the host, so that asking costs no synchronisation
 
     def __init__(
         self,
@@ -97,7 +96,7 @@ class PriorGate(Gate, FixedPrecision):
         self.posterior = BetaPosterior(
             num_clusters, num_experts, prior_alpha=half, prior_beta=half, half_life=half_life
         )
-        self.biased = False
+        self._biased, self._version = False, 0
         self.register_buffer("evidence_bias", torch.zeros(num_clusters, num_experts), persistent=False)
         self.posterior.subscribe(self._refresh)
 
@@ -105,6 +104,18 @@ class PriorGate(Gate, FixedPrecision):
     def num_clusters(self) -> int:
         """C."""
         return self.clusterer.num_clusters
+
+    @property
+    def biased(self) -> bool:
+        """Whether any of ``evidence_bias`` is not 0: known on the host, so that asking costs no synchronisation.
+
+        Except once after the buffer was written into from outside, as a broadcast of buffers and an average of models do.
+        """
+        bias = self.evidence_bias
+        known = self._biased or torch.compiler.is_compiling() or bias.is_inference() or bias.is_meta
+        if not known and bias._version != self._version:
+            self._look()
+        return self._biased
 
     @property
     def reference(self) -> Tensor:  # (C, E) float64
@@ -260,7 +271,11 @@ class PriorGate(Gate, FixedPrecision):
         )
         bias = bias.masked_fill(~belief.active, -torch.inf)
         self.evidence_bias = bias.float()  # replaced, not written into: it may stand on another device after a load
-        self.biased = bool((bias != 0).any())
+        self._look()
+
+    def _look(self) -> None:
+        self._biased = bool((self.evidence_bias != 0).any())
+        self._version = 0 if self.evidence_bias.is_inference() else self.evidence_bias._version
 
 
 def evidence_bias(

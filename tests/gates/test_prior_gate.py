@@ -269,3 +269,12 @@ def test_counts_that_are_none_are_refused() -> None:
     with pytest.raises(InvalidArgumentError, match=r"failures must be finite counts of at least 0 of shape \(3, 4\)"):
         gate.warm_start_from_counts(torch.ones(CLUSTERS, EXPERTS), torch.full((CLUSTERS, EXPERTS), -1.0))
     assert torch.equal(gate.reference, held)
+
+
+def test_evidence_that_arrives_by_an_average_of_models_counts() -> None:
+    gate, hidden = healthy(top_k=1), hidden_states(1000, seed=1)
+    average = torch.optim.swa_utils.AveragedModel(gate)
+    gate.observe(gate(hidden), torch.zeros(1000, 1))
+    assert gate.biased
+    average.update_parameters(gate)
+    assert torch.equal(average(hidden).scores, gate(hidden).scores)

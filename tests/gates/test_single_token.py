@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_posterior import PosteriorGate, Routing
 
@@ -133,3 +134,10 @@ def test_a_trace_holds_no_decision_of_the_example(tokens) -> None:
     module = Chosen()
     traced = torch.jit.trace(module, tokens[5:6])
     assert torch.equal(torch.cat([traced(token[None]) for token in tokens]), module(tokens))
+
+
+def test_a_fake_token_is_routed_as_a_batch_is() -> None:
+    gate = learned_gate()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        routing = gate(mode.from_tensor(torch.randn(1, SIZE)))
+    assert routing.expert_indices.shape == (1, 2)
