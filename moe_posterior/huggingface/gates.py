@@ -89,6 +89,8 @@ def without_idle(gate: Gate, routing: Routing, outcome: Tensor, dense: bool | No
     """NaN where a slot carried no weight."""
     if gate.slots_of(routing, outcome, dense) is None:
         return outcome
+    if not outcome.is_floating_point():
+        outcome = outcome.float()  # booleans and integers have no NaN
     return outcome.masked_fill(routing.routing_weights.detach().to(outcome.device) == 0, torch.nan)
 
 

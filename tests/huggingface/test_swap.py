@@ -9,6 +9,7 @@ from torch import nn
 from moe_posterior import InvalidArgumentError, record
 from moe_posterior.gates import PriorGate
 from moe_posterior.huggingface import restore_gates, swap_gates, swapped_gates
+from moe_posterior.huggingface.gates import Choice, make_gate
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
@@ -400,3 +401,15 @@ def test_a_block_that_bypasses_its_router_is_refused() -> None:
     block.forward = lambda hidden: hidden
     with pytest.raises(InvalidArgumentError, match="the OwnBlock around it was replaced"):
         swap_gates(nn.Sequential(block))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16, torch.float64])
+def test_a_slot_without_weight_is_not_observed_whatever_the_outcomes_dtype(dtype: torch.dtype) -> None:
+    gate = make_gate("prior", 4, 3, 2, 2)
+    hidden = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    gate.fit(hidden)
+    weights = torch.ones(6, 2)
+    weights[2, 1] = 0.0
+    choice = Choice(torch.tensor([[0, 1]] * 6), weights, None, None, stands=True)
+    gate.observe(gate(hidden, choice), torch.ones(6, 2).to(dtype))
+    assert gate.posterior.successes.sum(dim=0).round().tolist() == [6, 5, 0]
