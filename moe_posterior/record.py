@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
 from moe_posterior.recording import recording_of, save_recording
-from moe_posterior.rerun import in_backward
+from moe_posterior.rerun import in_backward, may_run_again, signature
 
 HOSTED = "posterior_gate"  # the name of a gate inside another library's router
 
@@ -26,9 +26,9 @@ class _Listener:
         self._trace = None if trace is None else weakref.ref(trace)
         self._name = name
 
-    def __call__(self, gate: nn.Module, inputs: Any, routing: Routing) -> Routing:
+    def __call__(self, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing) -> Routing:
         trace = None if self._trace is None else self._trace()
-        return routing if trace is None else trace.keep(self._name, routing)
+        return routing if trace is None else trace.keep(self._name, args[0] if args else kwargs["hidden"], routing)
 
     def __reduce__(self) -> tuple[type["_Listener"], tuple[None, str]]:
         return _Listener, (None, self._name)
@@ -45,7 +45,11 @@ class Trace:
         self.gates = gates
         self.routings: list[tuple[str, Routing]] = []
         self.recording = True  # inside the block
-        self._handles = [gate.register_forward_hook(_Listener(self, name)) for name, gate in gates.items()]
+        self._seen: list[tuple[str, Tensor]] = []  # calls that checkpointing may run again, by gate and signature
+        self._overtaken = False  # by a later forward with gradients, which may be the one that is run again
+        self._handles = [
+            gate.register_forward_hook(_Listener(self, name), with_kwargs=True) for name, gate in gates.items()
+        ]
         weakref.finalize(self, _remove, self._handles)
 
     def __len__(self) -> int:
@@ -138,12 +142,17 @@ class Trace:
         self._require_routings()
         save_recording(recording_of(self.gates, self.routings), path)
 
-    def keep(self, name: str, routing: Routing) -> Routing:
+    def keep(self, name: str, hidden: Tensor, routing: Routing) -> Routing:  # (N, D)
         """Note a routing that the gate of this name has made, and hand it back as part of the graph; the hooks call this."""
         # Activation checkpointing runs the forward again inside the backward pass: the same tokens, not new ones.
         recomputed = in_backward()
-        if not (self.recording or recomputed):
+        if not recomputed and not self.recording:
+            self._overtaken = self._overtaken or torch.is_grad_enabled()
             return routing
+        if recomputed and self._overtaken and not self._knows(name, hidden):
+            return routing
+        if not recomputed and torch.is_grad_enabled() and may_run_again():
+            self._seen.append((name, signature(hidden)))
         if torch.is_grad_enabled():
             weights = routing.routing_weights
             if weights.requires_grad:
@@ -155,6 +164,10 @@ class Trace:
         else:
             self.routings.append((name, routing))
         return routing
+
+    def _knows(self, name: str, hidden: Tensor) -> bool:  # (N, D)
+        wanted = signature(hidden)
+        return any(known == name and torch.equal(seen, wanted) for known, seen in self._seen)
 
     def _require_routings(self) -> None:
         if not self.routings:

@@ -243,3 +243,18 @@ def test_an_interrupt_inside_a_router_leaves_nothing_forced_behind() -> None:
     handle.remove()
     scores = torch.tensor([[0.1, 0.7, 0.2]]).repeat(12, 3)  # as many rows as tokens, and no fewer columns than experts
     assert scores.topk(2).indices[:, 0].eq(scores.argmax(dim=1)).all()
+
+
+@pytest.mark.parametrize("weights", ["recorded", "recomputed"])
+def test_a_trace_still_at_hand_does_not_disturb_a_checkpointed_replay_of_it(weights: str) -> None:
+    model = swapped(mixtral)
+    tokens = torch.arange(12).reshape(2, 6)
+    with torch.no_grad(), record(model) as trace:
+        model(tokens)
+    noted = [routing for _, routing in trace.routings]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    with replay(model, trace, weights=weights):
+        loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    assert [routing for _, routing in trace.routings] == noted
