@@ -188,6 +188,8 @@ def _parts_of(block: nn.Module, top_k: int | None) -> tuple[nn.Linear, nn.Module
             f"block must hold an nn.Linear named gate or router and an nn.ModuleList named experts; got "
             f"{ {name: type(part).__name__ for name, part in block.named_children()} }"
         )
+    if any(parameter.is_meta for parameter in block.parameters()):
+        raise InvalidArgumentError("block must not be on the meta device: load or materialise its parameters first")
     found = [top_k, getattr(block, "top_k", None), getattr(block, "num_experts_per_tok", None)]
     k = next((value for value in found if isinstance(value, int)), None)
     if k is None:
@@ -206,6 +208,8 @@ def _validate_same_outputs(block: nn.Module, moe: MixtureOfExperts, weight: Tens
         for module, training in modes.items():
             module.training = training
     theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+    if not torch.isfinite(theirs).all():
+        raise InvalidArgumentError("block must give finite outputs on random inputs; it gives NaN or inf")
     tolerance = 100 * torch.finfo(weight.dtype).eps
     if theirs.shape != ours.shape or not torch.allclose(
         theirs, ours, rtol=tolerance, atol=tolerance * float(ours.abs().max())

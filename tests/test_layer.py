@@ -225,6 +225,12 @@ def test_a_block_that_does_more_than_softmax_top_k_is_refused() -> None:
         PosteriorMoE.from_softmax_moe(SoftmaxBlock(normalise=False))
     with pytest.raises(InvalidArgumentError, match=r"block must hold an nn.Linear"):
         PosteriorMoE.from_softmax_moe(nn.Linear(2, 2))
+    with pytest.raises(InvalidArgumentError, match="meta device"):
+        PosteriorMoE.from_softmax_moe(SoftmaxBlock().to("meta"))
+    broken = SoftmaxBlock()
+    nn.init.constant_(broken.experts[0][0].weight, torch.nan)
+    with pytest.raises(InvalidArgumentError, match="it gives NaN or inf"):
+        PosteriorMoE.from_softmax_moe(broken)
     block = SoftmaxBlock()
     del block.num_experts_per_tok
     with pytest.raises(InvalidArgumentError, match="top_k must be given"):
