@@ -128,7 +128,10 @@ class PriorGate(Gate, FixedPrecision):
         self.posterior.reset(prior=True)
 
     def warm_start(self, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
-        """Measure the reference from outcomes of healthy experts; NaN = not observed. See :meth:`warm_start_from_counts`."""
+        """Measure the reference from outcomes of healthy experts; NaN = not observed. See :meth:`warm_start_from_counts`.
+
+        No collective call: under torch.distributed every rank must be given the same data, or the summed counts.
+        """
         self.validate_hidden(hidden)
         counts = BetaPosterior(self.num_clusters, self.num_experts).to(hidden.device)
         counts.observe(self.clusterer(hidden).cluster_ids, outcome, sync=False)
