@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_posterior import InvalidArgumentError, NotFittedError, PriorGate, SoftmaxGate, record, replay
-from moe_posterior.gates.prior import evidence_bias, reference_from, shortfall
+from moe_posterior.gates.tempering import evidence_bias, reference_from, shortfall
 
 HIDDEN, EXPERTS, CLUSTERS = 5, 4, 3
 
