@@ -4,12 +4,14 @@ Dimensions: N decisions, C clusters, E experts.
 """
 
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -215,6 +217,26 @@ def _screen(stream: TextIO) -> Iterator[Callable[[list[str]], None]]:
         _put(stream, _LEAVE)
 
 
+@contextmanager
+def _stoppable() -> Iterator[threading.Event]:
+    """Set by Ctrl-C or a request to end, which also interrupt: an interruption that lands in a destructor or a callback is lost."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def end(number: int, frame: Any) -> None:
+        stop.set()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _put(stream: TextIO, text: str) -> None:
     stream.write(text)
     stream.flush()
@@ -229,7 +251,7 @@ def watch(
     minutes: float = 5.0,
     stream: TextIO | None = None,
 ) -> int:
-    """Show the last minutes of a log until Ctrl-C; 0 then, and 1 if ``once`` found a log that cannot be read.
+    """Show the last minutes of a log until Ctrl-C or SIGTERM; 0 then, and 1 if ``once`` found a log that cannot be read.
 
     Args:
         folder, key: of the log; it may come later, rotate, and change its writer.
@@ -245,11 +267,12 @@ def watch(
         _put(stream, "\n".join(view.lines(time.time())) + "\n")
         return int(bool(view.problem))
     try:
-        with _screen(stream) as paint:
-            while True:
+        with _stoppable() as stop, _screen(stream) as paint:
+            while not stop.is_set():
                 view.read()
                 height = shutil.get_terminal_size().lines if stream.isatty() else 1000
                 paint(view.lines(time.time(), height))
-                time.sleep(every)
+                stop.wait(every)
+        return 0
     except (KeyboardInterrupt, BrokenPipeError):  # the reader of a pipe has gone: nobody is watching
         return 0

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +213,30 @@ def test_a_log_that_is_not_there_or_altered_is_said_and_watched_on(tmp_path, dam
     assert "1,000 in the window" in "\n".join(view.lines(time.time()))
 
 
-def test_in_a_terminal_it_repaints_without_clearing_and_ends_well_on_ctrl_c(tmp_path) -> None:
+def test_an_interruption_lost_in_a_destructor_still_ends_it(tmp_path, monkeypatch) -> None:
+    class Lossy:
+        def __del__(self) -> None:  # whatever is raised here is ignored
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    reads = []
+
+    def read(view: View) -> None:
+        reads.append(1)
+        assert len(reads) < 5, "it went on"
+        Lossy()
+
+    monkeypatch.setattr(View, "read", read)
+    before = signal.getsignal(signal.SIGINT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pytest.PytestUnraisableExceptionWarning)
+        assert watch(tmp_path, every=0.0, stream=io.StringIO()) == 0
+    assert reads == [1]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("request_to_end", [signal.SIGINT, signal.SIGTERM])
+def test_in_a_terminal_it_repaints_without_clearing_and_ends_well(request_to_end, tmp_path) -> None:
     writer = child(WRITER, str(tmp_path / "log"), "100000", stdout=subprocess.DEVNULL)
     ours, theirs = pty.openpty()
     code = "import sys, pathlib; from moe_posterior.audit.watch import watch; sys.exit(watch(pathlib.Path(sys.argv[1]), every=0.05))"
@@ -224,7 +248,7 @@ def test_in_a_terminal_it_repaints_without_clearing_and_ends_well_on_ctrl_c(tmp_
             assert time.monotonic() < deadline, shown[-2000:]
             if select.select([ours], [], [], 0.2)[0]:
                 shown += os.read(ours, 65536)
-        watcher.send_signal(signal.SIGINT)
+        watcher.send_signal(request_to_end)
         while watcher.poll() is None or select.select([ours], [], [], 0)[0]:
             assert time.monotonic() < deadline
             if select.select([ours], [], [], 0.1)[0]:
