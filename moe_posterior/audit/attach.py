@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moe_posterior.audit.collect import Event, Many, Marked, Resolved
-from moe_posterior.audit.recorder import KNOBS, BeliefTracker, knobs_of, now
+from moe_posterior.audit.recorder import BeliefTracker, knobs_of, now
 from moe_posterior.audit.state import Checkpoint
 from moe_posterior.errors import AuditError, InvalidArgumentError
 from moe_posterior.gates import Gate, PosteriorGate, Routing
+from moe_posterior.gates.posterior import KNOBS
 
 if TYPE_CHECKING:
     from moe_posterior.audit.log import AuditLog

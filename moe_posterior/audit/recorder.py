@@ -16,12 +16,12 @@ from moe_posterior.audit.frames import MAX_PAYLOAD
 from moe_posterior.audit.state import Checkpoint, encode_json
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import PosteriorGate
+from moe_posterior.gates.posterior import KNOBS
 from moe_posterior.router import PosteriorRouter
 
 if TYPE_CHECKING:
     from moe_posterior.audit.log import AuditLog
 
-KNOBS = ("score", "risk_aversion", "credible_level", "temperature", "exploration")
 MAX_REFUSALS = 1000  # rows of one refused call that are kept; its reason says how many there were
 _ONE_SIZE = 400  # bytes of memory, about, that a single decision's item takes
 _MAX_EXPERTS = 1 << 16

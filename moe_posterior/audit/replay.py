@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from moe_posterior.audit.files import segment_numbers
 from moe_posterior.audit.read import Reader
-from moe_posterior.audit.recorder import KNOBS
 from moe_posterior.audit.state import Checkpoint
 from moe_posterior.audit.tables import RESOLVE, Group
 from moe_posterior.errors import AuditError, InvalidArgumentError, MoEPosteriorError
+from moe_posterior.gates.posterior import KNOBS
 from moe_posterior.router import PosteriorRouter
 
 _FOLDED = ("rotated", "configured", "recovered")  # reasons of checkpoints that only outcomes lead to

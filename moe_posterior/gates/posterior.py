@@ -22,6 +22,7 @@ from moe_posterior.precision import FixedPrecision
 
 Score = Literal["lcb", "mean", "quantile", "thompson"]
 Novelty = Literal["off", "discount", "class"]
+KNOBS = ("score", "risk_aversion", "credible_level", "temperature", "exploration")
 
 
 class PosteriorGate(Gate, FixedPrecision):
@@ -168,6 +169,11 @@ class PosteriorGate(Gate, FixedPrecision):
         for name, value in given.items():
             setattr(self, name, value)
         self._refresh(None)
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """What :meth:`configure` changes, as it stands."""
+        return {name: getattr(self, name) for name in KNOBS}
 
     @property
     def num_clusters(self) -> int:

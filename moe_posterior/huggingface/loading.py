@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MissingDataError
+from moe_posterior.gates import PosteriorGate
 from moe_posterior.huggingface.saving import ENTRY, FILE, KIND, MARKER, VERSION, libraries
 from moe_posterior.huggingface.swap import SwapReport, restore_gates, swap_gates, swapped_gates
 from moe_posterior.tensorfile import load_tensors
@@ -64,6 +65,9 @@ def load_belief(model: nn.Module, directory: str | os.PathLike[str]) -> SwapRepo
     report = swap_gates(model, recipe["num_clusters"], recipe["mode"], **recipe["knobs"])
     try:
         _fill(model, belief)
+        for name, gate in swapped_gates(model):
+            if isinstance(gate, PosteriorGate):
+                gate.configure(**recipe["configured"].get(name, {}))
     except InvalidArgumentError:
         restore_gates(model)
         raise

@@ -255,3 +255,13 @@ def test_a_knob_that_could_not_be_saved_is_refused_before_anything_is_swapped() 
     with pytest.raises(InvalidArgumentError, match="knobs must be plain numbers"):
         swap_gates(model, num_clusters=4, penalty=np.float32(3.0))
     assert not list(swapped_gates(model))
+
+
+def test_knobs_that_were_configured_later_are_kept_layer_by_layer(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    swap_gates(model, 4, mode="replace", risk_aversion=2.0)
+    gates = [gate for _, gate in swapped_gates(model)]
+    gates[0].configure(risk_aversion=3.0, score="mean")
+    model.save_pretrained(tmp_path)
+    found = [gate for _, gate in swapped_gates(load_swapped(tmp_path))]
+    assert [(gate.score, gate.risk_aversion) for gate in found[:2]] == [("mean", 3.0), ("lcb", 2.0)]
