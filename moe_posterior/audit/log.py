@@ -1,6 +1,7 @@
 """The audit log as its users see it: a folder that one process writes and any number read."""
 
 import atexit
+import os
 import threading
 import time
 import warnings
@@ -28,6 +29,7 @@ from moe_posterior.errors import AuditError, AuditWriteError, InvalidArgumentErr
 from moe_posterior.router import PosteriorRouter
 
 OnFull = Literal["block", "drop"]
+_WRITING: "weakref.WeakSet[AuditLog]" = weakref.WeakSet()
 
 
 class AuditLog:
@@ -98,6 +100,7 @@ class AuditLog:
         self.reached_id = 0  # no id below was ever given, as far as the log knows
         self.dropped: dict[str, int] = {}
         self._keeping = threading.Lock()
+        self._forked = False
         self._names: dict[str, int] = {}
         self._followed: dict[str, weakref.ref[PosteriorRouter]] = {}
         self._writer: Writer | None = None
@@ -125,6 +128,7 @@ class AuditLog:
             raise
         opened = {"event": "opened", "time": now(), "continues": position.frames > 0, "clean": self._clean, "cut": cut}
         self.put(Event(0, opened))
+        _WRITING.add(self)
         _close_at_exit(self)
 
     def follow(self, router: PosteriorRouter, name: str = "router") -> RouterRecorder:
@@ -320,8 +324,16 @@ class AuditLog:
 
     def _require_writer(self) -> Writer:
         if self._writer is None:
-            raise AuditWriteError(f"{self.folder}: this log is {'open for reading' if self.mode == 'r' else 'closed'}")
+            state = "open for reading" if self.mode == "r" else "closed"
+            state = "written by the process that this one was forked from" if self._forked else state
+            raise AuditWriteError(f"{self.folder}: this log is {state}")
         return self._writer
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: the writer's thread is not here, and neither the log's end nor its lock is ours."""
+        if self._writer is not None:
+            self._writer, self._forked, self._keeping = None, True, threading.Lock()
+            self._lock_file.close()
 
     def _resume(self, files: FileSystem) -> tuple[Position, int]:
         """Where to go on, and how many bytes of a torn end were cut off."""
@@ -355,6 +367,14 @@ class AuditLog:
             for group in decode(frame.payload()):
                 ids = group.decision_ids()
                 self.reached_id = max(self.reached_id, int(ids[-1]) + 1 if len(ids) else 0)
+
+
+def _leave_all_to_parent() -> None:
+    for log in list(_WRITING):
+        log._leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 def _close_at_exit(log: AuditLog) -> None:

@@ -317,3 +317,27 @@ def test_a_closed_log_takes_nothing_more(tmp_path: Path) -> None:
     log.close()  # twice is fine
     with pytest.raises(AuditWriteError, match="open for reading"):
         AuditLog(tmp_path, mode="r").flush()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_neither_writes_nor_closes_its_parents_log(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path)
+    router = new_router(log)
+    live(router, 5, seed=1)
+    log.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            router.route(EMBEDDINGS[0])
+            os._exit(1)
+        except AuditWriteError as error:
+            log.close()
+            os._exit(0 if "forked" in str(error) else 2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    live(router, 5, seed=2)
+    log.flush()
+    with pytest.raises(AuditLockedError):
+        AuditLog(tmp_path)
+    assert verify(tmp_path).problem is None
+    log.close()
+    assert verify(tmp_path).closed
