@@ -124,7 +124,9 @@ class GateRecorder:
             self._lost = 0
         gate = self.gate
         configured = isinstance(gate, PosteriorGate) and knobs_of(gate, None) != self._knobs
-        if configured or self._generation != self.log.generation:
+        if self._belief is not None and self._belief.outdated():
+            self._checkpoint("changed from outside")
+        elif configured or self._generation != self.log.generation:
             self._checkpoint("configured" if configured else "rotated")
         return True
 

@@ -56,12 +56,15 @@ class BeliefTracker:
         self.notified = 0  # changes of the belief since somebody last looked
         self._base: Tables | None = None  # prior pseudo-counts, as of the last snapshot
         self._evidence: Tables
+        self._told: tuple[Tensor, ...] = ()  # what no outcome changes, as of the last snapshot
+        self._storage = 0  # where the evidence lay then
+        self._suspect = False
         gate.posterior.subscribe(self._touch)
 
     def _touch(self, cluster_ids: Tensor | None) -> None:
         self.notified += 1
         if cluster_ids is None:
-            self.dirty[:] = True
+            self.dirty[:] = self._suspect = True
         else:
             self.dirty[cluster_ids.numpy(force=True)] = True
 
@@ -87,6 +90,18 @@ class BeliefTracker:
         version = self.versions[cluster] + 1
         self.versions[cluster] = version
         return Rows(source, [cluster], [version], *self._cells(slice(cluster, cluster + 1)))
+
+    def outdated(self) -> bool:
+        """Whether prior, pool or place of the belief are others than at the last snapshot, so that no row can be captured."""
+        if self.gate.posterior.successes.data_ptr() != self._storage:
+            return True
+        suspect, self._suspect = self._suspect, False
+        return suspect and not all(map(torch.equal, self._given(), self._told))
+
+    def _given(self) -> tuple[Tensor, ...]:
+        belief = self.gate.posterior
+        plain = () if self._base is None else (belief.trust,)  # else it changes with outcomes
+        return (belief.prior_alpha, belief.prior_beta, belief.active, *plain)
 
     def _cells(self, rows: NDArray | slice) -> tuple[NDArray, NDArray, Tables | None, bool]:
         """What alpha and beta of these rows are made of, copied; the sum itself can wait for the writer's thread."""
@@ -118,6 +133,8 @@ class BeliefTracker:
         self.notified = 0
         self._prepare()
         belief = self.gate.posterior
+        self._told = tuple(tensor.clone() for tensor in self._given())
+        self._storage, self._suspect = belief.successes.data_ptr(), False
         alpha, beta = belief.parameters_of()
         arrays = {"alpha": alpha, "beta": beta, "active": belief.active, "radius": self.gate.clusterer.radius}
         return {"versions": self.versions.copy(), **{n: t.detach().numpy(force=True).copy() for n, t in arrays.items()}}

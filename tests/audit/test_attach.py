@@ -92,3 +92,37 @@ def test_what_cannot_be_attached_is_refused(tmp_path: Path) -> None:
             log.attach(nn.Linear(2, 2))
         with pytest.raises(InvalidArgumentError, match="rate must lie"):
             log.attach(model(), rate=0.0)
+
+
+OUTSIDE = {
+    "warm start": lambda gate: gate.warm_start(HIDDEN, HIDDEN[:, :5].sigmoid().double()),
+    "expert added": lambda gate: gate.add_expert(),
+    "expert removed": lambda gate: gate.remove_expert(1),
+    "loaded": lambda gate: gate.load_state_dict(
+        {n: 3 * t if "prior" in n else t for n, t in gate.state_dict().items()}
+    ),
+    "moved": lambda gate: gate._apply(torch.clone),
+}
+
+
+@pytest.mark.parametrize("change", OUTSIDE)
+def test_what_no_outcome_changed_is_checkpointed_before_the_next_decision(tmp_path: Path, change: str) -> None:
+    moe = PosteriorMoE(experts(5), hidden_size=8, num_clusters=6, top_k=2)
+    moe.gate.fit(HIDDEN)
+    draws = torch.Generator().manual_seed(1)
+
+    def live() -> None:
+        for _ in range(3):
+            moe.observe(routing := moe.gate(HIDDEN[:40]), torch.rand(*routing.expert_indices.shape, generator=draws))
+
+    with AuditLog(tmp_path) as log, log.attach(moe):
+        live()
+        OUTSIDE[change](moe.gate)
+        live()
+    rows = AuditLog(tmp_path, mode="r")
+    last = rows.decisions().to_pylist()[-1]
+    found = verify_decisions(rows.read())
+    assert (found.agree, found.disagreements, found.skipped) == (240, 0, 0)
+    assert len(last["alpha"]) == moe.gate.num_experts
+    reasons = rows.read().events()["event"].to_pylist()
+    assert reasons.count("checkpoint: changed from outside") == 1
