@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_posterior.audit.collect import Event, Many, Marked, Resolved
 from moe_posterior.audit.recorder import BeliefTracker, knobs_of, now
-from moe_posterior.audit.state import Checkpoint
+from moe_posterior.audit.state import Checkpoint, require_knobs
 from moe_posterior.errors import AuditError, InvalidArgumentError
 from moe_posterior.gates import Gate, PosteriorGate, Routing
 from moe_posterior.gates.posterior import KNOBS
@@ -132,6 +132,12 @@ class GateRecorder:
 
     def _checkpoint(self, reason: str) -> None:
         gate = self.gate
+        named: dict[str, Any] = {}
+        if self._belief is not None and isinstance(gate, PosteriorGate):
+            knobs = knobs_of(gate, None)
+            named = dict(zip((*KNOBS, "threshold"), knobs[:-1], strict=True))
+            require_knobs(named)
+            self._knobs = knobs
         self._generation = self.log.generation
         settings: dict[str, Any] = {
             "source": self.source,
@@ -145,13 +151,11 @@ class GateRecorder:
             "gate": type(gate).__name__,
             "rate": self.rate,
             "next_id": self._next_id,
-            "knobs": {},
+            "knobs": named,
         }
         arrays: dict[str, NDArray[Any]] = {}
         if self._belief is not None and isinstance(gate, PosteriorGate):
-            self._knobs = knobs_of(gate, None)
             settings["num_clusters"] = gate.num_clusters
-            settings["knobs"] = dict(zip((*KNOBS, "threshold"), self._knobs[:-1], strict=True))
             settings["options"] = {"novelty": gate.novelty}
             arrays = self._belief.snapshot()
         size = 2000 + sum(array.nbytes for array in arrays.values())

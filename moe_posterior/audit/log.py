@@ -21,7 +21,7 @@ from moe_posterior.audit.read import Reader
 from moe_posterior.audit.recorder import RouterRecorder, now
 from moe_posterior.audit.replay import rebuild_from_end
 from moe_posterior.audit.segments import Segments, first_position, reopen
-from moe_posterior.audit.state import decode_checkpoint, decode_json
+from moe_posterior.audit.state import decode_checkpoint, decode_json, require_text
 from moe_posterior.audit.tables import decode
 from moe_posterior.audit.upkeep import Upkeep
 from moe_posterior.audit.writer import Writer
@@ -170,15 +170,15 @@ class AuditLog:
 
     def _follow(self, router: PosteriorRouter, name: str, reason: str) -> RouterRecorder:
         self._require_writer()
-        followed = self._followed.get(name)
-        if not isinstance(name, str) or (followed is not None and followed() not in (None, router)):
+        followed = self._followed.get(require_text(name))
+        if followed is not None and followed() not in (None, router):
             raise InvalidArgumentError(f"name must be a text that no other router in this log goes by; got {name!r}")
         self._followed[name] = weakref.ref(router)
         return RouterRecorder(self, router, self.source_of(name), name, reason)
 
     def source_of(self, name: str) -> int:
         """The number that stands for a router or gate in the files."""
-        return self._names.setdefault(name, len(self._names))
+        return self._names.setdefault(require_text(name), len(self._names))
 
     @classmethod
     def recover(cls, folder: str | PathLike[str], *, name: str = "router", **options: Any) -> PosteriorRouter:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_posterior.audit.collect import Event, Many, Marked, One, Refused, Resolved, Rows
 from moe_posterior.audit.frames import MAX_PAYLOAD
-from moe_posterior.audit.state import Checkpoint, encode_json
+from moe_posterior.audit.state import Checkpoint, encode_json, require_knobs
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import PosteriorGate
 from moe_posterior.gates.posterior import KNOBS
@@ -257,7 +257,10 @@ class RouterRecorder:
     def checkpoint(self, reason: str) -> None:
         """Write down all there is; under the router's lock."""
         router, gate = self.router, self.router.gate
-        self._generation, self._knobs = self.log.generation, knobs_of(gate, router.abstain_below)
+        knobs = knobs_of(gate, router.abstain_below)
+        named = dict(zip((*KNOBS, "threshold", "abstain_below"), knobs, strict=True))
+        require_knobs(named)
+        self._generation, self._knobs = self.log.generation, knobs
         self._steps, self._owed = int(gate.steps), None
         state = router.state()
         settings = {
@@ -268,7 +271,7 @@ class RouterRecorder:
             "num_experts": gate.num_experts,
             "num_clusters": gate.num_clusters,
             "top_k": gate.top_k,
-            "knobs": dict(zip((*KNOBS, "threshold", "abstain_below"), self._knobs, strict=True)),
+            "knobs": named,
             "options": state["options"],
             "next_id": state["next_id"],
         }

@@ -111,6 +111,28 @@ def is_time(value: Any) -> bool:
     return type(value) is int and 0 <= value < MAX_TIME
 
 
+def require_knobs(knobs: dict[str, Any]) -> None:
+    """Raise InvalidArgumentError for a knob that a reader would refuse: better before it is written than for ever after."""
+    for name, value in decode_json(encode_json(knobs)).items():
+        if not _is_knob(name, value):
+            raise InvalidArgumentError(f"{name} of an audited gate must be a plain number or None; got {value!r}")
+
+
+def require_text(name: str) -> str:
+    """The name, if it is a text that every table can hold."""
+    if not isinstance(name, str) or (not name.isascii() and name.encode(errors="replace").decode() != name):
+        raise InvalidArgumentError(f"name must be a text without lone surrogates; got {name!r}")
+    return name
+
+
+def _is_knob(name: str, value: Any) -> bool:
+    if name == "score":
+        return isinstance(value, str)
+    number = type(value) in (int, float)
+    bounded = number and (abs(value) < _LARGE or (name == "abstain_below" and abs(value) == float("inf")))
+    return value is None or bounded  # what is only compared may be infinite: always, or never
+
+
 def _require(what: str, fits: bool) -> None:
     if not fits:
         raise AuditError(f"a {what} holds a value that no writer would put there")
@@ -126,9 +148,7 @@ def _check_settings(settings: dict[str, Any], arrays: dict[str, NDArray[Any]]) -
     _require("checkpoint", is_time(settings.get("time")))
     knobs, options = settings.get("knobs"), settings.get("options", {})
     _require("checkpoint", isinstance(knobs, dict) and isinstance(options, dict))
-    for name, value in (knobs or {}).items():
-        number = type(value) in (int, float) and abs(value) < _LARGE
-        _require("checkpoint", isinstance(value, str) if name == "score" else value is None or number)
+    _require("checkpoint", all(map(_is_knob, knobs or {}, (knobs or {}).values())))
     if "alpha" in arrays:
         _require("checkpoint", arrays["alpha"].shape == (num_clusters, num_experts))
     else:

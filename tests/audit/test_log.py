@@ -173,3 +173,35 @@ def test_routers_that_cannot_be_recorded_are_refused(tmp_path: Path) -> None:
         first.route(EMBEDDINGS[0])
         log.flush()
     assert os.path.getsize(tmp_path / segment_name(0))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), np.float32(0.25), None])
+def test_any_threshold_of_abstaining_is_read_back(tmp_path: Path, value: float | None) -> None:
+    with AuditLog(tmp_path) as log:
+        router = new_router(log)
+        router.abstain_below = value
+        router.route(EMBEDDINGS[0])
+    recovered = AuditLog.recover(tmp_path)
+    assert recovered.abstain_below == value
+    recovered._audit.log.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), "half", 1e30])
+def test_a_knob_that_no_reader_takes_is_refused_before_anything_is_decided(tmp_path: Path, value: object) -> None:
+    with AuditLog(tmp_path) as log:
+        router = new_router(log)
+        router.abstain_below = value
+        for _ in range(2):
+            with pytest.raises(InvalidArgumentError, match="abstain_below"):
+                router.route(EMBEDDINGS[0])
+        router.abstain_below = 0.3
+        assert router.route(EMBEDDINGS[0]).id == 0
+    assert AuditLog(tmp_path, mode="r").decisions().num_rows == 1
+
+
+def test_a_name_that_no_table_holds_is_refused(tmp_path: Path) -> None:
+    with AuditLog(tmp_path) as log:
+        for name in ("\ud800", 3):
+            with pytest.raises(InvalidArgumentError, match="name must be a text"):
+                log.follow(new_router(None), name)
+        log.follow(new_router(None), "größer ✓")
