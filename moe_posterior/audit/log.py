@@ -241,7 +241,8 @@ class AuditLog:
         """Write what is left, seal the log's end, let the folder go. A closed log can be opened again.
 
         Raises:
-            AuditWriteError: not everything could be written; the rest is lost, and the message says how much.
+            AuditWriteError: not everything could be written; the rest is lost, and the message says how much. Where the disk still
+                hangs after ``timeout`` seconds, the folder is let go once it no longer does.
         """
         if self._writer is None:
             return
@@ -254,7 +255,7 @@ class AuditLog:
         except OSError as error:
             raise error if isinstance(error, AuditWriteError) else AuditWriteError(f"{self.folder}: {error}") from error
         finally:
-            self._lock_file.close()
+            writer.when_ended(self._lock_file.close)
 
     def __enter__(self) -> Self:
         return self

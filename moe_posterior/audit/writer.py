@@ -37,7 +37,7 @@ class Writer:
         self._lock = threading.Lock()
         self._wake, self._progress = threading.Event(), threading.Condition()
         self._attempts = 0  # that failed
-        self._stopping = False
+        self._stopping = self._ended = False
         self._collector = Collector()
         self._segment = segments.position.segment
         self._unwritten: list[Raw] = []
@@ -53,6 +53,8 @@ class Writer:
     def put(self, item: Item, size: int) -> None:
         """Note an item; about ``size`` bytes of memory."""
         with self._lock:
+            if self._stopping:
+                raise AuditWriteError(f"{self.segments.folder}: this log is closed")
             self._put_bytes += size
             self._put_items += 1
             self._queue.append((item, size))
@@ -88,7 +90,11 @@ class Writer:
         self._wake.set()
         with self._progress:
             self._progress.wait_for(
-                lambda: self._written_items >= goal or (self.failure is not None and self._attempts > attempts), timeout
+                lambda: (
+                    self._written_items >= goal
+                    or (self.failure is not None and (self._attempts > attempts or self._ended))
+                ),
+                timeout,
             )
         if self._written_items < goal:
             raise self._error(f"it took longer than {timeout:g} s")
@@ -97,15 +103,29 @@ class Writer:
         """Write what is left and end the thread.
 
         Raises:
-            AuditWriteError: not all could be written; the thread has ended all the same, and the rest is lost.
+            AuditWriteError: not all could be written. The thread has ended all the same, and the rest is lost; only where a call to
+                the disk does not return, it lives on until it does.
         """
-        self._stopping = True
+        with self._lock:
+            self._stopping = True
         self._wake.set()
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise self._error(f"it took longer than {timeout:g} s")
         if self._written_items < self._put_items:
             raise self._error("it was closed meanwhile")
+
+    def when_ended(self, then: Callable[[], None]) -> None:
+        """Do something once the thread writes no more; now, unless the disk holds it."""
+        if not self._thread.is_alive():
+            then()
+            return
+
+        def wait() -> None:
+            self._thread.join()
+            then()
+
+        threading.Thread(target=wait, name="audit log, closing", daemon=True).start()
 
     def _error(self, otherwise: str) -> AuditWriteError:
         waiting = self._put_items - self._written_items
@@ -127,8 +147,9 @@ class Writer:
                 with self._progress:
                     self.failure = error
                     self._attempts += 1
+                    self._ended = not isinstance(error, OSError)
                     self._progress.notify_all()
-                if not isinstance(error, OSError):
+                if self._ended:
                     return  # a mistake of ours: whoever waits is told, and nothing more is taken in
             if stopping:
                 return

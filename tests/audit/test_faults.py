@@ -341,3 +341,49 @@ def test_a_forked_child_neither_writes_nor_closes_its_parents_log(tmp_path: Path
     assert verify(tmp_path).problem is None
     log.close()
     assert verify(tmp_path).closed
+
+
+def test_a_log_that_was_closed_over_a_hanging_disk_keeps_its_folder_until_the_disk_returns(tmp_path: Path) -> None:
+    disk = FailingDisk()
+    log = AuditLog(tmp_path, files=disk, fsync_every=0)
+    router = new_router(log)
+    log.flush()
+    disk.release.clear()
+    router.route(EMBEDDINGS[0])
+    with pytest.raises(AuditWriteError, match="longer than"):
+        log.close(timeout=0.1)
+    with pytest.raises(AuditLockedError):
+        AuditLog(tmp_path)
+    disk.release.set()
+    for _ in range(500):
+        try:
+            AuditLog(tmp_path).close()
+            break
+        except AuditLockedError:
+            time.sleep(0.01)
+    assert verify(tmp_path).problem is None
+    assert AuditLog(tmp_path, mode="r").decisions()["id"].to_pylist() == [0]
+
+
+def test_nobody_waits_for_a_writer_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(tmp_path, fsync_every=0)
+    router = new_router(log)
+    log.flush()
+    waits = []
+    monkeypatch.setattr(log._writer._collector, "frames", lambda items: [][0])
+    router.route(EMBEDDINGS[0])
+    with pytest.raises(AuditWriteError, match="index out of range"):
+        log.flush()
+    wait_for = log._writer._progress.wait_for
+    monkeypatch.setattr(
+        log._writer._progress, "wait_for", lambda done, timeout: waits.append(done()) or wait_for(done, 0)
+    )
+    for call in (log.flush, lambda: router.route(EMBEDDINGS[0])):
+        with pytest.raises(AuditWriteError, match="index out of range"):
+            call()
+    assert waits == [True, True]
+    with pytest.raises(AuditWriteError, match="index out of range"):
+        log.close()
+    with AuditLog(tmp_path) as again:
+        again.follow(router)
+    assert verify(tmp_path).sound
