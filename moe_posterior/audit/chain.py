@@ -5,9 +5,9 @@ hashes of its files, segments that were removed by one note for all of them; the
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from moe_posterior.audit.files import HEAD, note_name, segment_name, segment_numbers
 from moe_posterior.audit.frames import Frame, Kind, Torn, genesis, keyed_hash, read_frame
@@ -17,6 +17,8 @@ from moe_posterior.errors import AuditError
 REMOVED = "removed.json"
 FORMAT = 1
 _MAX_NOTE = 1 << 20  # bytes
+_READINGS = 10  # of a log whose writer compacts and removes segments meanwhile
+_T = TypeVar("_T")
 _ZEROS = 512  # bytes of them at the end of a file: what a power cut leaves of a write, never the end of a frame
 
 
@@ -134,6 +136,33 @@ def read_note(path: Path, key: bytes | None) -> Note | None:
 def note_digest(note: Note, key: bytes | None) -> str:
     """What a later record holds to vouch for a note."""
     return keyed_hash(key, note_bytes(note, key)).hex()
+
+
+def beside_upkeep(folder: Path, read: Callable[[], _T]) -> _T:
+    """What ``read`` gives; begun again where it failed while the writer took the place of files by others.
+
+    Raises:
+        AuditError: it fails on files that stayed where they were, or ten times.
+    """
+    for _ in range(_READINGS - 1):
+        before = _files_of(folder)
+        try:
+            return read()
+        except AuditError:
+            if _files_of(folder) == before:
+                raise
+    return read()
+
+
+def _files_of(folder: Path) -> list[Any]:
+    found: list[Any] = [segment_numbers(folder) if folder.is_dir() else None]
+    for name in (HEAD, REMOVED):
+        try:
+            stat = (folder / name).stat()
+            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
 
 
 class Chain:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args
 from torch import nn
 
 from moe_posterior.audit.attach import Attachment, attach
-from moe_posterior.audit.chain import Chain, Note, Position, read_head
+from moe_posterior.audit.chain import Chain, Note, Position, beside_upkeep, read_head
 from moe_posterior.audit.collect import Event, Item
 from moe_posterior.audit.files import HEAD, FileSystem, lock, segment_numbers
 from moe_posterior.audit.frames import Frame, Kind, check_key
@@ -211,11 +211,11 @@ class AuditLog:
 
     def decisions(self, **filters: Any) -> Any:
         """The paper's full entries, as a ``pyarrow.Table``; see :meth:`Reader.decisions`."""
-        return self.read().decisions(**filters)
+        return beside_upkeep(self.folder, lambda: self.read().decisions(**filters))
 
     def outcomes(self) -> Any:
         """Outcomes, one row a decision and slot, also refused ones; see :meth:`Reader.outcomes`."""
-        return self.read().outcomes()
+        return beside_upkeep(self.folder, lambda: self.read().outcomes())
 
     def flush(self, timeout: float = 60.0) -> None:
         """Return once everything recorded before is on the disk.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_posterior import beta as beta_functions
 from moe_posterior.audit.belief import BeliefState, RowsOfGroup, knobs
-from moe_posterior.audit.chain import Chain, Note, Position
+from moe_posterior.audit.chain import Chain, Note, Position, beside_upkeep
 from moe_posterior.audit.compact import read_compacted
 from moe_posterior.audit.frames import Frame, Kind
 from moe_posterior.audit.read import Reader, Source
@@ -60,8 +60,13 @@ def verify(folder: Path, key: bytes | None = None, *, head: str | None = None) -
     Nothing that is found raises; the first problem is named in the result.
     """
     found = Verification()
-    try:
+
+    def walk() -> None:
+        found.__dict__.update(Verification().__dict__)
         _walk(folder, key, head, found)
+
+    try:
+        beside_upkeep(folder, walk)
     except AuditError as error:
         found.problem = str(error)
     return found

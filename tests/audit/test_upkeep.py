@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from audit.worlds import BELIEFS, flat_state, live, new_router
 
-from moe_posterior.audit import AuditLog
+from moe_posterior.audit import AuditLog, chain
 from moe_posterior.audit.chain import note_bytes, read_note
 from moe_posterior.audit.files import FileSystem
 from moe_posterior.audit.replay import rebuild
@@ -181,3 +181,31 @@ def test_upkeep_runs_by_itself_after_rotations(tmp_path: Path) -> None:
     assert found.removed["segments"] > 0
     assert list(tmp_path.glob("*.parquet"))
     assert flat_state(rebuild(AuditLog(tmp_path, mode="r").read())) == flat_state(router)
+
+
+@pytest.mark.parametrize("read", ["verify", "decisions", "outcomes"])
+def test_a_reader_whose_segments_are_compacted_meanwhile_reads_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    ways = {
+        "verify": lambda: verify(tmp_path).problem,
+        "decisions": lambda: AuditLog(tmp_path, mode="r").decisions().num_rows,
+        "outcomes": lambda: AuditLog(tmp_path, mode="r").outcomes().num_rows,
+    }
+    with AuditLog(tmp_path, rotate_bytes=4000, fsync_every=0) as log:
+        router = new_router(log)
+        for seed in range(6):
+            live(router, 10, seed)
+            log.flush()
+        expected = ways[read]()
+        done = []
+
+        def note_after_compaction(path: Path, key: bytes | None) -> object:
+            if not done:  # the reader has listed the folder
+                done.append(-1)
+                done[0] = log.compact()
+            return read_note(path, key)
+
+        monkeypatch.setattr(chain, "read_note", note_after_compaction)
+        assert ways[read]() == expected
+    assert done[0] > 0
