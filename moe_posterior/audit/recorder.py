@@ -4,6 +4,7 @@ Dimensions: N decisions, M outcomes, R posterior rows, C clusters, E experts, k 
 """
 
 import time
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 MAX_REFUSALS = 1000  # rows of one refused call that are kept; its reason says how many there were
 _ONE_SIZE = 400  # bytes of memory, about, that a single decision's item takes
 _MAX_EXPERTS = 1 << 16
+_deciding = attrgetter(*KNOBS, "threshold")
 Tables = tuple[NDArray, NDArray]  # 2 x (C, E)
 
 
@@ -35,15 +37,7 @@ def now() -> int:
 
 def knobs_of(gate: PosteriorGate, abstain_below: float | None) -> tuple[Any, ...]:
     """What turns a belief into decisions and outcomes into evidence."""
-    return (
-        gate.score,
-        gate.risk_aversion,
-        gate.credible_level,
-        gate.temperature,
-        gate.exploration,
-        gate.threshold,
-        abstain_below,
-    )
+    return (*_deciding(gate), abstain_below)
 
 
 class BeliefTracker:
