@@ -249,15 +249,6 @@ def test_a_subset_without_rows_renders() -> None:
     assert [row[4:] for row in hard] == [["–"] * 5] * 4
 
 
-def test_strong_cells_are_those_whose_paired_interval_favours_the_arm() -> None:
-    report = full_report()  # every difference is −0.02 [−0.03, −0.01]: better for losses, worse for accuracy
-    for row in re.findall(r"<tr>.*?</tr>", to_html(report).split('id="results"')[1].split("</table>")[0]):
-        cells = re.findall(r"<td.*?</td>", row)
-        if cells:
-            strong = ["<strong>" in cell for cell in cells[4:]]  # ECE, difference, accuracy, NLL, Brier
-            assert strong == ([True, True, False, True, True] if ">posterior<" in row else [False] * 5)
-
-
 def test_points_lie_where_their_values_are() -> None:
     x_axis, y_axis = Axis("x", 0, 2, [0, 1, 2]), Axis("y", -1, 1, [-1, 0, 1])
     x, y = [0.0, 0.5, None, 2.0], [-1.0, 0.25, 0.0, math.nan]

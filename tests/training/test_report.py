@@ -1,4 +1,3 @@
-import copy
 import io
 import json
 from collections.abc import Iterator
@@ -284,26 +283,6 @@ def test_the_table_shows_every_subset_of_clean_and_all_shifts_and_each_shift_ove
     rows = [line for line in to_markdown(report).splitlines() if line.startswith("| ") and "evaluation" not in line]
     assert len(rows) == 2 * len(heads)
     assert {row.count("|") for row in rows} == {9}
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "marked"),
-    [(0.01, 0.03, "posterior"), (-0.03, -0.01, "softmax"), (-0.01, 0.03, None), (0.0, 0.03, None)],
-)
-def test_an_arm_is_marked_only_where_the_paired_interval_excludes_zero(
-    report: dict, low: float, high: float, marked: str | None
-) -> None:
-    report = copy.deepcopy(report)
-    report["paired"] = [
-        {**pair, "low": low, "high": high}
-        for pair in report["paired"]
-        if (pair["metric"], pair["shift"], pair["subset"]) == ("accuracy", "clean", "overall")
-    ]
-    assert [line.split()[0] for line in rendered(report)[1:-1] if "*" in line] == ([marked] if marked else [])
-    for pair in report["paired"]:
-        pair["metric"] = "ece"  # of an error, less is better
-    other = {"softmax": "posterior", "posterior": "softmax", None: None}[marked]
-    assert [line.split()[0] for line in rendered(report)[1:-1] if "*" in line] == ([other] if other else [])
 
 
 def test_a_report_that_is_not_strict_json_leaves_the_old_file(tmp_path: Path) -> None:

@@ -79,4 +79,4 @@ def _section(content: Table | None) -> str:
 def _note(report: Mapping[str, Any]) -> str:
     if not report.get("paired"):
         return ""
-    return "\n\nBold: better than the baseline, where the paired 95 % interval of the difference excludes 0."
+    return f"\n\n{tables.MARKED}"

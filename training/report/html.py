@@ -57,14 +57,10 @@ def _results(report: Mapping[str, Any]) -> Section:
     if main is None:
         return Section("results", "Accuracy and calibration", _absent())
     every = tables.every_row(report)
-    bold = (
-        "Bold: better than the baseline, where the paired interval of the difference excludes 0."
-        if report.get("paired")
-        else ""
-    )
+    marked = tables.MARKED if report.get("paired") else ""
     parts = [
         table(main),
-        paragraph(f"Values with 95 % intervals. {bold}".strip(), "note"),
+        paragraph(f"Values with 95 % intervals. {marked}".strip(), "note"),
         charts.severity(report),
         details("Every shift, severity and subset", table(every)) if every else "",
     ]

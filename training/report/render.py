@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.training.report.compute import ALL_SHIFTS, CLEAN, METRICS, OVERALL
+from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 TITLES = {"accuracy": "accuracy ↑", "nll": "NLL ↓", "brier": "Brier ↓", "ece": "ECE ↓"}
-HIGHER_IS_BETTER = {"accuracy"}
-LEGEND = "better, where the paired 95 % interval of the difference excludes 0"
+TERMINAL_SIGNS = {BETTER: "*", WORSE: WORSE_SIGN, None: " "}  # in place of the blank before the interval
+WHERE = "where the paired 95 % interval of the difference excludes 0"
 CELL_WIDTH = len(".912*[.905,.918]")
 
 
@@ -27,7 +28,7 @@ class _Row:
     subset: str
     n: int
     arm: str
-    cells: tuple[tuple[str, bool], ...]  # text and whether it is the better one, in the order of METRICS
+    cells: tuple[tuple[str, str | None], ...]  # text and mark, in the order of METRICS
 
 
 def render_table(report: dict, console: "Console | None" = None) -> None:
@@ -65,12 +66,12 @@ def render_table(report: dict, console: "Console | None" = None) -> None:
         if (row.evaluation, row.subset) != previous:
             previous = (row.evaluation, row.subset)
             lines.append(Text(f"── {row.evaluation}, {row.subset} (n = {row.n:,})", "dim"))
-        lines.append(line(row.arm, (text.replace(" ", "*") if better else text for text, better in row.cells)))
-    (console or Console()).print(Group(*lines, Text(f"* {LEGEND}", "italic")))
+        lines.append(line(row.arm, (text.replace(" ", TERMINAL_SIGNS[mark], 1) for text, mark in row.cells)))
+    (console or Console()).print(Group(*lines, Text(f"*: better; {MEANING};\n{WHERE}", "italic")))
 
 
 def to_markdown(report: dict) -> str:
-    """The same table in Markdown, ending in a newline; the better arm is bold."""
+    """The same table in Markdown, ending in a newline; the better arm is bold, a worse one carries a dagger."""
     lines = [
         f"**{_title(report)}**",
         "",
@@ -78,9 +79,9 @@ def to_markdown(report: dict) -> str:
         "|---|---|--:|---|" + "--:|" * len(METRICS),
     ]
     for row in _rows(report):
-        cells = (f"**{text}**" if better else text for text, better in row.cells)
+        cells = (_marked(text, mark) for text, mark in row.cells)
         lines.append(f"| {row.evaluation} | {row.subset} | {row.n:,} | {row.arm} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"Bold: {LEGEND}."]) + "\n"
+    return "\n".join([*lines, "", f"Bold: better; {MEANING}; {WHERE}."]) + "\n"
 
 
 def write_json(report: dict, path: str | os.PathLike[str]) -> None:
@@ -112,8 +113,8 @@ def _title(report: dict) -> str:
 
 def _rows(report: dict) -> Iterator[_Row]:
     """The rows worth reading: clean and all shifts for each subset, then each shift overall."""
-    records = {_key(record): record for record in report["records"]}
-    better = _better(report)
+    records = {key_of(record): record for record in report["records"]}
+    marks = marks_of(report)
     shifts = list(dict.fromkeys(record["shift"] for record in report["records"]))
     named = [shift for shift in shifts if shift not in (CLEAN, ALL_SHIFTS)]
     shown = [(shift, subset) for shift in (CLEAN, ALL_SHIFTS) if shift in shifts for subset in report["subsets"]]
@@ -121,28 +122,12 @@ def _rows(report: dict) -> Iterator[_Row]:
         severity = 0 if shift == CLEAN else None
         for arm in report["arms"]:
             keys = [(arm, shift, severity, subset, metric) for metric in METRICS]
-            cells = tuple((_cell(records[key]), key in better) for key in keys)
+            cells = tuple((_cell(records[key]), marks.get(key)) for key in keys)
             yield _Row(shift, subset, records[keys[0]]["n"], arm, cells)
 
 
-def _key(record: dict) -> tuple:
-    return tuple(record[name] for name in ("arm", "shift", "severity", "subset", "metric"))
-
-
-def _better(report: dict) -> set[tuple]:
-    """Keys of the records whose arm proved better: than the baseline, or, for the baseline, than every other arm."""
-    better: set[tuple] = set()
-    beaten: dict[tuple, int] = {}
-    for pair in report["paired"]:
-        if pair["low"] is None or pair["low"] <= 0 <= pair["high"]:
-            continue
-        key = _key(pair)
-        if (pair["low"] > 0) == (pair["metric"] in HIGHER_IS_BETTER):
-            better.add(key)
-        else:
-            baseline_key = (report["baseline"], *key[1:])
-            beaten[baseline_key] = beaten.get(baseline_key, 0) + 1
-    return better | {key for key, arms in beaten.items() if arms == len(report["arms"]) - 1}
+def _marked(text: str, mark: str | None) -> str:
+    return f"**{text}**" if mark == BETTER else f"{text} {WORSE_SIGN}" if mark == WORSE else text
 
 
 def _cell(record: dict) -> str:

@@ -4,12 +4,15 @@ Each function takes the report and returns a table, or None where the run did no
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moe_posterior.page import Cell, Table, estimate, show
 from moe_posterior.training.report.compute import ALL_SHIFTS, CLEAN, OVERALL, SCHEMA
-from moe_posterior.training.report.render import HIGHER_IS_BETTER, TITLES
+from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, Key, key_of, marks_of
+from moe_posterior.training.report.render import TITLES
 
+MARKED = f"Bold: better; {MEANING}; where the paired 95 % interval of the difference excludes 0."
 SHOWN = ("ece", "accuracy", "nll", "brier")
 FEW = 30  # predictions, below which a configuration's gap is noise: such rows come last
 
@@ -75,7 +78,7 @@ def metric_settings(report: Mapping[str, Any]) -> str | None:
 
 def main_rows(report: Mapping[str, Any]) -> Table | None:
     """Clean and the mean of all shifts for every subset, one line per arm; no column for the severity."""
-    records = {_where(record): record for record in report.get("records") or []}
+    records = {key_of(record): record for record in report.get("records") or []}
     places = list(dict.fromkeys(key[1:4] for key in records))
     shown = [one for one in places if one[:2] in ((CLEAN, 0), (ALL_SHIFTS, None))]
     rows = [[row[0], *row[2:]] for row in _metric_rows(report, records, shown)]
@@ -85,7 +88,7 @@ def main_rows(report: Mapping[str, Any]) -> Table | None:
 
 def every_row(report: Mapping[str, Any], most: int = 2000) -> Table | None:
     """Every shift, severity, subset and arm; the first ``most`` of them."""
-    records = {_where(record): record for record in report.get("records") or []}
+    records = {key_of(record): record for record in report.get("records") or []}
     places = list(dict.fromkeys(key[1:4] for key in records))
     rows = list(_metric_rows(report, records, places))
     caption = f"The first {most:,} of {len(rows):,} rows; all are in report.json." if len(rows) > most else ""
@@ -210,10 +213,6 @@ def percent(share: float) -> Cell:
     return Cell(f"{100 * share:.1f} %", share)
 
 
-def _where(record: Mapping[str, Any]) -> tuple:
-    return tuple(record[name] for name in ("arm", "shift", "severity", "subset", "metric"))
-
-
 def _metric_columns(report: Mapping[str, Any]) -> list[str]:
     titles = [TITLES[metric] for metric in SHOWN]
     return ["evaluation", "severity", "subset", "n", "arm", titles[0], *_difference_titles(report), *titles[1:]]
@@ -223,33 +222,27 @@ def _difference_titles(report: Mapping[str, Any]) -> list[str]:
     return [f"ECE − ECE of {report['baseline']}"] if report.get("paired") and report.get("baseline") else []
 
 
-def _metric_rows(
-    report: Mapping[str, Any], records: Mapping[tuple, Mapping], places: Sequence[tuple]
-) -> Iterator[list]:
-    """A row per place (shift, severity, subset) and arm; strong: the paired interval excludes 0 in the arm's favour."""
-    paired = {_where(record): record for record in report.get("paired") or []}
+def _metric_rows(report: Mapping[str, Any], records: Mapping[Key, Mapping], places: Sequence[tuple]) -> Iterator[list]:
+    """A row per place (shift, severity, subset) and arm, marked as :mod:`~moe_posterior.training.report.marks` decides."""
+    paired = {key_of(record): record for record in report.get("paired") or []}
+    marks = marks_of(report)
     for shift, severity, subset in places:
         for arm in report["arms"]:
             keys = {metric: (arm, shift, severity, subset, metric) for metric in SHOWN}
             if not any(key in records for key in keys.values()):
                 continue
             found = {metric: records.get(key, {}) for metric, key in keys.items()}
-            cells = [_record_cell(one, _better(paired.get(keys[metric]))) for metric, one in found.items()]
+            cells = [_record_cell(one, marks.get(keys[metric])) for metric, one in found.items()]
             n = next(one["n"] for one in found.values() if one)
             level = "mean" if severity is None else severity or None
-            difference = [paired.get(keys["ece"]) for _ in _difference_titles(report)]
-            cells[1:1] = [_record_cell(pair or {}, _better(pair)) for pair in difference]
+            difference = [paired.get(keys["ece"], {}) for _ in _difference_titles(report)]
+            cells[1:1] = [_record_cell(pair, marks.get(keys["ece"]) if pair else None) for pair in difference]
             yield [shift, level, "all rows" if subset == OVERALL else subset, n, arm, *cells]
 
 
-def _record_cell(record: Mapping[str, Any], strong: bool) -> Cell:
-    return estimate(record.get("value"), record.get("low"), record.get("high"), strong=strong)
-
-
-def _better(pair: Mapping[str, Any] | None) -> bool:
-    if pair is None or pair["low"] is None or pair["low"] <= 0 <= pair["high"]:
-        return False
-    return (pair["low"] > 0) == (pair["metric"] in HIGHER_IS_BETTER)
+def _record_cell(record: Mapping[str, Any], mark: str | None) -> Cell:
+    cell = estimate(record.get("value"), record.get("low"), record.get("high"), strong=mark == BETTER)
+    return replace(cell, more=f"{cell.more} {WORSE_SIGN}".strip()) if mark == WORSE else cell
 
 
 def _shifts_of_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
