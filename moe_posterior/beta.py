@@ -86,7 +86,8 @@ def _incomplete_beta_fraction(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
         for coefficient in (even, odd):
             d = _away_from_zero(1 + coefficient * d, tiny).reciprocal()
             c = _away_from_zero(1 + coefficient / c, tiny)
-            fraction = fraction * c * d
+            # A cell that has arrived stays: its value must not depend on how long the others take.
+            fraction = torch.where(converged, fraction, fraction * c * d)
         # Rounding keeps converged cells jittering by an ulp or two: each needs to arrive once, not all at the same step.
         converged = converged | ((c * d - 1).abs() <= 4 * epsilon)
         if bool(converged.all()):
@@ -119,7 +120,7 @@ def quantile(alpha: Tensor, beta: Tensor, probability: float) -> Tensor:  # (C, 
         raise InvalidArgumentError(f"probability must lie in (0, 1); got {probability}")
     a, b = torch.broadcast_tensors(alpha.double(), beta.double())
     low, high = torch.zeros_like(a), torch.ones_like(a)
-    x = mean(a, b)
+    x, arrived = mean(a, b), torch.zeros_like(a, dtype=torch.bool)
     for _ in range(_NEWTON_STEPS):
         excess = cdf(a, b, x) - probability
         low, high = torch.where(excess < 0, x, low), torch.where(excess < 0, high, x)
@@ -127,10 +128,31 @@ def quantile(alpha: Tensor, beta: Tensor, probability: float) -> Tensor:  # (C, 
         inside = (newton > low) & (newton < high)
         step = torch.where(inside, newton, (low + high) / 2)
         moved = (step - x).abs()
-        x = step
-        if bool((moved <= 1e-14).all()):
+        x = torch.where(arrived, x, step)  # as in the fraction: alone or among others, a cell's bound is the same
+        arrived = arrived | (moved <= 1e-14)
+        if bool(arrived.all()):
             break
     return x.to(alpha.dtype)
+
+
+def interval(alpha: Tensor, beta: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:  # 2 x (C, E) -> 2 x (C, E)
+    """The equal-tailed credible interval: competence lies in it with probability ``level``, and as likely below as above it.
+
+    Args:
+        alpha, beta: posterior pseudo-counts, positive.
+        level: in (0, 1).
+
+    Raises:
+        InvalidArgumentError: a level outside (0, 1).
+
+    >>> ones = torch.ones((), dtype=torch.float64)
+    >>> [round(end.item(), 6) for end in interval(ones, ones)]  # Beta(1, 1) is uniform
+    [0.025, 0.975]
+    """
+    if not 0.0 < level < 1.0:
+        raise InvalidArgumentError(f"level must lie in (0, 1); got {level}")
+    tail = (1 - level) / 2
+    return quantile(alpha, beta, tail), quantile(alpha, beta, 1 - tail)
 
 
 def thompson(

@@ -115,6 +115,12 @@ class BetaPosterior(ChangingPool):
         cells = [table[rows] for table in (self.prior_alpha, self.prior_beta, self.successes, self.failures)]
         return self._combined(cells, self.trust, self.odds)
 
+    def parameters_at(self, cluster_ids: Tensor, expert_indices: Tensor) -> tuple[Tensor, Tensor]:  # -> 2 x their shape
+        """Alpha and beta of single cells; the two index tensors broadcast. The same bits as :meth:`parameters_of` has there."""
+        tables = (self.prior_alpha, self.prior_beta, self.successes, self.failures)
+        cells = [table[cluster_ids, expert_indices] for table in tables]
+        return self._combined(cells, self.trust[expert_indices], self.odds[expert_indices])
+
     def mean(self) -> Tensor:  # (C, E)
         """Posterior mean competence."""
         return beta_functions.mean(*self.parameters_of())
@@ -324,10 +330,7 @@ class BetaPosterior(ChangingPool):
     def _alarm(self, seen: Observation) -> Tensor:  # -> (E,)
         """What a batch adds to each expert's suspicion: it counts as one step of the CUSUM."""
         cells, experts = seen.cells, seen.cells % self.num_experts
-        tables = (self.prior_alpha, self.prior_beta, self.successes, self.failures)
-        seen_cells = [table.view(-1)[cells] for table in tables]
-        alpha, beta = self._combined(seen_cells, self.trust[experts], self.odds[experts])
-        believed = beta_functions.mean(alpha, beta)
+        believed = beta_functions.mean(*self.parameters_at(cells // self.num_experts, experts))
         step = evidence_functions.degraded_log_likelihood_ratio(seen.signal, believed, _DEGRADED_SHARE, self.noise)
         return torch.zeros_like(self.suspicion).index_put_((experts,), step, accumulate=True)
 

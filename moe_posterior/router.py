@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from moe_posterior import beta as beta_functions
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import PosteriorGate, Routing
 
@@ -28,6 +29,28 @@ class Decision(NamedTuple):
     explored: bool  # not what the belief alone would have chosen
     experts: tuple[int, ...]  # k, best first
     weights: tuple[float, ...]  # k, sum to 1
+    alphas: tuple[float, ...]  # k, pseudo-successes of the belief that it rests on, which may have moved on since
+    betas: tuple[float, ...]  # k, pseudo-failures
+
+    @property
+    def mean(self) -> float:
+        """The best expert's posterior mean competence: the estimate of success to show. ``score`` is a bound, and lies below it."""
+        return self.means[0]
+
+    @property
+    def means(self) -> tuple[float, ...]:  # k
+        """The posterior mean competence of each of the ``experts``."""
+        return tuple(a / (a + b) for a, b in zip(self.alphas, self.betas, strict=True))
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """The equal-tailed credible interval of the best expert's competence, exact; computed when asked for, in about 0.05 s.
+
+        Raises:
+            InvalidArgumentError: a level outside (0, 1).
+        """
+        alpha, beta = torch.tensor([[self.alphas[0]], [self.betas[0]]], dtype=torch.float64).unbind()
+        low, high = beta_functions.interval(alpha, beta, level)
+        return low.item(), high.item()
 
 
 class Decisions(NamedTuple):
@@ -41,6 +64,25 @@ class Decisions(NamedTuple):
     abstain: NDArray[np.bool_]  # (N,)
     explored: NDArray[np.bool_]  # (N,)
     weights: NDArray[np.float32]  # (N, k)
+    alphas: NDArray[np.float64]  # (N, k)
+    betas: NDArray[np.float64]  # (N, k)
+
+    @property
+    def means(self) -> NDArray[np.float64]:  # (N, k)
+        """The posterior mean competence of each chosen expert: the estimates of success to show."""
+        return self.alphas / (self.alphas + self.betas)
+
+    def interval(self, level: float = 0.95) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # 2 x (N, k)
+        """Lower and upper ends of the equal-tailed credible intervals, as :meth:`Decision.interval` for every chosen expert.
+
+        Raises:
+            InvalidArgumentError: a level outside (0, 1).
+        """
+        distinct, place = np.unique(np.stack([self.alphas, self.betas]).reshape(2, -1), axis=1, return_inverse=True)
+        alpha, beta = torch.from_numpy(distinct).unbind()
+        ends = beta_functions.interval(alpha, beta, level)
+        low, high = (end.numpy()[place.reshape(self.alphas.shape)] for end in ends)
+        return low, high
 
 
 class Recorder(Protocol):
@@ -76,9 +118,8 @@ class Audit(Protocol):
         """Record what this router does from now on."""
 
 
-_Choice = tuple[
-    int, float, list[int], list[float], list[float], bool
-]  # cluster, distance, experts, scores, weights, explored
+# cluster, distance, experts, scores, weights, alpha and beta, explored
+_Choice = tuple[int, float, list[int], list[float], list[float], list[list[float]], bool]
 
 
 class PosteriorRouter:
@@ -192,7 +233,7 @@ class PosteriorRouter:
             if self._audit is not None:
                 self._audit.before()
             choose = self._choose_one_per_token if self.gate.chooses_per_token else self._choose_one_by_table
-            cluster, distance, experts, scores, weights, explored = choose(vector)
+            cluster, distance, experts, scores, weights, (alphas, betas), explored = choose(vector)
             decision_id = self._next_id
             self._next_id += 1
             slot = decision_id % self.max_pending
@@ -204,9 +245,8 @@ class PosteriorRouter:
             abstain = below or distance == np.inf
             if self._audit is not None:
                 self._audit.routed_one(decision_id, cluster, distance, experts, scores, abstain + 2 * explored)
-        return Decision(
-            decision_id, experts[0], scores[0], cluster, distance, abstain, explored, tuple(experts), tuple(weights)
-        )
+        why = (tuple(experts), tuple(weights), tuple(alphas), tuple(betas))
+        return Decision(decision_id, experts[0], scores[0], cluster, distance, abstain, explored, *why)
 
     @torch.inference_mode()
     def route_batch(self, embeddings: ArrayLike) -> Decisions:  # (N, D)
@@ -222,6 +262,7 @@ class PosteriorRouter:
             routing = self.gate(hidden)
             experts, clusters = routing.expert_indices.numpy(), routing.cluster_ids.numpy()
             distance, scores = routing.distance.numpy(), routing.scores.numpy()
+            counts = self.gate.counts_of(routing).numpy()
             explored = self._explored(routing)
             ids = np.arange(self._next_id, self._next_id + len(experts))
             self._next_id += len(experts)
@@ -231,7 +272,8 @@ class PosteriorRouter:
                 abstain |= ~(scores[:, 0] >= self.abstain_below)
             if self._audit is not None:
                 self._audit.routed(ids, clusters, distance, experts, scores, abstain + 2 * explored.view(np.uint8))
-        return Decisions(ids, experts, scores, clusters, distance, abstain, explored, routing.routing_weights.numpy())
+        why = (routing.routing_weights.numpy(), counts[:, 0], counts[:, 1])
+        return Decisions(ids, experts, scores, clusters, distance, abstain, explored, *why)
 
     def resolve(self, decision_id: int, outcome: float | ArrayLike) -> None:  # () or (k,)
         """Say how a decision turned out: a competence signal in [0, 1] for its expert, or one for each of its k; NaN = unknown.
@@ -357,15 +399,16 @@ class PosteriorRouter:
         cluster, distance, tables = gate.assign_one(vector)
         if gate.lazy and gate.stale.numpy()[cluster]:
             gate.refresh_rows(torch.tensor([cluster]))
-        experts, weights, scores = (table[cluster, 0].tolist() for table in tables)
-        return cluster, distance, experts, scores, weights, False
+        experts, weights, scores, counts = (table[cluster, 0].tolist() for table in tables)
+        return cluster, distance, experts, scores, weights, counts, False
 
     def _choose_one_per_token(self, vector: NDArray) -> "_Choice":  # (D,)
         routing = self.gate(torch.from_numpy(vector[None]))
+        counts = self.gate.counts_of(routing)[0].tolist()
         explored = bool(self._explored(routing)[0])
         cluster, distance = int(routing.cluster_ids), float(routing.distance)
         experts, scores, weights = routing.expert_indices, routing.scores, routing.routing_weights
-        return cluster, distance, experts[0].tolist(), scores[0].tolist(), weights[0].tolist(), explored
+        return cluster, distance, experts[0].tolist(), scores[0].tolist(), weights[0].tolist(), counts, explored
 
     def _explored(self, routing: Routing) -> NDArray[np.bool_]:  # -> (N,)
         gate = self.gate

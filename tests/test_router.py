@@ -2,6 +2,7 @@ import threading
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from moe_posterior import InvalidArgumentError, NotFittedError, PosteriorRouter
@@ -223,3 +224,70 @@ def test_an_empty_batch_is_an_empty_answer() -> None:
     router = fitted_router()
     assert router.route_batch(EMBEDDINGS[:0]).ids.shape == (0,)
     router.resolve_batch(np.zeros(0, dtype=np.int64), np.zeros(0))
+
+
+DECIDING = [
+    {},
+    {"lazy": False},
+    {"top_k": 3},
+    {"shrinkage": 4.0, "surprise": 4.0, "half_life": 20.0},
+    {"score": "quantile", "false_positive_rate": 0.1},
+    {"novelty": "discount", "top_k": 2},
+    {"novelty": "class"},
+]
+DRAWING = [{"score": "thompson"}, {"exploration": 0.5, "top_k": 2}]
+
+
+def experienced_router(**options) -> PosteriorRouter:
+    router, rng = fitted_router(**options), np.random.default_rng(2)
+    router.warm_start(EMBEDDINGS, rng.random((200, E)))
+    known = router.route_batch(EMBEDDINGS)
+    router.resolve_batch(known.ids, rng.random(known.experts.shape))
+    return router
+
+
+@pytest.mark.parametrize("options", DECIDING)
+def test_mean_and_interval_are_the_same_alone_and_in_a_batch(options: dict) -> None:
+    router = experienced_router(**options)
+    batch, singles = router.route_batch(EMBEDDINGS[:20]), [router.route(embedding) for embedding in EMBEDDINGS[:20]]
+    assert [list(one.means) for one in singles] == batch.means.tolist()
+    assert [one.mean for one in singles] == batch.means[:, 0].tolist()
+    low, high = batch.interval(0.8)
+    assert [one.interval(0.8) for one in singles] == list(zip(low[:, 0].tolist(), high[:, 0].tolist(), strict=True))
+    tails = scipy.stats.beta.ppf([[[0.1]], [[0.9]]], batch.alphas, batch.betas)
+    np.testing.assert_allclose(np.stack([low, high]), tails, rtol=1e-9)
+
+
+@pytest.mark.parametrize("options", [*DECIDING[:5], *DRAWING])
+def test_a_decision_keeps_the_belief_that_it_rested_on(options: dict) -> None:
+    router = experienced_router(**options)
+    alpha, beta = (table.numpy().copy() for table in router.posterior.parameters_of())
+    decision, batch = router.route(EMBEDDINGS[0]), router.route_batch(EMBEDDINGS)
+    for _ in range(5):
+        router.resolve(router.route(EMBEDDINGS[0]).id, np.zeros(router.gate.top_k))
+    assert list(decision.alphas) == alpha[decision.cluster, list(decision.experts)].tolist()
+    assert list(decision.betas) == beta[decision.cluster, list(decision.experts)].tolist()
+    np.testing.assert_array_equal(batch.alphas, alpha[batch.clusters[:, None], batch.experts])
+    np.testing.assert_array_equal(batch.betas, beta[batch.clusters[:, None], batch.experts])
+
+
+def test_the_mean_lies_above_the_bound_and_inside_the_interval() -> None:
+    decision = experienced_router().route(EMBEDDINGS[0])
+    low, high = decision.interval()
+    assert low < decision.mean < high
+    assert decision.score < decision.mean
+    narrow = decision.interval(0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, -1.0, float("nan")])
+def test_an_impossible_level_is_refused(level: float) -> None:
+    router = fitted_router()
+    for decided in (router.route(EMBEDDINGS[0]), router.route_batch(EMBEDDINGS[:2])):
+        with pytest.raises(InvalidArgumentError, match="level"):
+            decided.interval(level)
+
+
+def test_an_empty_batch_has_empty_means_and_intervals() -> None:
+    none = fitted_router().route_batch(EMBEDDINGS[:0])
+    assert none.means.shape == none.interval()[0].shape == (0, 1)

@@ -123,13 +123,15 @@ class Reader:
         """The paper's full entries, one row a decision.
 
         Columns: source, id, time, cluster, distance, version (of the cluster's posterior row), mode (the score that ranked),
-        experts and scores (best first), abstain, explored, alpha and beta (all E experts, as the decision saw them; null where
-        the source has no belief), signal (one a slot, null while there is no outcome) and resolved (when it came).
+        experts, scores and means (best first; the posterior mean competence of each, what the score is a bound of), abstain,
+        explored, alpha and beta (all E experts, as the decision saw them), signal (one a slot, null while there is no outcome) and
+        resolved (when it came). Means, alpha and beta are null where the source has no belief; means also where a far token was
+        given less than its cluster's (``novelty="discount"``).
 
         Args:
             ids, expert, cluster: only these decisions; ``expert`` is one that was chosen.
             last: only so many, the latest.
-            posterior: False leaves alpha and beta out: for wide pools they are nearly all of the table.
+            posterior: False leaves means, alpha and beta out: for wide pools they are nearly all of the table.
         """
         parts: deque[Any] = deque()
         rows = 0
@@ -147,7 +149,7 @@ class Reader:
         if last is not None and rows > last:
             table = table.slice(rows - last)
         table = outcomes.join(table)
-        return table.drop_columns(["source_number"] if posterior else ["source_number", "alpha", "beta"])
+        return table.drop_columns(["source_number"] if posterior else ["source_number", "means", "alpha", "beta"])
 
     def outcomes(self) -> Any:
         """Outcomes, one row a decision and slot, in the order they came.
@@ -254,6 +256,7 @@ def _decision_schema() -> Any:
             ("mode", pa.string()),
             ("experts", pa.list_(pa.uint16())),
             ("scores", pa.list_(pa.float32())),
+            ("means", floats),
             ("abstain", pa.bool_()),
             ("explored", pa.bool_()),
             ("alpha", floats),
@@ -271,25 +274,29 @@ def _decision_table(group: Group, source: Source | None, belief: RowsOfGroup | N
     schema, rows = _decision_schema(), len(kept)
     columns = {name: values[kept] for name, values in group.tables["decisions"].items()}
     calls = group.tables["calls"]
-    flags = columns.pop("flags")
+    flags, experts = columns.pop("flags"), columns.pop("experts")
     arrays = {
         "source_number": pa.array(np.full(rows, group.source)),
         "source": pa.array([source.name if source else ""] * rows, pa.string()),
         "id": pa.array(group.decision_ids()[kept]),
         "time": pa.array(calls["time"][group.call_rows(ROUTE)[kept]]).cast(TIME),
         "mode": pa.array([str(knobs(source.checkpoint).get("score", "")) if source else ""] * rows, pa.string()),
-        "experts": _lists(columns.pop("experts"), schema.field("experts").type),
+        "experts": _lists(experts, schema.field("experts").type),
         "scores": _lists(columns.pop("scores"), schema.field("scores").type),
         "abstain": pa.array(flags & ABSTAIN != 0),
         "explored": pa.array(flags & EXPLORED != 0),
         **{name: pa.array(values) for name, values in columns.items()},
     }
-    for name in ("alpha", "beta"):
-        if belief is None:
-            arrays[name] = pa.nulls(rows, schema.field(name).type)
-        else:
-            places = belief.places(columns)
-            arrays[name] = _lists(getattr(belief, name)[places], schema.field(name).type)
+    beliefs = dict.fromkeys(("alpha", "beta", "means"))
+    if belief is not None:
+        places = belief.places(columns)
+        beliefs["alpha"], beliefs["beta"] = belief.alpha[places], belief.beta[places]
+        if source is not None and source.checkpoint.settings.get("options", {}).get("novelty") != "discount":
+            alpha, beta = (table[places[:, None], experts] for table in (belief.alpha, belief.beta))
+            beliefs["means"] = alpha / (alpha + beta)
+    for name, values in beliefs.items():
+        kind = schema.field(name).type
+        arrays[name] = pa.nulls(rows, kind) if values is None else _lists(values, kind)
     return pa.table([arrays[name] for name in schema.names], schema=schema)
 
 

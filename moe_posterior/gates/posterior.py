@@ -73,6 +73,7 @@ class PosteriorGate(Gate, FixedPrecision):
     topk_indices: Tensor  # (C, k) int64
     topk_weights: Tensor  # (C, k) float32
     topk_scores: Tensor  # (C, k) float32
+    topk_counts: Tensor  # (C, 2, k) float64, alpha and beta of the chosen
     stale: Tensor  # (C,) bool, rows that a lazy gate must rewrite before use
     steps: Tensor  # () int64, observe calls so far
     score: Score
@@ -132,6 +133,7 @@ class PosteriorGate(Gate, FixedPrecision):
         self.register_buffer("topk_indices", torch.zeros(table, dtype=torch.int64), persistent=False)
         self.register_buffer("topk_weights", torch.zeros(table, dtype=torch.float32), persistent=False)
         self.register_buffer("topk_scores", torch.zeros(table, dtype=torch.float32), persistent=False)
+        self.register_buffer("topk_counts", torch.zeros(table[0], 2, top_k, dtype=torch.float64), persistent=False)
         self.register_buffer("stale", torch.ones(table[0], dtype=torch.bool), persistent=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.configure(
@@ -310,7 +312,7 @@ class PosteriorGate(Gate, FixedPrecision):
     def _forward_one(self, hidden: Tensor) -> Routing:  # (1, D)
         """One token by the tables, in numpy."""
         vector = (hidden.detach() if hidden.requires_grad else hidden).numpy()[0]
-        cluster, distance, (indices, weights, scores) = self.assign_one(vector)
+        cluster, distance, (indices, weights, scores, _) = self.assign_one(vector)
         tensor, array = torch.from_numpy, np.array
         return Routing(
             tensor(indices[cluster].copy()),
@@ -320,26 +322,22 @@ class PosteriorGate(Gate, FixedPrecision):
             tensor(array([distance], np.float32)),
         )
 
-    def assign_one(self, vector: NDArray) -> tuple[int, float, tuple[NDArray, ...]]:  # (D,) float32 -> 3 x (C, 1, k)
-        """Cluster and distance of one token, and numpy views of the tables of indices, weights and scores."""
+    def assign_one(self, vector: NDArray) -> tuple[int, float, tuple[NDArray, ...]]:  # (D,) float32
+        """Cluster and distance of one token, and numpy views of the tables: indices, weights, scores, counts; (C, 1, …) each."""
         own: dict[str, Any] = self._buffers  # as in forward
         clusterer: Any = self._modules["clusterer"]
         buffers = clusterer._buffers
         centroids: tuple[Tensor, ...] = buffers["centroids"], buffers["directions"], buffers["offsets"]
         if clusterer.outliers:
             centroids += (buffers["radius"],)
-        tables = own["topk_indices"], own["topk_weights"], own["topk_scores"]
+        tables = own["topk_indices"], own["topk_weights"], own["topk_scores"], own["topk_counts"]
         return self._views.assign_one(vector, centroids, tables)
 
     @torch.no_grad()
     def _forward_per_token(self, hidden: Tensor) -> Routing:
         assignment = self.clusterer(hidden)
         generator = self._generator(hidden.device, "route")
-        if self.novelty == "discount":
-            alpha, beta = self._with_novelty(assignment)
-        else:
-            alpha, beta = self.posterior.parameters_of(assignment.cluster_ids)
-        scores = self._scores(alpha, beta, generator)
+        scores = self._scores(*self._believed(assignment), generator)
         selection = reference.select(scores, assignment.cluster_ids, self.top_k)
         indices, chosen = selection.expert_indices, selection.scores
         if self.exploration > 0 and int(self.posterior.active.sum()) > self.top_k:
@@ -378,7 +376,7 @@ class PosteriorGate(Gate, FixedPrecision):
         if device.type == "meta":
             return
         if self.topk_indices.device != device:  # a load with assign=True leaves derived buffers where they were
-            for name in ("topk_indices", "topk_weights", "topk_scores", "stale"):
+            for name in ("topk_indices", "topk_weights", "topk_scores", "topk_counts", "stale"):
                 setattr(self, name, torch.zeros_like(getattr(self, name), device=device))
             self.stale.fill_(True)
         clusters = torch.arange(self.num_clusters, device=device)
@@ -404,11 +402,34 @@ class PosteriorGate(Gate, FixedPrecision):
         alpha, beta = self.posterior.parameters_of(routing.cluster_ids)
         return beta_functions.mean(alpha, beta).gather(1, routing.expert_indices).float()
 
+    @torch.no_grad()
+    def counts_of(self, routing: Routing) -> Tensor:  # -> (N, 2, k) float64
+        """Alpha and beta of the chosen experts as of now: what mean and interval of their competence come from.
+
+        With ``novelty="discount"`` those that the token was given, far from its cluster fewer than the cluster has.
+        """
+        if self.novelty == "discount":
+            believed = self._with_novelty(reference.Assignment(routing.cluster_ids, routing.distance))
+            return _chosen(*believed, routing.expert_indices)
+        return torch.stack(self.posterior.parameters_at(routing.cluster_ids[:, None], routing.expert_indices), dim=1)
+
+    def _believed(self, assignment: reference.Assignment) -> tuple[Tensor, Tensor]:  # -> 2 x (N, E)
+        """What is believed of every expert, for each token."""
+        if self.novelty == "discount":
+            return self._with_novelty(assignment)
+        return self.posterior.parameters_of(assignment.cluster_ids)
+
     def _write_rows(self, clusters: Tensor) -> None:  # (M,)
-        selection = reference.select(self.competence_scores(clusters), clusters, self.top_k)
+        alpha, beta = self.posterior.parameters_of(clusters)
+        selection = reference.select(self._scores(alpha, beta, None), clusters, self.top_k)
         self.topk_indices[clusters] = selection.expert_indices
         self.topk_scores[clusters] = selection.scores.float()
         self.topk_weights[clusters] = reference.weigh(selection.scores, self.temperature).float()
+        self.topk_counts[clusters] = _chosen(alpha, beta, selection.expert_indices)
+
+
+def _chosen(alpha: Tensor, beta: Tensor, expert_indices: Tensor) -> Tensor:  # 2 x (N, E), (N, k) -> (N, 2, k)
+    return torch.stack([alpha.gather(1, expert_indices), beta.gather(1, expert_indices)], dim=1)
 
 
 def _validate_knobs(knobs: Mapping[str, Any]) -> None:

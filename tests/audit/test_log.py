@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pytest
-from audit.worlds import EMBEDDINGS, C, D, E, live, new_router
+from audit.worlds import BELIEFS, EMBEDDINGS, C, D, E, live, new_router
 
 from moe_posterior import InvalidArgumentError, PosteriorRouter
 from moe_posterior.audit import AuditLog
@@ -121,6 +121,21 @@ def test_what_the_caller_does_with_its_arrays_does_not_reach_the_log(tmp_path: P
     table = AuditLog(tmp_path, mode="r").decisions()
     assert (table["experts"].to_pylist(), table["scores"].to_pylist(), table["cluster"].to_pylist()) == wanted
     assert table["signal"].to_pylist() == [[1.0]] * 50
+
+
+@pytest.mark.parametrize("name", BELIEFS)
+def test_the_log_tells_the_means_that_the_decisions_carried(tmp_path: Path, name: str) -> None:
+    with AuditLog(tmp_path) as log:
+        router = new_router(log, **BELIEFS[name])
+        live(router, 10, seed=0)
+        decided = [router.route(EMBEDDINGS[0])]
+        live(router, 3, seed=1)
+        batch = router.route_batch(EMBEDDINGS[:50])
+    table = AuditLog(tmp_path, mode="r").decisions(ids=[decided[0].id, *batch.ids.tolist()])
+    carried = [list(decided[0].means), *batch.means.tolist()]
+    if BELIEFS[name].get("novelty") == "discount":
+        carried = [None] * 51
+    assert table["means"].to_pylist() == carried
 
 
 def test_an_audited_router_decides_as_an_unaudited_one(tmp_path: Path) -> None:
