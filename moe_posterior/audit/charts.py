@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from moe_posterior import beta as posterior
+from moe_posterior.audit.competence import Z
 from moe_posterior.audit.flags import Flag, moments
 from moe_posterior.audit.survey import SourceSurvey
 from moe_posterior.audit.trajectories import Samples
@@ -17,7 +18,6 @@ EXPERTS, CLUSTERS, PANELS = 16, 12, 4  # drawn at most: experts over all cluster
 _POINTS = 80
 _SHARES = (0, 0.2, 0.4, 0.6, 0.8, 1)
 _LEGEND = [("expert, 95 % interval", 0), ("mean of the active experts", 1)]
-Z = 1.96
 _MANY = 400.0  # pseudo-counts from which on a Beta distribution is normal for the eye
 
 

@@ -18,6 +18,7 @@ from moe_posterior.audit.verify import Verification, verify, verify_decisions
 from moe_posterior.audit.watch import MOST_MINUTES, watch
 from moe_posterior.errors import AuditError, InvalidArgumentError
 
+_OVER_ALL, _ASKED = ("competence", "low", "high"), ("asked", "asked_low", "asked_high")
 EXAMPLES = """
 examples:
   moe-posterior audit show runs/x/audit --last 5
@@ -140,12 +141,20 @@ def _stats(log: AuditLog, given: argparse.Namespace) -> int:
             print(f"  {name:<10} {source[name]:>12,}")
         for name in ("abstained", "explored"):
             print(f"  {name:<10} {source[name]:>12,}  {source[name + '_share']:.2%}")
-        print(f"\n  {'expert':>6} {'chosen':>12} {'outcomes':>12} {'competence':>10}  95 % interval")
+        print(
+            f"\n  {'expert':>6} {'chosen':>12} {'outcomes':>12} {'observed':>8}  competence, 95 %       where asked, 95 %"
+        )
         for row in source["experts"]:
-            mean = "" if row["competence"] is None else f"{row['competence']:.4f}"
-            bounds = f"{row['low']:.4f} to {row['high']:.4f}"
-            print(f"  {row['expert']:>6} {row['chosen']:>12,} {row['outcomes']:>12,} {mean:>10}  {bounds}")
+            seen = "" if row["observed"] is None else f"{row['observed']:.4f}"
+            over_all, asked = (_bounds(row, *names) for names in (_OVER_ALL, _ASKED))
+            print(
+                f"  {row['expert']:>6} {row['chosen']:>12,} {row['outcomes']:>12,} {seen:>8}  {over_all:22} {asked}".rstrip()
+            )
     return 0
+
+
+def _bounds(row: dict[str, Any], mean: str, low: str, high: str) -> str:
+    return "" if row[mean] is None else f"{row[mean]:.4f} [{row[low]:.3f}, {row[high]:.3f}]"
 
 
 def _verify(given: argparse.Namespace, key: bytes | None) -> int:

@@ -4,19 +4,16 @@ It is made in one pass over the log, with every hash checked, and stays small ho
 """
 
 import os
-from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from html import escape
 from os import PathLike
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moe_posterior.audit import charts
 from moe_posterior.audit.belief import knobs
-from moe_posterior.audit.flags import Flag, moments
+from moe_posterior.audit.competence import Estimate, standings
+from moe_posterior.audit.flags import Flag
 from moe_posterior.audit.read import Reader
 from moe_posterior.audit.recorder import now
 from moe_posterior.audit.survey import SourceSurvey, Survey, require_sources, survey
@@ -199,6 +196,7 @@ def _competence(sources: list[SourceSurvey]) -> str:
         "in the pool",
         "chosen",
         "share",
+        "mean outcome",
         "over all clusters",
         "where asked",
         "flags up",
@@ -206,7 +204,8 @@ def _competence(sources: list[SourceSurvey]) -> str:
     ]
     rows = sorted((row for source in sources for row in _expert_rows(source)), key=lambda row: -row[0])
     text = (
-        "Posterior mean and 95 % interval at the end of the log. Where asked: clusters weighted by how often the expert was chosen "
+        "Posterior mean and 95 % interval at the end of the log, a warm start included. Mean outcome: of what came "
+        "back. Where asked: clusters weighted by how often the expert was chosen "
         "there. Flags up: how many are up now. Low from start: clusters on which it stood below the pool when the log was told of it, "
         "and still does."
     )
@@ -216,30 +215,19 @@ def _competence(sources: list[SourceSurvey]) -> str:
 
 def _expert_rows(source: SourceSurvey) -> list[tuple[int, list[object]]]:
     """How often each expert was chosen, and its row."""
-    if source.flagging is None or source.sampler is None:  # a gate without a belief
-        counts = source.chosen.tolist()
-        return [(n, [source.name, e, None, n, _share(n, sum(counts)), *[None] * 4]) for e, n in enumerate(counts)]
-    mean, std = moments(source.sampler.alpha, source.sampler.beta)
-    pool = source.flagging.cells[0]
-    low = pool.low_from_start.sum(axis=0).tolist()
-    up = Counter(flag.expert for flag in source.flags() if flag.ended is None)
-    chosen = np.pad(source.chosen, (0, max(0, mean.shape[1] - len(source.chosen)))).tolist()
+    found, total = standings(source), int(source.chosen.sum())
     rows = []
-    for e, active in enumerate(pool.active.tolist()):
-        evenly = _weighted(mean[:, e], std[:, e], np.ones(len(mean), dtype=np.int64))
-        asked = _weighted(mean[:, e], std[:, e], source.traffic[:, e])
-        row = [source.name, e, active, chosen[e], _share(chosen[e], sum(chosen)), evenly, asked, up[e], low[e]]
-        rows.append((chosen[e], row))
+    for one in found:
+        share = _share(one.chosen, total)
+        judged: list[object] = [_cell(one.over_all), _cell(one.asked), one.flags, one.low]
+        known = source.sampler is not None
+        row = [source.name, one.expert, one.active if known else None, one.chosen, share, one.observed]
+        rows.append((one.chosen, [*row, *(judged if known else [None] * 4)]))
     return rows
 
 
-def _weighted(mean: NDArray, std: NDArray, weights: NDArray) -> Cell:  # (C,), (C,), (C,)
-    """A mean over clusters with its interval, the clusters taken for independent."""
-    total = int(weights.sum())
-    if not total:
-        return estimate(None)
-    value, spread = float(mean @ weights) / total, float(np.sqrt((std * weights) @ (std * weights))) / total
-    return estimate(value, max(0.0, value - charts.Z * spread), min(1.0, value + charts.Z * spread))
+def _cell(one: Estimate | None) -> Cell:
+    return estimate(None) if one is None else estimate(*one)
 
 
 def _experts(name: str, source: SourceSurvey) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_posterior.audit.asked import Asked
 from moe_posterior.audit.belief import knobs
 from moe_posterior.audit.chain import REMOVED, read_note
 from moe_posterior.audit.flags import Flag, Flagging
@@ -45,6 +46,14 @@ class SourceSurvey:
         self.decisions = self.outcomes = self.unknown = self.abstained = self.explored = 0
         self.refused: Counter[str] = Counter()
         self.chosen = np.zeros(0, dtype=np.int64)  # (E,) slots given to each expert
+        self.seen, self.won = (
+            np.zeros(0),
+            np.zeros(0),
+        )  # (E,) outcomes of each expert that were not unknown, and their sum
+        self.by_cluster = np.zeros(0, dtype=np.int64)  # (C,) decisions
+        self.refused_ids = 0  # decisions with an outcome that was refused, counted once a group commit
+        self.unmatched = 0  # outcomes of decisions that the log no longer holds
+        self.asked: Asked | None = None
         self.traffic = np.zeros(
             (0, 0), dtype=np.int64
         )  # (C, E) slots given in each cluster, since the clusters were last found
@@ -59,6 +68,14 @@ class SourceSurvey:
         """Take in a checkpoint; what was new in it."""
         checkpoint, belief, old = source.checkpoint, source.belief, self.checkpoint
         self.checkpoint = checkpoint
+        if self.asked is None:
+            self.asked = Asked(checkpoint)
+        else:
+            self.asked.told(checkpoint)
+        self.chosen, self.seen, self.won = (
+            _widened(counts, int(checkpoint.settings["num_experts"])) for counts in (self.chosen, self.seen, self.won)
+        )
+        self.by_cluster = _widened(self.by_cluster, int(checkpoint.settings["num_clusters"]))
         reason, time = str(checkpoint.settings.get("reason")), _integer(checkpoint.settings.get("time"))
         if belief is not None:
             old_shape = (0, 0) if self.sampler is None else self.sampler.alpha.shape
@@ -93,18 +110,32 @@ class SourceSurvey:
             times = group.tables["calls"]["time"][group.tables["calls"]["kind"] == ROUTE]
             self.first_time = self.first_time or int(times[0])
             self.last_time = int(times[-1])
-            self.chosen = _add(self.chosen, decisions["experts"].reshape(-1))
+            self.chosen += np.bincount(decisions["experts"].reshape(-1), minlength=len(self.chosen))
+            self.by_cluster += np.bincount(decisions["cluster"], minlength=len(self.by_cluster))
         self.decisions += len(flags)
+        self.refused_ids += len(np.unique(group.tables["refusals"]["id"]))
         self.abstained += int(np.count_nonzero(flags & ABSTAIN))
         self.explored += int(np.count_nonzero(flags & EXPLORED))
         self.outcomes += len(outcomes["id"])
         unknown = np.isnan(outcomes["signal"])
         self.unknown += int(np.count_nonzero(unknown))
         self.signal += float(np.where(unknown, 0.0, outcomes["signal"]).sum())
+        self._learn(group)
         for reason, count in Counter(group.tables["refusals"]["reason"].tolist()).items():
             kind = kind_of_refusal(reason)
             room = kind in self.refused or len(self.refused) < _KINDS_OF_REFUSAL
             self.refused[kind if room else "other reasons"] += count
+
+    def _learn(self, group: Group) -> None:
+        """Give each outcome to its expert."""
+        if self.asked is None:
+            return
+        known, clusters, experts = self.asked.resolve(group)
+        signal = group.tables["outcomes"]["signal"]
+        self.unmatched += int(np.count_nonzero(~known))
+        taken = (known & (clusters >= 0))[:, None] & ~np.isnan(signal)
+        self.seen += np.bincount(experts[taken], minlength=len(self.seen))
+        self.won += np.bincount(experts[taken], signal[taken], minlength=len(self.won))
 
     @property
     def waiting(self) -> int:
@@ -140,6 +171,8 @@ class Survey:
         self.dropped: Counter[str] = Counter()
         self.unclaimed = 0  # decisions of a source whose checkpoint was removed
         self.removed: dict[str, int] = {}  # totals of what retention removed
+        self.first_time: int | None = None  # of a call of a router or gate
+        self.last_time: int | None = None
 
     def take(self, record: Record, sources: dict[int, Source]) -> None:
         """Take in the next record of a log; ``sources`` as of it."""
@@ -149,6 +182,10 @@ class Survey:
                 self.unclaimed += record.rows("decisions")
             else:
                 self._source(record.source, found.name).take(record, found)
+            calls = record.tables["calls"]["time"]
+            if len(calls):  # none where a group commit fell between a posterior row and the decision that rests on it
+                self.first_time = int(calls[0]) if self.first_time is None else self.first_time
+                self.last_time = int(calls[-1])
         elif isinstance(record, Checkpoint):
             number = record.settings["source"]
             said = self._source(number, sources[number].name).told(sources[number])
@@ -201,10 +238,8 @@ def _begun_anew(reason: str, num_experts: int) -> list[int]:
     return [int(found[1])] if found and int(found[1]) < num_experts else []
 
 
-def _add(counts: NDArray, values: NDArray) -> NDArray:
-    found = np.bincount(values.astype(np.int64), minlength=len(counts))
-    found[: len(counts)] += counts
-    return found
+def _widened(counts: NDArray, size: int) -> NDArray:
+    return np.pad(counts, (0, max(0, size - len(counts))))
 
 
 def _integer(value: object) -> int:

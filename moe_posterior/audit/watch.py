@@ -16,7 +16,8 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_posterior.audit.flags import Flag, moments
+from moe_posterior.audit.competence import standings
+from moe_posterior.audit.flags import Flag
 from moe_posterior.audit.follow import Follower
 from moe_posterior.audit.page import when
 from moe_posterior.audit.read import Record
@@ -24,7 +25,6 @@ from moe_posterior.audit.survey import SourceSurvey, Survey
 from moe_posterior.audit.tables import ABSTAIN, EXPLORED, REFUSE, RESOLVE, ROUTE, Group
 from moe_posterior.errors import AuditError
 
-Z = 1.96
 MOST_MINUTES = 24 * 60  # a row of counts a second is kept
 BAR, FLAGS, SOURCES = 20, 6, 8  # width of a bar; flags and routers shown, at most
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the terminal's other screen, its cursor hidden
@@ -169,16 +169,15 @@ def _source_lines(source: SourceSurvey, window: Window, now: float, seconds: int
     ]
     if source.sampler is None or source.flagging is None:
         return lines
-    mean, std = moments(source.sampler.alpha, source.sampler.beta)
-    chosen = window.shares(mean.shape[1], since)
+    found = standings(source)
+    chosen = window.shares(len(found), since)
     total = max(int(chosen.sum()), 1)
-    up = {flag.expert for flag in source.flags() if flag.ended is None}
+    up = {one.expert for one in found if one.flags}
     order = np.lexsort((np.arange(len(chosen)), -chosen)).tolist()
     first = [e for e in order if chosen[e] or e in up][:experts]
     lines.append(f"  {'expert':>6}  {'share':>7}  {'':{BAR}}  competence over all clusters, 95 %")
     for e in first:
-        middle, half = mean[:, e].mean(), Z * float(np.sqrt((std[:, e] ** 2).sum())) / len(mean)
-        low, high = max(0.0, middle - half), min(1.0, middle + half)
+        middle, low, high = found[e].over_all or (np.nan, np.nan, np.nan)
         bar = "#" * round(BAR * int(chosen[e]) / total)
         flag = "  LOW" if e in up else ""
         lines.append(f"  {e:>6}  {chosen[e] / total:>7.1%}  {bar:{BAR}}  {middle:.3f} [{low:.3f}, {high:.3f}]{flag}")

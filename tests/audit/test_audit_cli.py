@@ -1,6 +1,7 @@
 """The command line shows, counts and judges a log; nothing in it can do anything to a terminal."""
 
 import json
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,11 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 from audit.worlds import EMBEDDINGS, C, D, E, live, new_router
-from scipy import stats
 
 from moe_posterior import PosteriorRouter
 from moe_posterior.audit import AuditLog
 from moe_posterior.cli import main
+from moe_posterior.page import estimate
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +62,46 @@ def test_stats_are_those_of_a_plain_count(folder: Path, capsys: pytest.CaptureFi
     assert source["decisions_by_cluster"] == [sum(entry["cluster"] == c for entry in entries) for c in range(C)]
     for expert, row in enumerate(source["experts"]):
         assert (row["chosen"], row["outcomes"]) == (chosen[expert], seen[expert])
-        assert row["competence"] == pytest.approx(won[expert] / seen[expert])
-        bounds = stats.beta.ppf([0.025, 0.975], 1 + won[expert], 1 + seen[expert] - won[expert])
-        assert [row["low"], row["high"]] == pytest.approx(bounds.tolist(), abs=1e-6)
-    assert "95 % interval" in run(capsys, "stats", folder)[1]
+        assert row["observed"] == pytest.approx(won[expert] / seen[expert])
+    assert "competence, 95 %" in run(capsys, "stats", folder)[1]
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_stats_page_and_live_view_tell_the_same_competence_as_the_router_believes(
+    warm: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quality = np.array([0.95, 0.2, 0.6, 0.9, 0.4])
+    with AuditLog(tmp_path / "log") as log:
+        router = new_router(log, abstain_below=None)
+        if warm:
+            router.warm_start(EMBEDDINGS, np.tile(quality, (200, 1)), strength=40.0)
+        for row in range(60):
+            decision = router.route(EMBEDDINGS[row])
+            router.resolve(decision.id, 0.0 if row % 3 else 1.0)
+        router.route_batch(EMBEDDINGS)  # so that the log holds every row as it is in the end
+    mean, std = router.posterior.mean().numpy(), router.posterior.std().numpy()
+    (source,) = json.loads(run(capsys, "stats", tmp_path / "log", "--json")[1])["sources"]
+    traffic = np.zeros((C, E))
+    for entry in AuditLog(tmp_path / "log", mode="r").decisions(posterior=False).to_pylist():
+        traffic[entry["cluster"], entry["experts"][0]] += 1
+    table = run(capsys, "stats", tmp_path / "log")[1]
+    run(capsys, "export", tmp_path / "log", "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    live_view = run(capsys, "watch", tmp_path / "log", "--once")[1]
+    for expert, row in enumerate(source["experts"]):
+        half = 1.96 * np.sqrt((std[:, expert] ** 2).sum()) / C
+        believed = mean[:, expert].mean()
+        bounds = [max(0, believed - half), min(1, believed + half)]
+        assert [row["competence"], row["low"], row["high"]] == pytest.approx([believed, *bounds])
+        if warm and not row["outcomes"]:
+            assert row["competence"] == pytest.approx(quality[expert], abs=0.03)
+            assert row["observed"] is None
+        if traffic[:, expert].any():
+            assert row["asked"] == pytest.approx(np.average(mean[:, expert], weights=traffic[:, expert]))
+            assert f"{believed:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]" in live_view
+        assert f"{believed:.4f} [{bounds[0]:.3f}, {bounds[1]:.3f}]" in table
+        cell = estimate(believed, *bounds)
+        assert escape(cell.text) in page
 
 
 def test_verify_and_replay_judge_by_their_exit_status(
