@@ -21,6 +21,10 @@ class DamagedFileError(MoEPosteriorError, ValueError):
     """A file that this library wrote cannot be read back as it was written, or is not one of its files."""
 
 
+class UnwritableFileError(MoEPosteriorError, OSError):
+    """A file or folder cannot be written; what was there before is as it was. ``errno`` is the system's, where it gave one."""
+
+
 class AuditError(MoEPosteriorError):
     """An audit log is malformed, altered, cut short or not what was asked for; the message names the first bad record."""
 

@@ -12,6 +12,8 @@ PACKAGE = ROOT / "moe_posterior"
 # Rooms in the order in which they may use each other: each only those before it.
 ORDER = [
     ["errors", "precision", "validation"],
+    ["drafts"],
+    ["atomic"],
     ["tensorfile"],
     ["beta", "evidence"],
     ["kernels"],
@@ -27,7 +29,12 @@ ORDER = [
     ["training"],
     ["cli"],
 ]
-LEAVES = {"losses", "metrics", "calibrators", "page"}  # may use the first row alone, and be used by any room after the gates
+LEAVES = {
+    "losses",
+    "metrics",
+    "calibrators",
+    "page",
+}  # may use the first row alone, and be used by any room after the gates
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Run and imported by each other alone: they time whole layers.
 SCRIPTS = {PACKAGE / "kernels" / name for name in ("bench.py", "bench_common.py", "bench_layers.py")}
