@@ -1,4 +1,4 @@
-"""``moe-posterior evaluate``: a run's arms side by side, on the clean test rows and under every shift."""
+"""``moe-posterior evaluate``: a run's arms side by side, on the stored test rows and under every shift."""
 
 import argparse
 import datetime
@@ -35,14 +35,15 @@ from moe_posterior.training.report import (
     to_markdown,
     write_json,
 )
+from moe_posterior.training.report.compute import OVERALL, is_everything, panels_of
 from moe_posterior.training.report.sections import Judged, fit_calibrators, further_sections, pooled
 from moe_posterior.training.runs import Arm, Run
 
 LEAST_RESAMPLES = 100
-SEVERE = 3  # severities from here on make up the panel "shifted", as in the table
+SEVERE = 3  # severities from here on are pooled for curves and calibrators
 
 HELP = """
-Evaluate a run: accuracy, NLL, Brier score and expected calibration error of the routed aggregate, for every arm, on the clean
+Evaluate a run: accuracy, NLL, Brier score and expected calibration error of the routed aggregate, for every arm, on the stored
 test rows and under each shift at each severity, over all rows and over the hard and the easy ones, with bootstrap intervals.
 
 Also, from validation rows: what six calibrators make of it, the threshold to act on, the error under reweighted routing
@@ -64,14 +65,16 @@ def evaluate(arguments: list[str]) -> int:
     console = Console()
     data = _load_data(arms)
     models = {arm.name: load_model(arm) for arm in arms}
-    subsets = {name: mask for name, mask in data.subsets().items() if name != "overall"}
+    masks = {name: mask for name, mask in data.subsets().items() if name != OVERALL}
+    subsets = {name: mask for name, mask in masks.items() if not is_everything(mask)}
     sets = list(options.shifts if options.shifts is not None else data.default_shifts)
     total = (1 + len(sets) * len(options.severities)) * len(models)
     with run.locked(), _progress(console) as progress:
         task = progress.add_task("evaluating", total=total)
 
+        planned = [(data.test_name, 0), *((shift, severity) for shift in sets for severity in options.severities)]
+        panel_of = panels_of(planned, SEVERE)
         judged: dict[str, dict[str, list[Judged]]] = {}  # panel -> arm -> evaluation sets
-        severe = min(SEVERE, max(options.severities))
 
         def predictions() -> Iterator[Predictions]:
             for item in data.evaluation_sets(options.shifts, options.severities):
@@ -81,14 +84,18 @@ def evaluate(arguments: list[str]) -> int:
                     if not console.is_terminal:  # a log file shows no bar
                         console.print(f"evaluating {what}")
                     predicted, outputs = predict(model, name, item)
-                    if item.severity == 0 or item.severity >= severe:
-                        panel = "clean" if item.severity == 0 else "shifted"
+                    if panel := panel_of.get((item.shift, item.severity)):
                         judged.setdefault(panel, {}).setdefault(name, []).append(outputs)
                     yield predicted
                     progress.advance(task)
 
         report = evaluate_predictions(
-            predictions(), subsets, resamples=options.resamples, seed=options.seed, baseline=_baseline(list(models))
+            predictions(),
+            masks,
+            resamples=options.resamples,
+            seed=options.seed,
+            baseline=_baseline(list(models)),
+            shifted_from=SEVERE,
         )
         validation = {}
         for name, model in models.items():
@@ -96,9 +103,9 @@ def evaluate(arguments: list[str]) -> int:
             validation[name] = Judged(outputs, target, torch.arange(len(target)))
         panels = {panel: {name: pooled(parts) for name, parts in arms.items()} for panel, arms in judged.items()}
         calibrators = {name: fit_calibrators(one) for name, one in validation.items()}
-        report |= further_sections(calibrators, validation, panels, subsets, seed=options.seed)
+        report |= further_sections(calibrators, validation, panels, subsets, base=data.test_name, seed=options.seed)
         report["provenance"] = _provenance(run, data, models, options)
-        report["identity"] = _identity(arms, data, models)
+        report["identity"] = _identity(arms, data, models, sets)
         folder = _write(run.folder / "report", report, models, calibrators)
     render_table(report, console)
     console.print(
@@ -145,7 +152,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--run", required=True, metavar="DIR", help="folder of the run, as fit printed it")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms")
-    parser.add_argument("--shifts", nargs="*", metavar="SHIFT", help="only these shifts; none given: clean alone")
+    parser.add_argument(
+        "--shifts", nargs="*", metavar="SHIFT", help="only these shifts; none given: the stored test rows alone"
+    )
     parser.add_argument(
         "--severities",
         nargs="+",
@@ -212,7 +221,9 @@ def _provenance(
     }
 
 
-def _identity(arms: Sequence[Arm], data: ClassificationData, models: dict[str, MoEClassifier]) -> dict[str, Any]:
+def _identity(
+    arms: Sequence[Arm], data: ClassificationData, models: dict[str, MoEClassifier], shifts: Sequence[str]
+) -> dict[str, Any]:
     """What a reader must know to say which model on which data this is."""
     checkpoints = {arm.name: hashlib.sha256(arm.checkpoint.read_bytes()).hexdigest()[:12] for arm in arms}
     backbone = type(next(iter(models.values())).backbone).__name__
@@ -227,11 +238,17 @@ def _identity(arms: Sequence[Arm], data: ClassificationData, models: dict[str, M
         "data": {
             "training": f"{data.name}, {sizes['train']:,} rows, split seed {data.seed}",
             "validation": f"{data.name}, {sizes['val']:,} rows held out of training",
-            "evaluation": f"{data.name}, {sizes['test']:,} test rows, clean and shifted",
+            "evaluation": f"{data.name}, {sizes['test']:,} test rows, " + _evaluated(data, shifts),
         },
         "seed": data.seed,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _evaluated(data: ClassificationData, shifts: Sequence[str]) -> str:
+    """What the test rows are, and the shifts that they were evaluated under, if any."""
+    stored = "distributed as the training rows" if data.test_shift is None else f"all under a shift: {data.test_shift}"
+    return stored + (f"; also under {', '.join(shifts)}" if shifts else "; no further shift was evaluated")
 
 
 def _write(

@@ -191,7 +191,7 @@ def test_an_empty_report_is_a_page_of_absences() -> None:
         ("Shift scenarios", "fog", ["shifts", "records"]),
         ("Calibration metric", "top-label ECE", ["metric", "schema"]),
         ("Binning", "equal mass, 2 bins, norm l2, debiased", ["metric", "schema"]),
-        ("Subgroup", "2 groups; worst: right, ECE 0.123", ["subgroups", "subsets"]),
+        ("Subgroup", "2 groups; worst of softmax: right, ECE 0.123", ["subgroups", "subsets"]),
         ("Temperature", "none, temperature", ["calibrators"]),
         ("Action threshold", "act from 0.850, risk 0.031, promised at most 0.050, coverage 0.620", ["action"]),
         ("identical displayed", "softmax: 870 of 1,000 inputs", ["shared_confidence"]),

@@ -215,7 +215,7 @@ def test_reliability_curves_pool_the_severe_shifts_or_all_where_none_is_severe()
     clean, mild, severe = predictions()[:3]
     for found, pooled in (([clean, mild, severe], [severe]), ([clean, mild], [mild])):
         curves = evaluate_predictions(found, {}, resamples=5)["reliability"]
-        assert [curve["panel"] for curve in curves] == ["clean", "shifted"]
+        assert [curve["panel"] for curve in curves] == ["clean", f"noise, severity {found[-1].severity}"]
         expected = multiclass_calibration_error(pooled[0].probs, pooled[0].target, 10, 15).item()
         assert curves[1]["ece"] == pytest.approx(expected, abs=1e-5)
         assert sum(curves[1]["bins"]["count"]) == curves[1]["n"] == len(HARD)
@@ -277,9 +277,10 @@ def test_the_table_shows_every_subset_of_clean_and_all_shifts_and_each_shift_ove
     assert "15-bin" in lines[0]
     assert "200 resamples" in lines[0]
     assert not any("…" in line for line in lines)
-    heads = [line.removeprefix("── ").split(" (n")[0] for line in lines if line.startswith("──")]
-    both = [f"{name}, {subset}" for name in ("clean", "all shifts") for subset in ("overall", "hard", "easy")]
-    assert heads == [*both, "noise, overall"]
+    heads = [line.removeprefix("── ").rsplit(" (n", 1)[0] for line in lines if line.startswith("──")]
+    names = ("clean", "mean of 2 sets (1 shift, severities 1, 4)")
+    both = [f"{name}, {subset}" for name in names for subset in ("overall", "hard", "easy")]
+    assert heads == [*both, "noise, mean of severities 1, 4, overall"]
     rows = [line for line in to_markdown(report).splitlines() if line.startswith("| ") and "evaluation" not in line]
     assert len(rows) == 2 * len(heads)
     assert {row.count("|") for row in rows} == {9}
@@ -300,7 +301,7 @@ def test_the_reliability_diagram_draws_what_the_json_says(report: dict, tmp_path
     reread = json.loads((tmp_path / "report.json").read_text())
     reliability_diagram(report, tmp_path / "direct.png")
     reliability_diagram(reread, tmp_path / "reread.png")
-    [shifted] = [c for c in reread["reliability"] if (c["arm"], c["panel"]) == ("posterior", "shifted")]
+    [shifted] = [c for c in reread["reliability"] if (c["arm"], c["panel"]) == ("posterior", "noise, severity 4")]
     shifted["bins"]["accuracy"] = [found and found / 2 for found in shifted["bins"]["accuracy"]]
     reliability_diagram(reread, tmp_path / "other.png")
     direct, same, other = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("direct", "reread", "other"))

@@ -30,6 +30,7 @@ __all__ = [
     "stratified_split",
 ]
 
+CLEAN = "clean"
 DATA_VARIABLE = "MOE_POSTERIOR_DATA"
 
 
@@ -46,8 +47,8 @@ class Batch(TypedDict):
 class EvaluationSet:
     """The test rows under one shift; order and labels are the same in all evaluation sets of one data module."""
 
-    shift: str  # "clean" or the name of a shift
-    severity: int  # 0 for clean, 1 (mild) to 5
+    shift: str  # `test_name` for the stored test rows, else the name of a shift
+    severity: int  # 0 for the stored test rows, 1 (mild) to 5
     loader: "DataLoader[Batch]"
 
 
@@ -219,7 +220,8 @@ class ClassificationData(lightning.LightningDataModule):
     """Base of the data modules: splits in, loaders, shifted evaluation sets and hard subsets out.
 
     A child sets `name`, `class_names` and `input_shape`, returns the three splits in `load`, and may say how test inputs shift
-    (`known_shifts`, `default_shifts`, `shifted`) and which test rows are hard (`subsets`).
+    (`known_shifts`, `default_shifts`, `shifted`) and which test rows are hard (`subsets`). Where the stored test rows are not
+    distributed as the training rows, `test_shift` names that shift; reports then call them by it and never "clean".
 
     Args:
         batch_size: rows of a batch, in every loader.
@@ -232,6 +234,7 @@ class ClassificationData(lightning.LightningDataModule):
     input_shape: tuple[int, ...]
     group_names: tuple[str, ...] = ()  # of the groups that splits and batches carry
     membership_names: tuple[str, ...] = ()  # of overlapping subpopulations, the columns of `groups`
+    test_shift: str | None = None  # of the stored test rows; None: distributed as the training rows
     known_shifts: tuple[str, ...] = ()
     default_shifts: tuple[str, ...] = ()
 
@@ -246,6 +249,11 @@ class ClassificationData(lightning.LightningDataModule):
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.class_names)
+
+    @property
+    def test_name(self) -> str:
+        """What the stored test rows are called in reports: "clean", or the shift that they are under."""
+        return CLEAN if self.test_shift is None else self.test_shift
 
     @property
     def num_groups(self) -> int:
@@ -305,10 +313,10 @@ class ClassificationData(lightning.LightningDataModule):
     def evaluation_sets(
         self, shifts: Sequence[str] | None = None, severities: Sequence[int] = (1, 2, 3, 4, 5)
     ) -> Iterator[EvaluationSet]:
-        """The clean test rows, then each shift at each severity; each is built when it is asked for and held no longer.
+        """The stored test rows, then each shift at each severity; each is built when it is asked for and held no longer.
 
         Args:
-            shifts: names; by default `default_shifts`. An empty sequence leaves the clean rows alone.
+            shifts: names; by default `default_shifts`. An empty sequence leaves the stored rows alone.
             severities: 1 (mild) to 5 (severe).
 
         Raises:
@@ -324,7 +332,7 @@ class ClassificationData(lightning.LightningDataModule):
 
     def _build_evaluation_sets(self, shifts: Sequence[str], severities: Sequence[int]) -> Iterator[EvaluationSet]:
         test = self.split("test")
-        yield EvaluationSet("clean", 0, self.loader(test))
+        yield EvaluationSet(self.test_name, 0, self.loader(test))
         for shift in shifts:
             for severity in severities:
                 yield EvaluationSet(shift, severity, self.loader(self.shifted(test, shift, severity)))

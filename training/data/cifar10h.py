@@ -67,6 +67,7 @@ class CIFAR10H(ClassificationData):
     name = "CIFAR-10H"
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     input_shape = (3, 32, 32)
+    test_shift = None  # drawn as the training images were
     known_shifts = tuple(CORRUPTIONS)
 
     def __init__(

@@ -71,6 +71,7 @@ class CivilComments(ClassificationData):
     class_names = ("not toxic", "toxic")
     group_names = ("no identity", "any identity")
     membership_names = IDENTITIES
+    test_shift = None  # a random part of the same comments; what may differ are the groups
     folder_name = "civilcomments"
     file_name = "all_data_with_identities.csv"
     advice = "of WILDS (civilcomments_v1.0, wilds.stanford.edu)"

@@ -44,6 +44,7 @@ class Digits(ClassificationData):
     name = "Digits"
     class_names = tuple(str(digit) for digit in range(10))
     input_shape = (1, 8, 8)
+    test_shift = None  # a random part of the same rows
     known_shifts = ("rotation", "gaussian_noise", "gaussian_blur", "contrast")
     default_shifts = known_shifts
 

@@ -152,6 +152,7 @@ class CachedFeatures(ClassificationData):
         self.class_names = tuple(described["class_names"])
         self.group_names = tuple(described["group_names"])
         self.membership_names = tuple(described["membership_names"])
+        self.test_shift = described.get("test_shift")
         self.input_shape = (project or self.manifest["features"],)
         self.known_shifts = tuple(dict.fromkeys(shift for shift, _ in manifest.shifts(self.manifest)))
         self.default_shifts = self.known_shifts

@@ -71,6 +71,7 @@ def describe_data(data: ClassificationData) -> dict[str, Any]:
         "class_names": list(data.class_names),
         "group_names": list(data.group_names),
         "membership_names": list(data.membership_names),
+        "test_shift": data.test_shift,
     }
     for part in SPLITS:
         split = data.split(part)

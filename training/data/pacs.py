@@ -47,8 +47,8 @@ class PACS(ClassificationData):
     `root`; if that is not given, the environment variable MOE_POSTERIOR_DATA (its subfolder `pacs`, then itself); if that is
     not set, `../shared/data/pacs`.
 
-    The split of the source domains is drawn per domain and class; validation rows are never augmented. All test rows are hard: no
-    row of their domain was trained on. Batches carry the domain as "group".
+    The split of the source domains is drawn per domain and class; validation rows are never augmented. The held-out domain is
+    the shift (`test_shift`), so all test rows are hard: no row of their domain was trained on. Batches carry the domain as "group".
 
     Args:
         root: folder of the files; None looks in the places above.
@@ -109,6 +109,7 @@ class PACS(ClassificationData):
         )
         self.root, self.hub_name = root, hub_name
         self.held_out, self.inputs = held_out, inputs
+        self.test_shift = f"held-out {held_out}"
         self.size, self.standardise, self.project = size, standardise, project
         self.val_fraction, self.limit = val_fraction, limit
         self.input_shape = (3, size, size) if pixels else (project or FEATURES,)

@@ -31,7 +31,9 @@ def to_card(report: Mapping[str, Any]) -> str:
     parts = {
         "Governance standard": markdown_table(Table(["item", "value"], standard)),
         "Results": _section(tables.main_rows(report)) + _note(report),
-        "Shift scenarios": _section(tables.shifts(report)) + (f"\n\nMetric: {escape(metric)}." if metric else ""),
+        "Shift scenarios": _section(tables.shifts(report))
+        + (f"\n\n{markdown_table(pools)}" if (pools := tables.pools(report)) else "")
+        + (f"\n\nMetric: {escape(metric)}." if metric else ""),
         "Subgroups": _section(tables.subgroups(report)),
         f"Routing configurations with the largest gap (at most {MOST_CONFIGURATIONS})": _section(
             tables.configurations(report, MOST_CONFIGURATIONS)

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_posterior.page import Axis, Series, Table, estimate, figure, legend, line_chart, nice_ticks
-from moe_posterior.training.report.compute import ALL_SHIFTS, CLEAN, OVERALL
+from moe_posterior.training.report.compute import OVERALL
+from moe_posterior.training.report.places import ALL_SHIFTS, base_of, sets_of, size
 from moe_posterior.training.report.tables import rows_of
 
 FEW = 10  # predictions in a bin, below which its accuracy is drawn faint
@@ -25,8 +26,7 @@ def reliability(report: Mapping[str, Any]) -> str:
     y_axis = Axis("accuracy (share correct)", 0, 1, SHARE_TICKS)
     drawings, rows = [], []
     for number, (place, members) in enumerate(_grouped(curves, ("panel", "subset")).items()):
-        pooled = f", {members[0]['sets']} sets pooled" if members[0].get("sets", 1) > 1 else ""
-        title = f"{', '.join(place)} (n = {members[0]['n']:,}{pooled})"
+        title = f"{', '.join(place)} (n = {size(members[0]['n'], members[0].get('sets', 1)).text})"
         errors = "; ".join(f"{one['arm']}: ECE {one['ece']:.3f}" for one in members if one.get("ece") is not None)
         series = [_bins_series(one, arms.index(str(one["arm"]))) for one in members]
         about = f"Accuracy against confidence in {len(members[0]['bins']['count'])} bins. {errors}."
@@ -43,11 +43,12 @@ def reliability(report: Mapping[str, Any]) -> str:
 
 
 def severity(report: Mapping[str, Any]) -> str:
-    """Accuracy and ECE of all rows against severity, from the unshifted rows to the hardest shift."""
+    """Accuracy and ECE of all rows against severity, from the stored test rows to the hardest shift."""
+    base = base_of(report)
     wanted = [
         one
         for one in report.get("records") or []
-        if one["subset"] == OVERALL and one["severity"] is not None and one["shift"] in (CLEAN, ALL_SHIFTS)
+        if one["subset"] == OVERALL and one["severity"] is not None and one["shift"] in (base, ALL_SHIFTS)
     ]
     levels = sorted({one["severity"] for one in wanted})
     if len(levels) < 2:
@@ -76,7 +77,8 @@ def severity(report: Mapping[str, Any]) -> str:
             )
         )
     caption = (
-        "Accuracy and calibration as the shift grows; severity 0 is the unshifted set. Bands: 95 % bootstrap intervals."
+        f"Accuracy and calibration as the shift grows, each point a mean over {len({name for name, _ in sets_of(report)})} shifts; "
+        f"severity 0: {base}. Bands: 95 % bootstrap intervals."
     )
     names = legend([(arm, i) for i, arm in enumerate(arms)])
     return figure(drawings, caption, names, Table(["metric", "arm", "severity", "value"], rows))

@@ -9,7 +9,8 @@ from typing import Any
 
 from moe_posterior.page import show
 from moe_posterior.training.report import tables
-from moe_posterior.training.report.compute import ALL_SHIFTS, CLEAN, OVERALL
+from moe_posterior.training.report.compute import OVERALL
+from moe_posterior.training.report.places import ALL_SHIFTS, CLEAN, place_name, sets_of
 
 ABSENT = "not measured in this run"
 Finder = Callable[[Mapping[str, Any]], str | None]
@@ -34,11 +35,12 @@ def checklist(report: Mapping[str, Any]) -> list[Item]:
 
 
 def _aggregate(report: Mapping[str, Any]) -> str | None:
-    wanted = {(CLEAN, 0): "clean", (ALL_SHIFTS, None): "mean over shifts"}
+    sets = sets_of(report)
     found = [
-        f"{record['arm']}, {wanted[record['shift'], record['severity']]}: ECE {show(record['value'])}"
+        f"{record['arm']}, {place_name(sets, record['shift'], record['severity'])}: ECE {show(record['value'])}"
         for record in report.get("records") or []
-        if record["subset"] == OVERALL and record["metric"] == "ece" and (record["shift"], record["severity"]) in wanted
+        if record["subset"] == OVERALL and record["metric"] == "ece"
+        if record["severity"] == 0 or (record["shift"], record["severity"]) == (ALL_SHIFTS, None)
     ]
     return "; ".join(found)
 
@@ -75,7 +77,7 @@ def _subgroups(report: Mapping[str, Any]) -> str:
     groups = list(dict.fromkeys(str(one.get("group")) for one in tables.rows_of(report, "subgroups")))
     worst = [one for one in tables.rows_of(report, "subgroups") if one.get("worst")]
     if groups:
-        named = "; ".join(f"worst: {one.get('group')}, ECE {show(one.get('ece'))}" for one in worst)
+        named = "; ".join(f"worst{tables.of_arm(one)}: {one.get('group')}, ECE {show(one.get('ece'))}" for one in worst)
         return f"{len(groups)} groups" + (f"; {named}" if named else "")
     sizes = {name: n for name, n in (report.get("subsets") or {}).items() if name != OVERALL}
     return "subsets " + ", ".join(f"{name} (n = {show(n)})" for name, n in sizes.items()) if sizes else ""

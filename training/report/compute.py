@@ -26,16 +26,17 @@ from moe_posterior.metrics import (
 )
 from moe_posterior.metrics.calibration import validate_arguments, validate_predictions
 from moe_posterior.training.report.bootstrap import bootstrap_sums
+from moe_posterior.training.report.places import ALL_SHIFTS, CLEAN, place_name, pool_name
 
 SCHEMA = "moe-posterior/calibration-report/1"
 METRICS = ("accuracy", "nll", "brier", "ece")
-CLEAN = "clean"
-ALL_SHIFTS = "all shifts"
 OVERALL = "overall"
 NOTES = (
     "Intervals are 95 % percentile bootstrap intervals over rows, less the bootstrap's estimate of bias; every arm and every "
     "evaluation set of the same size sees the same resamples.",
     "Plain binned ECE is biased upwards, the more the fewer rows: read the paired differences, and small subsets with care.",
+)
+NOTES_ON_SHIFTS = (
     "severity null is the mean over evaluation sets; a mean of ECEs is not the ECE of the pooled predictions.",
     "Reliability curves pool evaluation sets made of the same rows; their Wilson intervals take the predictions as "
     "independent and are too narrow where sets were pooled.",
@@ -52,7 +53,7 @@ class Predictions:
     target: Tensor  # (n,)
     arm: str  # "softmax", "posterior"
     shift: str  # "clean", or the name of a shift
-    severity: int  # 0 for clean
+    severity: int  # 0 for the stored test rows: "clean" ones, or all that there is of a shift without severities
     cluster_ids: Tensor | None = None  # (n,)
     expert_indices: Tensor | None = None  # (n, k)
 
@@ -81,14 +82,14 @@ def evaluate_predictions(
 
     Args:
         predictions: one per (arm, shift, severity), read once, in any order; every arm covers the same evaluation sets.
-            The set named "clean" (severity 0) is the unshifted one.
-        subsets: bool masks over the rows, for instance hard and easy ones; "overall" is always added. With subsets, every
-            evaluation set has the masks' number of rows, in the same order.
+            Severity 0 are the stored test rows, under one name: "clean", or the shift that they are under as they stand.
+        subsets: bool masks over the rows, for instance hard and easy ones; "overall" is always added, and a mask of all rows is
+            left out, being the same. With subsets, every evaluation set has the masks' number of rows, in the same order.
         n_bins: equal-width bins of the top-label ECE; 15 is the paper's.
         resamples: bootstrap resamples; 1,000 settle the second digit of a 95 % interval.
         seed: of the resamples.
         baseline: the arm that the others are compared with, where there are several.
-        shifted_from: severities pooled in the "shifted" reliability curves; if no set reaches it, all shifted sets.
+        shifted_from: severities pooled in the reliability curves of shifted sets; if no set reaches it, all shifted sets.
 
     Returns:
         A dict that is strict JSON (NaN became None): ``records`` (arm, shift, severity, subset, n, metric, value, low, high;
@@ -111,6 +112,8 @@ def evaluate_predictions(
         _validate_item(item, subsets, key in evaluations)
         evaluations[key] = _reduce(item, n_bins)
     arms = _validate_arms(evaluations, baseline)
+    whole = [name for name, mask in subsets.items() if is_everything(mask)]
+    subsets = {name: mask for name, mask in subsets.items() if name not in whole}
     records, paired = [], []
     for subset, mask in {OVERALL: None, **subsets}.items():
         statistics, sizes = _statistics(evaluations, mask, resamples, seed)
@@ -121,7 +124,7 @@ def evaluate_predictions(
             if arm != baseline and len(arms) > 1:
                 difference = values - statistics[baseline, shift, severity]
                 paired += _tidy({**where, "baseline": baseline}, difference, floor=-math.inf)
-    panels = _panels(evaluations, shifted_from)
+    panels, pools = _panels(evaluations, shifted_from), _pools(evaluations, shifted_from)
     return {
         "schema": SCHEMA,
         "n_bins": n_bins,
@@ -131,23 +134,33 @@ def evaluate_predictions(
         "baseline": baseline if len(arms) > 1 else None,
         "subsets": {OVERALL: None, **{name: int(mask.sum()) for name, mask in subsets.items()}},
         "shifted_from": shifted_from,
+        "pools": pools,
         "records": records,
         "paired": paired,
         "reliability": [_curve(arm, panel, members) for (arm, panel), members in panels.items()],
         "configurations": [
             row for (arm, panel), members in panels.items() for row in _configurations(arm, panel, members)
         ],
-        "notes": list(NOTES),
+        "notes": [
+            *NOTES,
+            *(NOTES_ON_SHIFTS if pools else ()),
+            *(f"Subset {name!r} holds every row and is not shown apart." for name in whole),
+        ],
     }
+
+
+def is_everything(mask: Tensor) -> bool:  # (n,) bool
+    """Whether a subset holds every row, so that it says nothing that "overall" does not."""
+    return bool(mask.all())
 
 
 def _validate_item(item: Predictions, subsets: Mapping[str, Tensor], seen: bool) -> None:
     name = f"predictions of arm {item.arm!r} on {item.shift!r}, severity {item.severity}"
     if seen:
         raise InvalidArgumentError(f"{name} must come once; got them twice")
-    if item.shift == ALL_SHIFTS or (item.shift == CLEAN) != (item.severity == 0):
+    if item.shift == ALL_SHIFTS or item.severity < 0 or (item.shift == CLEAN) > (item.severity == 0):
         raise InvalidArgumentError(
-            f"shift must be 'clean' with severity 0, or another name than 'all shifts' with severity ≥ 1; got {name}"
+            f"shift must be 'clean' with severity 0, or another name than 'all shifts' with severity ≥ 0; got {name}"
         )
     if item.probs.ndim != 2 or not len(item.probs):
         raise InvalidArgumentError(f"{name}: probs must have shape (n ≥ 1, K); got {tuple(item.probs.shape)}")
@@ -165,6 +178,13 @@ def _validate_arms(evaluations: dict[Key, _Evaluation], baseline: str) -> list[s
     arms = list(dict.fromkeys(arm for arm, _, _ in evaluations))
     if not arms:
         raise InvalidArgumentError("predictions must hold at least one evaluation set; got none")
+    stored = list(dict.fromkeys(shift for _, shift, severity in evaluations if severity == 0))
+    if len(stored) > 1:
+        raise InvalidArgumentError(f"predictions of severity 0, the stored test rows, must have one name; got {stored}")
+    if stored and any(shift in stored and severity for _, shift, severity in evaluations):
+        raise InvalidArgumentError(
+            f"predictions of severity 0, the stored test rows, must have a name of their own; got {stored[0]!r} with severities too"
+        )
     if len(arms) > 1 and baseline not in arms:
         raise InvalidArgumentError(f"baseline must be one of the arms {arms}; got {baseline!r}")
     for _, shift, severity in evaluations:
@@ -210,7 +230,7 @@ def _statistics(
             statistics[key] = _metrics_from_sums(torch.cat([columns[key].sum(0, keepdim=True), sums]), rows)
     means: dict[Key, list[Key]] = {}
     for arm, shift, severity in columns:
-        if shift != CLEAN:
+        if severity != 0:
             for mean in ((arm, shift, None), (arm, ALL_SHIFTS, severity), (arm, ALL_SHIFTS, None)):
                 means.setdefault(mean, []).append((arm, shift, severity))
     for mean, keys in means.items():
@@ -234,14 +254,51 @@ def _finite(value: float) -> float | None:
 
 
 def _panels(evaluations: dict[Key, _Evaluation], shifted_from: int) -> dict[tuple[str, str], list[_Evaluation]]:
-    """The sets pooled as (arm, "clean") and (arm, "shifted")."""
-    severities = {severity for _, shift, severity in evaluations if shift != CLEAN and severity is not None}
-    threshold = shifted_from if max(severities, default=0) >= shifted_from else 1
+    """The stored test rows under their name, and the sets of high severity under the name of their pool."""
+    panel_of = panels_of([(shift, severity or 0) for _, shift, severity in evaluations], shifted_from)
     panels: dict[tuple[str, str], list[_Evaluation]] = {}
     for (arm, shift, severity), one in evaluations.items():
-        if shift == CLEAN or (severity or 0) >= threshold:
-            panels.setdefault((arm, CLEAN if shift == CLEAN else "shifted"), []).append(one)
+        if panel := panel_of.get((shift, severity or 0)):
+            panels.setdefault((arm, panel), []).append(one)
     return panels
+
+
+def _pools(evaluations: Mapping[Key, _Evaluation], shifted_from: int) -> list[dict]:
+    """What the names stand for that hold several sets; sizes are those of one arm."""
+    first = next(iter(evaluations))[0]
+    rows = {
+        (shift, severity or 0): len(one.target) for (arm, shift, severity), one in evaluations.items() if arm == first
+    }
+    shifted = [one for one in rows if one[1]]
+    severe = [one for one in panels_of(rows, shifted_from) if one[1]]
+    return [
+        {
+            "name": name,
+            "holds": holds,
+            "shifts": list(dict.fromkeys(shift for shift, _ in sets)),
+            "severities": sorted({severity for _, severity in sets}),
+            "sets": len(sets),
+            "n": sum(rows[one] for one in sets),
+        }
+        for name, holds, sets in (
+            (place_name(shifted, ALL_SHIFTS, None), "the mean of each set's own value", shifted),
+            (pool_name(severe) if severe else "", "one value of all predictions together", severe),
+        )
+        if len(sets) > 1
+    ]
+
+
+def panels_of(sets: Iterable[tuple[str, int]], shifted_from: int) -> dict[tuple[str, int], str]:
+    """The panel that each (shift, severity) belongs to, for those that belong to one.
+
+    >>> panels_of([("clean", 0), ("fog", 1), ("fog", 3), ("fog", 4)], shifted_from=3)[("fog", 4)]
+    '2 sets pooled (1 shift, severities 3–4)'
+    """
+    known = list(dict.fromkeys(sets))
+    most = max((severity for _, severity in known), default=0)
+    threshold = shifted_from if most >= shifted_from else 1
+    severe = [one for one in known if one[1] >= threshold]
+    return {one: one[0] for one in known if one[1] == 0} | {one: pool_name(severe) for one in severe}
 
 
 def _curve(arm: str, panel: str, members: list[_Evaluation]) -> dict:

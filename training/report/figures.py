@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+from moe_posterior.training.report.places import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ MAX_ANNOTATED = 200  # cells; beyond it numbers no longer fit
 
 
 def reliability_diagram(report: dict, path: str | os.PathLike[str]) -> None:
-    """Draw accuracy against confidence, clean beside shifted, with Wilson intervals and the share of predictions below.
+    """Draw accuracy against confidence, stored test rows beside shifted sets, with Wilson intervals and the share of predictions below.
 
     Bins with fewer than ten predictions are faint and off the line.
 
@@ -52,8 +53,7 @@ def reliability_diagram(report: dict, path: str | os.PathLike[str]) -> None:
         curves.sort(key=lambda curve: report["arms"].index(curve["arm"]))
         _draw_curves(axes[0, column], curves)
         _draw_shares(axes[1, column], curves)
-        sets = f", {curves[0]['sets']} sets pooled" if curves[0]["sets"] > 1 else ""
-        axes[0, column].set_title(f"{panel} (n = {curves[0]['n']:,}{sets})", fontsize=10)
+        axes[0, column].set_title(f"{panel}\nn = {size(curves[0]['n'], curves[0]['sets']).text}", fontsize=9)
         axes[1, column].set_xlabel("confidence of the top label (probability)")
     axes[0, 0].set_ylabel("accuracy (share correct)")
     axes[1, 0].set_ylabel("share of\npredictions (%)")

@@ -70,7 +70,10 @@ def _results(report: Mapping[str, Any]) -> Section:
 def _shifts(report: Mapping[str, Any]) -> Section:
     metric = tables.metric_settings(report)
     text = paragraph(f"Metric: {metric}.") if metric else _absent("Metric and binning")
-    return Section("shifts", "Shift scenarios and metric", text + _table(tables.shifts(report), "Shift scenarios"))
+    html = text + _table(tables.shifts(report), "Shift scenarios")
+    if pools := tables.pools(report):
+        html += "<h3>What several sets together are called</h3>" + table(pools)
+    return Section("shifts", "Shift scenarios and metric", html)
 
 
 def _configurations(report: Mapping[str, Any]) -> Section:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
-from moe_posterior.training.report.compute import ALL_SHIFTS, CLEAN, METRICS, OVERALL
+from moe_posterior.training.report.compute import METRICS, OVERALL
 from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of
+from moe_posterior.training.report.places import ALL_SHIFTS, base_of, members_of, place_name, sets_of, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,7 @@ class _Row:
 
     evaluation: str
     subset: str
-    n: int
+    n: str  # how many predictions, and of how many rows
     arm: str
     cells: tuple[tuple[str, str | None], ...]  # text and mark, in the order of METRICS
 
@@ -34,8 +35,8 @@ class _Row:
 def render_table(report: dict, console: "Console | None" = None) -> None:
     """Print the report as one table of at most 80 columns: a block per evaluation and subset, a line per arm.
 
-    The arms stand one above the other, so that the eye compares numbers in a column. Shown: clean and the mean of all
-    shifts for every subset, each shift (mean over its severities) overall; the rest is in the dict.
+    The arms stand one above the other, so that the eye compares numbers in a column. Shown: the stored test
+    rows and the mean of all shifted sets for every subset, each shift (mean over its severities) overall; the rest is in the dict.
 
     Args:
         report: from :func:`~moe_posterior.training.report.evaluate_predictions`.
@@ -65,7 +66,7 @@ def render_table(report: dict, console: "Console | None" = None) -> None:
     for row in _rows(report):
         if (row.evaluation, row.subset) != previous:
             previous = (row.evaluation, row.subset)
-            lines.append(Text(f"── {row.evaluation}, {row.subset} (n = {row.n:,})", "dim"))
+            lines.append(Text(f"── {row.evaluation}, {row.subset} (n = {row.n})", "dim"))
         lines.append(line(row.arm, (text.replace(" ", TERMINAL_SIGNS[mark], 1) for text, mark in row.cells)))
     (console or Console()).print(Group(*lines, Text(f"*: better; {MEANING};\n{WHERE}", "italic")))
 
@@ -80,7 +81,7 @@ def to_markdown(report: dict) -> str:
     ]
     for row in _rows(report):
         cells = (_marked(text, mark) for text, mark in row.cells)
-        lines.append(f"| {row.evaluation} | {row.subset} | {row.n:,} | {row.arm} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row.evaluation} | {row.subset} | {row.n} | {row.arm} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"Bold: better; {MEANING}; {WHERE}."]) + "\n"
 
 
@@ -112,18 +113,19 @@ def _title(report: dict) -> str:
 
 
 def _rows(report: dict) -> Iterator[_Row]:
-    """The rows worth reading: clean and all shifts for each subset, then each shift overall."""
+    """The rows worth reading: the stored test rows and the mean of all sets for each subset, then each shift overall."""
     records = {key_of(record): record for record in report["records"]}
-    marks = marks_of(report)
+    marks, sets, base = marks_of(report), sets_of(report), base_of(report)
     shifts = list(dict.fromkeys(record["shift"] for record in report["records"]))
-    named = [shift for shift in shifts if shift not in (CLEAN, ALL_SHIFTS)]
-    shown = [(shift, subset) for shift in (CLEAN, ALL_SHIFTS) if shift in shifts for subset in report["subsets"]]
+    named = [shift for shift in shifts if shift not in (base, ALL_SHIFTS)]
+    shown = [(shift, subset) for shift in (base, ALL_SHIFTS) if shift in shifts for subset in report["subsets"]]
     for shift, subset in [*shown, *((shift, OVERALL) for shift in named)]:
-        severity = 0 if shift == CLEAN else None
+        severity = 0 if shift == base else None
+        name, members = place_name(sets, shift, severity), members_of(sets, shift, severity)
         for arm in report["arms"]:
             keys = [(arm, shift, severity, subset, metric) for metric in METRICS]
             cells = tuple((_cell(records[key]), marks.get(key)) for key in keys)
-            yield _Row(shift, subset, records[keys[0]]["n"], arm, cells)
+            yield _Row(name, subset, size(records[keys[0]]["n"], len(members)).text, arm, cells)
 
 
 def _marked(text: str, mark: str | None) -> str:

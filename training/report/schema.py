@@ -34,6 +34,17 @@ class Shift(TypedDict, total=False):
     description: str
 
 
+class Pool(TypedDict, total=False):
+    """What the name of an evaluation stands for that holds several sets."""
+
+    name: str
+    holds: str  # "the mean of each set's own value", "one value of all predictions together"
+    shifts: Sequence[str]
+    severities: Sequence[int]
+    sets: int
+    n: int  # predictions of one arm
+
+
 class MetricSettings(TypedDict, total=False):
     """How calibration was measured."""
 
@@ -60,7 +71,7 @@ class Configuration(TypedDict, total=False):
     """One routing configuration: a cluster and the experts chosen there."""
 
     arm: str
-    panel: str  # "clean", "shifted"
+    panel: str  # the stored test rows' name ("clean"), or that of a pool of shifted sets
     cluster: int | None
     experts: Sequence[int]
     n: int
@@ -132,6 +143,7 @@ class Report(TypedDict, total=False):
     arms: Sequence[str]
     baseline: str | None
     subsets: Mapping[str, int | None]
+    pools: Sequence[Pool]
     records: Sequence[Mapping[str, Any]]  # arm, shift, severity, subset, n, metric, value, low, high
     paired: Sequence[Mapping[str, Any]]  # the same of arm − baseline
     reliability: Sequence[Mapping[str, Any]]  # arm, panel, subset (optional), sets, n, ece, bins

@@ -72,12 +72,16 @@ def further_sections(
     fitted: Mapping[str, Mapping[str, Calibrator]],  # by arm, then name
     validation: Mapping[str, Judged],  # by arm
     panels: Mapping[str, Mapping[str, Judged]],  # by panel, then arm
-    subsets: Mapping[str, Tensor],  # name -> (n,) bool, over the rows of the panel "clean"
+    subsets: Mapping[str, Tensor],  # name -> (n,) bool, over the rows of the panel ``base``
     *,
+    base: str = "clean",
     n_bins: int = 15,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The optional keys of a report (see :mod:`~moe_posterior.training.report.schema`) that need outputs and validation rows."""
+    """The optional keys of a report (see :mod:`~moe_posterior.training.report.schema`) that need outputs and validation rows.
+
+    ``base`` names the panel of the stored test rows.
+    """
     everywhere = [(panel, arm, judged) for panel, arms in panels.items() for arm, judged in arms.items()]
     sections = {
         "metric": {
@@ -88,7 +92,7 @@ def further_sections(
             "debiased": False,
         },
         "subgroups": [
-            row for arm, judged in panels["clean"].items() for row in _subgroups(arm, judged, subsets, n_bins, seed)
+            row for arm, judged in panels[base].items() for row in _subgroups(arm, judged, subsets, n_bins, seed)
         ],
         "shared_confidence": [_shared(panel, arm, judged) for panel, arm, judged in everywhere],
         "calibrators": [
@@ -96,7 +100,7 @@ def further_sections(
             for panel, arm, judged in everywhere
             for row in _calibrated(panel, arm, judged, fitted[arm], n_bins, seed)
         ],
-        "action": [_action(arm, validation[arm], judged) for arm, judged in panels["clean"].items()],
+        "action": [_action(arm, validation[arm], judged) for arm, judged in panels[base].items()],
         "risk_coverage": [_risk_coverage(panel, arm, judged) for panel, arm, judged in everywhere],
         "rce": [curve for panel, arm, judged in everywhere for curve in _reweighted(panel, arm, judged, fitted[arm])],
         "online": [

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from moe_posterior.page import Cell, Table, estimate, show
-from moe_posterior.training.report.compute import ALL_SHIFTS, CLEAN, OVERALL, SCHEMA
+from moe_posterior.training.report.compute import OVERALL, SCHEMA
 from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, Key, key_of, marks_of
+from moe_posterior.training.report.places import ALL_SHIFTS, members_of, place_name, sets_of, size
 from moe_posterior.training.report.render import TITLES
 
 MARKED = f"Bold: better; {MEANING}; where the paired 95 % interval of the difference excludes 0."
@@ -77,10 +78,10 @@ def metric_settings(report: Mapping[str, Any]) -> str | None:
 
 
 def main_rows(report: Mapping[str, Any]) -> Table | None:
-    """Clean and the mean of all shifts for every subset, one line per arm; no column for the severity."""
+    """The stored test rows and the mean of all shifted sets for every subset, one line per arm; no column for the severity."""
     records = {key_of(record): record for record in report.get("records") or []}
     places = list(dict.fromkeys(key[1:4] for key in records))
-    shown = [one for one in places if one[:2] in ((CLEAN, 0), (ALL_SHIFTS, None))]
+    shown = [one for one in places if one[1] == 0 or one[:2] == (ALL_SHIFTS, None)]
     rows = [[row[0], *row[2:]] for row in _metric_rows(report, records, shown)]
     columns = _metric_columns(report)
     return Table([columns[0], *columns[2:]], rows) if rows else None
@@ -107,12 +108,28 @@ def shifts(report: Mapping[str, Any]) -> Table | None:
     return _without_empty_columns(Table(["scenario", "severities", "predictions per arm", "description"], rows))
 
 
+def pools(report: Mapping[str, Any]) -> Table | None:
+    """What the names of evaluations stand for that hold several sets."""
+    rows = [
+        [
+            one.get("name"),
+            one.get("holds"),
+            _joined(", ", *(one.get("shifts") or [])),
+            _joined(", ", *(one.get("severities") or [])),
+            size(one.get("n") or 0, one.get("sets") or 1),
+        ]
+        for one in rows_of(report, "pools")
+    ]
+    columns = ["evaluation", "is", "shifts", "severities", "predictions per arm (sets × rows)"]
+    return _without_empty_columns(Table(columns, rows))
+
+
 def subgroups(report: Mapping[str, Any]) -> Table | None:
     """Accuracy and ECE of each subgroup; the worst is marked."""
     rows = [
         [
             one.get("arm"),
-            Cell(f"{one.get('group')} (worst)", str(one.get("group")), strong=True)
+            Cell(f"{one.get('group')} (worst{of_arm(one)})", str(one.get("group")), strong=True)
             if one.get("worst")
             else one.get("group"),
             one.get("n"),
@@ -122,6 +139,11 @@ def subgroups(report: Mapping[str, Any]) -> Table | None:
         for one in rows_of(report, "subgroups")
     ]
     return _without_empty_columns(Table(["arm", "group", "n", "accuracy", "ECE"], rows))
+
+
+def of_arm(one: Mapping[str, Any]) -> str:
+    """``" of ARM"``, where a row says whose it is."""
+    return f" of {one['arm']}" if one.get("arm") else ""
 
 
 def configurations(report: Mapping[str, Any], most: int = 300) -> Table | None:
@@ -225,7 +247,7 @@ def _difference_titles(report: Mapping[str, Any]) -> list[str]:
 def _metric_rows(report: Mapping[str, Any], records: Mapping[Key, Mapping], places: Sequence[tuple]) -> Iterator[list]:
     """A row per place (shift, severity, subset) and arm, marked as :mod:`~moe_posterior.training.report.marks` decides."""
     paired = {key_of(record): record for record in report.get("paired") or []}
-    marks = marks_of(report)
+    marks, sets = marks_of(report), sets_of(report)
     for shift, severity, subset in places:
         for arm in report["arms"]:
             keys = {metric: (arm, shift, severity, subset, metric) for metric in SHOWN}
@@ -233,11 +255,18 @@ def _metric_rows(report: Mapping[str, Any], records: Mapping[Key, Mapping], plac
                 continue
             found = {metric: records.get(key, {}) for metric, key in keys.items()}
             cells = [_record_cell(one, marks.get(keys[metric])) for metric, one in found.items()]
-            n = next(one["n"] for one in found.values() if one)
+            n = size(next(one["n"] for one in found.values() if one), len(members_of(sets, shift, severity)))
             level = "mean" if severity is None else severity or None
             difference = [paired.get(keys["ece"], {}) for _ in _difference_titles(report)]
             cells[1:1] = [_record_cell(pair, marks.get(keys["ece"]) if pair else None) for pair in difference]
-            yield [shift, level, "all rows" if subset == OVERALL else subset, n, arm, *cells]
+            yield [
+                place_name(sets, shift, severity),
+                level,
+                "all rows" if subset == OVERALL else subset,
+                n,
+                arm,
+                *cells,
+            ]
 
 
 def _record_cell(record: Mapping[str, Any], mark: str | None) -> Cell:

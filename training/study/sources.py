@@ -47,6 +47,7 @@ class Source(ClassificationData):
     ) -> None:
         super().__init__(data.batch_size, data.seed)
         self.name, self.class_names, self.group_names = data.name, data.class_names, group_names
+        self.test_shift = data.test_shift
         self._data, self._groups, self._left_out = data, groups, left_out
 
     def load(self) -> Mapping[str, Split]:
