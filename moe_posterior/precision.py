@@ -4,7 +4,16 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
+
+
+def outlasting(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that can still be written to once the ``inference_mode`` block it was made in is over."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 class FixedPrecision(nn.Module):
@@ -14,12 +23,19 @@ class FixedPrecision(nn.Module):
     that count derive from this class: ``module.half()``, ``module.to(torch.bfloat16)``, ``load_state_dict`` of a cast
     checkpoint and ``load_state_dict(assign=True)`` all leave the dtype of their own buffers as it was. Child modules are cast
     as usual. A checkpoint that arrives in a lower precision is loaded with a warning: its values were rounded when it was cast.
+    Buffers that are made under ``torch.inference_mode`` are ordinary tensors all the same: state outlives the block.
     """
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        super().register_buffer(name, None if tensor is None else outlasting(tensor), persistent)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, outlasting(value) if isinstance(value, Tensor) else value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def move_only(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            return outlasting(moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
 
         if recurse:
             for child in self.children():

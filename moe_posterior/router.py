@@ -3,6 +3,7 @@
 Dimensions: N queries, D embedding size, C clusters, E experts, k experts per query.
 """
 
+import copy
 import threading
 from collections.abc import Mapping
 from os import PathLike
@@ -13,7 +14,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from moe_posterior import beta as beta_functions
-from moe_posterior.errors import InvalidArgumentError
+from moe_posterior import validation
+from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MissingDataError, MoEPosteriorError
 from moe_posterior.gates import PosteriorGate, Routing
 
 
@@ -213,7 +215,7 @@ class PosteriorRouter:
         """Turn what is known of the experts' past outcomes into the prior; see :meth:`BetaPosterior.warm_start`."""
         with self._lock:
             self.gate.warm_start(
-                self._tensor(embeddings), torch.as_tensor(np.asarray(outcomes, dtype=np.float64)), strength=strength
+                self._tensor(embeddings), validation.outcomes("outcomes", outcomes).double(), strength=strength
             )
             self._tell("warm start")
 
@@ -223,12 +225,7 @@ class PosteriorRouter:
         Raises:
             InvalidArgumentError: the embedding is not (D,). NotFittedError: before :meth:`fit`.
         """
-        vector = np.asarray(embedding)
-        if vector.shape != (self.gate.hidden_size,) or vector.dtype.kind not in "fiu":
-            raise InvalidArgumentError(
-                f"embedding must be numbers of shape ({self.gate.hidden_size},); got {vector.dtype} of shape {vector.shape}"
-            )
-        vector = np.ascontiguousarray(vector, dtype=np.float32)
+        vector = self._floats("embedding", embedding, (self.gate.hidden_size,))
         with torch.inference_mode(), self._lock:
             if self._audit is not None:
                 self._audit.before()
@@ -281,7 +278,8 @@ class PosteriorRouter:
         Raises:
             InvalidArgumentError: as :meth:`resolve_batch`.
         """
-        self.resolve_batch(np.array([decision_id]), np.asarray(outcome, dtype=np.float64).reshape(1, -1))
+        signal = validation.tensor("outcome", outcome).reshape(1, -1)
+        self.resolve_batch(validation.integers("decision_id", decision_id, ())[None], signal)
 
     def resolve_batch(self, ids: ArrayLike, outcomes: ArrayLike) -> None:  # (N,), (N,) or (N, k)
         """Say how decisions turned out, in any order and any time later, once each.
@@ -291,16 +289,16 @@ class PosteriorRouter:
                 decisions; an expert that has left or been replaced since; an outcome outside [0, 1] or of a wrong shape.
                 Nothing has changed.
         """
-        wanted = np.atleast_1d(np.asarray(ids))
-        signal = np.asarray(outcomes, dtype=np.float64)
+        wanted = np.atleast_1d(validation.integers("ids", ids).numpy(force=True))
+        signal = validation.floats("outcomes", outcomes).to(torch.float64).numpy(force=True)
+        given = signal.shape
         signal = signal[:, None] if signal.ndim == 1 else np.atleast_2d(signal)
-        if wanted.ndim != 1 or not np.issubdtype(wanted.dtype, np.integer):
-            raise InvalidArgumentError(
-                f"ids must be integers of shape (N,); got {wanted.dtype} of shape {wanted.shape}"
-            )
+        if wanted.ndim != 1:
+            raise InvalidArgumentError(f"ids must be integers of shape (N,); got shape {wanted.shape}")
         expected = (len(wanted), self.gate.top_k)
-        if signal.shape != expected:
-            raise InvalidArgumentError(f"outcomes must have shape {expected}; got {np.shape(outcomes)}")
+        if signal.shape != expected and signal.size + len(wanted):  # nothing has any shape
+            raise InvalidArgumentError(f"outcomes must have shape {expected}; got {given}")
+        signal = signal.reshape(expected)
         with self._lock:
             if self._audit is None:
                 self._learn(wanted, signal)
@@ -344,8 +342,25 @@ class PosteriorRouter:
 
     @classmethod
     def load(cls, path: str | PathLike[str], *, audit: Audit | None = None) -> "PosteriorRouter":
-        """The router that :meth:`save` wrote; opening the file runs no code from it."""
-        return cls.from_state(torch.load(path, weights_only=True), audit=audit)
+        """The router that :meth:`save` wrote; opening the file runs no code from it.
+
+        Raises:
+            MissingDataError: there is no such file. DamagedFileError: it is no router's, or cut short.
+        """
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except FileNotFoundError as error:
+            raise MissingDataError(f"path must be a file that save wrote; there is none at {path}") from error
+        except Exception as error:  # torch.load has no error of its own: what a damaged file raises is any
+            raise DamagedFileError(f"path must be a file that save wrote; cannot read {path}: {error}") from error
+        try:
+            return cls.from_state(state, audit=audit)
+        except MoEPosteriorError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise DamagedFileError(
+                f"path must be a file that save wrote; {path} holds something else: {error}"
+            ) from error
 
     def state(self) -> dict[str, Any]:
         """What :meth:`save` writes: plain values and tensors. The gate's tensors are the live ones."""
@@ -385,12 +400,28 @@ class PosteriorRouter:
                 self._next_id += -(-behind // self.max_pending) * self.max_pending
 
     def _tensor(self, embeddings: ArrayLike) -> torch.Tensor:  # (N, D) float32
-        array = np.asarray(embeddings)
-        if array.ndim != 2 or array.shape[1] != self.gate.hidden_size or array.dtype.kind not in "fiu":
-            raise InvalidArgumentError(
-                f"embeddings must be numbers of shape (N, {self.gate.hidden_size}); got {array.dtype} of shape {array.shape}"
-            )
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        return torch.from_numpy(self._floats("embeddings", embeddings, ("N", self.gate.hidden_size)))
+
+    def _floats(self, name: str, given: ArrayLike, shape: validation.Shape) -> NDArray[np.float32]:
+        """Embeddings of any type in float32, where a float64 beyond its range becomes infinite and so is broken."""
+        array = given if type(given) is np.ndarray and given.dtype.char in "fd" else None
+        if array is None:
+            found = validation.tensor(name, given)
+            if found.dtype == torch.bool:
+                raise InvalidArgumentError(f"{name} must be numbers; got {validation.described(given)}")
+            array = found.to(torch.float32).numpy(force=True)
+        if len(array.shape) != len(shape) or array.shape[-1] != shape[-1]:
+            wanted = validation.written(shape)
+            raise InvalidArgumentError(f"{name} must be numbers of shape {wanted}; got {validation.described(given)}")
+        if array.dtype.char == "f":
+            return np.ascontiguousarray(array)
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(array, dtype=np.float32)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold what a saved router holds, and no audit log: a log has one writer."""
+        with self._lock:
+            return type(self).from_state, (copy.deepcopy(self.state()),)
 
     def _choose_one_by_table(self, vector: NDArray) -> "_Choice":  # (D,)
         """One query in numpy: torch's overhead a call would be most of the time it takes."""

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_posterior.calibrators.probabilities import keep_top, top_label
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
+from moe_posterior.precision import FixedPrecision, outlasting
 
 
 class Outputs(NamedTuple):
@@ -39,9 +40,10 @@ class Outputs(NamedTuple):
         return Outputs(self.probs[index], **rest)
 
 
-class Calibrator(nn.Module, ABC):
+class Calibrator(FixedPrecision, ABC):
     """Base of all calibrators: checks, the ``fitted`` flag, and buffers that take the shape of the state they load.
 
+    The state is float64 and survives every cast of a model that holds the calibrator: what is shown stays the same bits.
     A child registers its state as buffers and writes ``_fit`` and ``_calibrate``, both in float64 and without gradients.
     """
 
@@ -57,6 +59,7 @@ class Calibrator(nn.Module, ABC):
 
     __call__: Callable[..., Tensor]
 
+    @torch.inference_mode(False)  # some fits follow a gradient
     @torch.no_grad()
     def fit(
         self,
@@ -70,6 +73,8 @@ class Calibrator(nn.Module, ABC):
         """
         validate_outputs(outputs, self.fit_needs)
         validate_target(outputs.probs, target)
+        outputs = Outputs._make(None if field is None else outlasting(field) for field in outputs)
+        target = outlasting(target)
         self._fit(outputs._replace(probs=outputs.probs.double()), target.long())
         self.fitted.fill_(True)
         return self

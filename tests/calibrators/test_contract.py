@@ -187,3 +187,62 @@ def test_moved_confidence_is_shown_and_keeps_label_and_order(classes: int, seed:
     in_order = moved.gather(1, outputs.probs.argsort(1, descending=True))
     assert (in_order.diff(dim=1) <= 1e-12).all()
     assert Outputs(moved).probs.min() >= 0
+
+
+CASTS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "half": lambda model: model.half(),
+    "float": lambda model: model.to(torch.float32),
+    "double": lambda model: model.double(),
+    "there and back": lambda model: model.bfloat16().float(),
+    "type": lambda model: model.type(torch.float16),
+    "a copy cast": lambda model: copy.deepcopy(model).half(),
+    "each module": lambda model: model.apply(lambda module: module.to(torch.bfloat16)),
+}
+
+
+@every
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS.keys())
+def test_a_cast_of_the_model_around_it_leaves_every_bit(make: Callable[[], Calibrator], cast: Callable) -> None:
+    calibrator, (outputs, target) = trained(make), draw(200, seed=4)
+    expected = calibrator(outputs)
+    model = cast(torch.nn.ModuleDict({"cal": calibrator, "head": torch.nn.Linear(2, 2)}))
+    assert torch.equal(model["cal"](outputs), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model["cal"](outputs), expected)
+    assert model["head"].weight.dtype == (
+        torch.float32 if cast is CASTS["there and back"] else model["head"].bias.dtype
+    )
+    fresh = make().half().fit(outputs, target)  # nor does a cast before the fit
+    assert torch.equal(fresh(outputs), make().fit(outputs, target)(outputs))
+
+
+@every
+def test_fitting_under_autocast_or_inference_mode_gives_the_same_map(make: Callable[[], Calibrator]) -> None:
+    outputs, target = draw(300, seed=1, temperature=2.0)
+    expected = trained(make)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = trained(make)
+    assert torch.equal(found(outputs), expected(outputs))
+    with torch.inference_mode():
+        found = trained(make)
+        shown = found(Outputs(*(None if field is None else field.clone() for field in outputs)))
+    assert torch.equal(shown, expected(outputs))
+    assert not any(buffer.is_inference() for buffer in found.buffers())
+    if isinstance(found, OnlineConfigurationCalibrator):
+        found.observe(outputs, target == 0)
+    found.fit(outputs, target)
+
+
+@every
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_a_cast_state_keeps_float64_and_warns(make: Callable[[], Calibrator], assign: bool) -> None:
+    calibrator, (outputs, _) = trained(make), draw(50, seed=4)
+    cast = {name: t.bfloat16() if t.is_floating_point() else t for name, t in calibrator.state_dict().items()}
+    fresh = make()
+    with pytest.warns(UserWarning, match="rounded when the checkpoint was"):
+        fresh.load_state_dict(cast, assign=assign)
+    assert [buffer.dtype for buffer in fresh.buffers()] == [buffer.dtype for buffer in calibrator.buffers()]
+    fresh(outputs)
+    fresh.load_state_dict(calibrator.state_dict(), assign=assign)
+    assert torch.equal(fresh(outputs), calibrator(outputs))
