@@ -66,15 +66,16 @@ def calibration_error(
 
     Args:
         preds: class probabilities ``(N, K)``, or confidences ``(N,)`` of answers whose correctness is known.
-        target: classes ``(N,)``; beside confidences, 1 where the answer was right and 0 where it was wrong.
+        target: classes ``(N,)``; beside confidences, 1 where the answer was right and 0 where it was wrong, or a grade in [0, 1]:
+            a bin's error is then |mean grade − mean confidence|.
         n_bins: 15 is the convention of the literature.
         norm: ``"l1"`` (ECE), ``"l2"`` (root mean square) or ``"max"`` (worst bin).
         binning: ``"equal_width"`` (torchmetrics' bins) or ``"equal_mass"`` (quantiles of the confidences, ties together).
         debias: take off what sampling noise adds. Off by default: published numbers are plain. For l1 the estimate is
             2·ECE − E[ECE of redrawn bin accuracies], with the accuracy of a bin redrawn as N(p̂, p̂(1 − p̂)/n) and the
             expectation in closed form; for l2, p̂(1 − p̂)/(n − 1) comes off each squared gap, and a bin of one prediction
-            counts as 0. Both are at least 0. For l1 a bin that is all right or all wrong shows no noise and keeps its gap, so
-            prefer equal-mass bins. No such estimator is known for ``"max"``.
+            counts as 0; grades take their own variance in place of p̂(1 − p̂). Both are at least 0. For l1 a bin that is all right or
+            all wrong shows no noise and keeps its gap, so prefer equal-mass bins. No such estimator is known for ``"max"``.
 
     Raises:
         InvalidArgumentError: a shape, dtype, value or combination that does not fit, naming the argument.
@@ -96,7 +97,7 @@ def calibration_error(
     bins = bin_indices(confidence, n_bins) if binning == "equal_width" else equal_mass_bins(confidence, n_bins)
     sums = _sums(confidence, correct, bins, n_bins + 1)
     if debias:
-        return _debiased(sums, norm)
+        return _debiased(sums, norm, _sums(confidence, correct.square(), bins, n_bins + 1).correct)
     return calibration_from_sums(sums, norm).calibration_error[0]
 
 
@@ -105,13 +106,15 @@ def _sums(confidence: Tensor, correct: Tensor, bins: Tensor, num_bins: int) -> B
     return BinSums(*(sums.sum(1)[None] for sums in (by_bin.confidence, by_bin.correct, by_bin.count)))
 
 
-def _debiased(sums: BinSums, norm: str) -> Tensor:  # (1, B) each -> ()
+def _debiased(sums: BinSums, norm: str, squares: Tensor) -> Tensor:  # (1, B) each -> ()
     used = sums.count > 0
     if not used.any():
         return sums.count.new_tensor(torch.nan)
     count = sums.count[used]  # (B',)
     accuracy, confidence = sums.correct[used] / count, sums.confidence[used] / count
-    gap, variance, share = accuracy - confidence, accuracy * (1 - accuracy), count / count.sum()
+    gap, share = accuracy - confidence, count / count.sum()
+    graded = accuracy - squares[used] / count  # how much less than 0 or 1 answers vary; 0 where each is one of the two
+    variance = (accuracy * (1 - accuracy) - graded).clamp(min=0)
     if norm == "l1":
         terms = 2 * gap.abs() - expected_absolute(gap, (variance / count).sqrt())
         return (share * terms).sum().clamp(min=0)

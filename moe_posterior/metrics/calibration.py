@@ -21,7 +21,7 @@ class BinSums:
     """What calibration needs to know about the predictions that fell in each bin; ``+`` merges two."""
 
     confidence: Tensor  # (G, B) float64, sum of confidences
-    correct: Tensor  # (G, B) float64, number of correct predictions
+    correct: Tensor  # (G, B) float64, number of correct predictions, or the sum of their grades
     count: Tensor  # (G, B) float64, number of predictions
 
     def __add__(self, other: "BinSums") -> "BinSums":
@@ -55,7 +55,7 @@ def validate_predictions(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
 ) -> None:
-    """Refuse anything but probabilities (or confidences) beside labels that fit them.
+    """Refuse anything but probabilities beside labels that fit them, or confidences beside 0/1 correctness or grades in [0, 1].
 
     Mixtures of probabilities may leave [0, 1] by rounding, so a margin of 1e-5 (two ulp in half precision) passes.
     Logits do not: a metric that takes a softmax of whatever looks like logits turns one rounding error into a wrong
@@ -65,9 +65,11 @@ def validate_predictions(
         raise InvalidArgumentError(
             f"preds must be floating point of shape (N, K) or (N,); got {preds.dtype} of shape {tuple(preds.shape)}"
         )
-    if target.shape != preds.shape[:1] or target.is_floating_point() or target.is_complex():
+    graded = preds.ndim == 1 and target.is_floating_point()
+    if target.shape != preds.shape[:1] or target.is_complex() or (target.is_floating_point() and not graded):
+        grades = "" if preds.ndim == 2 else ", or floating point in [0, 1],"
         raise InvalidArgumentError(
-            f"target must be integer of shape ({len(preds)},); got {target.dtype} of shape {tuple(target.shape)}"
+            f"target must be integer{grades} of shape ({len(preds)},); got {target.dtype} of shape {tuple(target.shape)}"
         )
     if not len(preds):
         return
@@ -76,6 +78,14 @@ def validate_predictions(
     if not inside.all():
         where = tuple((~inside).nonzero()[0].tolist())
         raise InvalidArgumentError(f"preds must be probabilities in [0, 1]; got {preds[where].item()} at {where}")
+    if graded:
+        fits = (target >= 0) & (target <= 1)  # False for NaN
+        if not fits.all():
+            row = int((~fits).nonzero()[0])
+            raise InvalidArgumentError(
+                f"target must be grades in [0, 1] (1 = wholly correct); got {target[row].item():g} in row {row}"
+            )
+        return
     num_labels = preds.shape[1] if preds.ndim == 2 else 2
     if preds.ndim == 2:
         totals = preds.double().sum(1)
@@ -113,7 +123,7 @@ def top_label(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
 ) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """Confidence of the top label and whether it was right, both float64; ties go to the class that ``max`` returns.
+    """Confidence of the top label and whether (or how far) it was right, both float64; ties go to the class ``max`` returns.
 
     >>> confidence, correct = top_label(torch.tensor([[0.25, 0.75], [0.5, 0.5]]), torch.tensor([1, 1]))
     >>> confidence.tolist(), correct.tolist()
@@ -186,7 +196,7 @@ def grouped_calibration_error(
 
     Args:
         preds: class probabilities ``(N, K)``, or confidences ``(N,)`` of answers whose correctness is known.
-        target: classes ``(N,)``; beside confidences, 1 where the answer was right and 0 where it was wrong.
+        target: classes ``(N,)``; beside confidences, 1 where the answer was right and 0 where it was wrong, or a grade in [0, 1].
         groups: one group id per prediction, or a bool column per group when groups overlap.
         num_groups: G.
         n_bins: equal-width bins on [0, 1]; 15 is the convention of the literature.

@@ -38,7 +38,7 @@ def brier_decomposition(
 
     Args:
         preds: class probabilities ``(N, K)``, or confidences ``(N,)`` of answers whose correctness is known.
-        target: classes ``(N,)``; beside confidences, 1 where the answer was right and 0 where it was wrong.
+        target: classes ``(N,)``; beside confidences, 1 where the answer was right and 0 where it was wrong, or a grade in [0, 1].
         n_bins: equal-width bins on [0, 1], per class; 15 is the convention of the literature.
         top_label_only: decompose the mean of (confidence − correct)² in place of
             :func:`~moe_posterior.metrics.brier_score`, which sums over classes. Confidences are always read so.

@@ -78,7 +78,8 @@ def reliability_curve(
 
     Returns:
         The last entry is the bin of confidence exactly 1.0, as in torchmetrics, so that the gaps weighted by ``count``
-        add up to the calibration error. The interval treats predictions as independent.
+        add up to the calibration error. The interval treats predictions as independent; grades between 0 and 1 vary less than
+        the interval allows for, so it is then too wide rather than too narrow.
 
     Raises:
         InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.

@@ -12,15 +12,15 @@ from moe_posterior.metrics.calibration import validate_predictions
 
 
 def brier_score(
-    preds: Tensor,  # (N, K)
+    preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
     reduction: str = "mean",
 ) -> Tensor:  # () or (N,)
-    """Multiclass Brier score Σ_k (p_k − 1[k = y])², in [0, 2]; the two-class value is twice the binary one.
+    """Multiclass Brier score Σ_k (p_k − 1[k = y])², in [0, 2]; of confidences (c − r)², in [0, 1], half of the two-class value.
 
     Args:
-        preds: class probabilities.
-        target: class indices.
+        preds: class probabilities ``(N, K)``, or confidences ``(N,)`` of answers whose correctness is known.
+        target: class indices; beside confidences, 1 where the answer was right and 0 where it was wrong, or a grade r in [0, 1].
         reduction: ``"mean"`` or ``"none"``; the mean of no rows is NaN.
 
     Raises:
@@ -30,24 +30,31 @@ def brier_score(
 
     >>> brier_score(torch.tensor([[0.75, 0.25]]), torch.tensor([0])).item()
     0.125
+    >>> brier_score(torch.tensor([0.75]), torch.tensor([0.5])).item()  # half right
+    0.0625
     """
     _validate(preds, target, reduction)
     preds = preds.double()
-    rows = (preds - torch.nn.functional.one_hot(target.long(), preds.shape[1])).square().sum(1)
+    if preds.ndim == 1:
+        rows = (preds - target.double()).square()
+    else:
+        rows = (preds - torch.nn.functional.one_hot(target.long(), preds.shape[1])).square().sum(1)
     return rows.mean() if reduction == "mean" else rows
 
 
 def negative_log_likelihood(
-    preds: Tensor,  # (N, K)
+    preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
     reduction: str = "mean",
     eps: float = 1e-12,
 ) -> Tensor:  # () or (N,)
     """Negative log of the probability given to the true class, −log max(p_y, eps), in nats.
 
+    Of confidences it is −r log c − (1 − r) log(1 − c), the same for an r of 0 or 1; a grade between them has its least not at 0
+    but at its own entropy, where c = r.
+
     Args:
-        preds: class probabilities.
-        target: class indices.
+        preds, target: as in :func:`brier_score`.
         reduction: ``"mean"`` or ``"none"``; the mean of no rows is NaN.
         eps: floor of the probability. The default caps a row at 27.6 nats: one underflow to 0 would make the mean
             infinite and hide every other row.
@@ -61,13 +68,15 @@ def negative_log_likelihood(
     _validate(preds, target, reduction)
     if not 0 < eps < 1:
         raise InvalidArgumentError(f"eps must lie in (0, 1); got {eps!r}")
-    rows = -preds.double().gather(1, target.long()[:, None]).squeeze(1).clamp(eps, 1).log()
+    if preds.ndim == 1:
+        right = target.double()
+        rows = -right * preds.double().clamp(eps, 1).log() - (1 - right) * (1 - preds.double()).clamp(eps, 1).log()
+    else:
+        rows = -preds.double().gather(1, target.long()[:, None]).squeeze(1).clamp(eps, 1).log()
     return rows.mean() if reduction == "mean" else rows
 
 
 def _validate(preds: Tensor, target: Tensor, reduction: str) -> None:
-    if preds.ndim != 2:
-        raise InvalidArgumentError(f"preds must have shape (N, K); got {tuple(preds.shape)}")
     if reduction not in ("mean", "none"):
         raise InvalidArgumentError(f"reduction must be 'mean' or 'none'; got {reduction!r}")
     validate_predictions(preds, target)

@@ -200,8 +200,8 @@ def test_the_likelihood_of_an_impossible_class_is_capped() -> None:
 
 
 @pytest.mark.parametrize("score", [brier_score, negative_log_likelihood])
-def test_scores_refuse_bare_confidences_and_unknown_reductions(score) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(InvalidArgumentError, match=r"preds must have shape \(N, K\); got \(3,\)"):
-        score(torch.rand(3), torch.zeros(3, dtype=torch.int64))
+def test_scores_refuse_other_shapes_and_unknown_reductions(score) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InvalidArgumentError, match=r"preds must be .* shape \(N, K\) or \(N,\); got .* \(3, 1, 1\)"):
+        score(torch.rand(3, 1, 1), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(InvalidArgumentError, match="reduction must be"):
         score(GOOD["preds"], GOOD["target"], reduction="sum")
