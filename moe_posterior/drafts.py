@@ -105,10 +105,10 @@ def _stands_for(draft: Path, handle: int) -> bool:
 
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder with all it holds, as far as the system lets us."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
+    with suppress(OSError):  # which rmtree lets through where closing fails
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             os.unlink(path)
 
 
