@@ -76,16 +76,22 @@ def integers(
     """
     wanted = "integers" + ("" if shape is None else f" of shape {written(shape)}")
     found = tensor(name, value, wanted)
-    if isinstance(value, (list, tuple)) and not found.numel():
-        found = found.long()  # an empty list has no type of its own
+    if is_empty_list(value):
+        found = found.to(torch.int64)
     if found.is_floating_point() or found.dtype == torch.bool or not fits(found, shape):
         raise InvalidArgumentError(f"{name} must be {wanted}; got {described(value)}")
     found = found.to(torch.int64)
     if found.numel() and (low is not None or high is not None):
         least, most = (int(end) for end in found.aminmax())
         if (low is not None and least < low) or (high is not None and most > high):
-            bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"in [{low}, {high}]"
-            raise InvalidArgumentError(f"{name} must be {bounds}; got values from {least} to {most}")
+            bounds = (
+                f"be at least {low}"
+                if high is None
+                else f"be at most {high}"
+                if low is None
+                else f"lie in [{low}, {high}]"
+            )
+            raise InvalidArgumentError(f"{name} must {bounds}; got values from {least} to {most}")
     return found
 
 
@@ -176,6 +182,11 @@ def count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> 
         bounds = f"of at least {least}" if most is None else f"in [{least}, {most}]"
         raise InvalidArgumentError(f"{name} must be an integer {bounds}; got {described(value)}")
     return int(value)
+
+
+def is_empty_list(value: Any) -> bool:
+    """Whether this is a list without values, which has no type of its own."""
+    return isinstance(value, (list, tuple)) and all(is_empty_list(item) for item in value)
 
 
 def fits(found: Tensor, shape: Shape | None) -> bool:

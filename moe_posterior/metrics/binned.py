@@ -14,9 +14,9 @@ from moe_posterior.metrics.calibration import (
     bin_indices,
     bin_sums,
     calibration_from_sums,
+    read_predictions,
     top_label,
     validate_arguments,
-    validate_predictions,
 )
 
 BINNINGS = ("equal_width", "equal_mass")
@@ -92,7 +92,7 @@ def calibration_error(
         raise InvalidArgumentError(f"binning must be one of {BINNINGS}; got {binning!r}")
     if debias and norm == "max":
         raise InvalidArgumentError("norm must be 'l1' or 'l2' to be debiased; got 'max'")
-    validate_predictions(preds, target)
+    preds, target = read_predictions(preds, target)
     confidence, correct = top_label(preds, target)
     bins = bin_indices(confidence, n_bins) if binning == "equal_width" else equal_mass_bins(confidence, n_bins)
     sums = _sums(confidence, correct, bins, n_bins + 1)

@@ -7,11 +7,13 @@ metric, a reliability curve and a bootstrap all read the same three numbers per 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.validation import floats, is_empty_list, tensor
 
 NORMS = ("l1", "l2", "max")
 
@@ -119,6 +121,38 @@ def validate_groups(
         )
 
 
+def read_predictions(preds: Any, target: Any) -> tuple[Tensor, Tensor]:  # (N, K) or (N,), (N,)
+    """Predictions beside what came true: tensors, arrays or lists, labels as int64 whatever their width.
+
+    Raises:
+        InvalidArgumentError: as :func:`validate_predictions`.
+
+    >>> read_predictions([0.25, 0.75], torch.tensor([0, 1], dtype=torch.uint16))[1]
+    tensor([0, 1])
+    """
+    probs, truth = tensor("preds", preds), tensor("target", target)
+    if probs.is_floating_point():
+        probs = floats("preds", probs)
+    graded = truth.is_floating_point() and not is_empty_list(target)
+    truth = floats("target", truth) if graded else truth.to(torch.int64)
+    validate_predictions(probs, truth)
+    return probs, truth
+
+
+def read_groups(groups: Any, num_groups: int, num_predictions: int) -> Tensor:  # (N,) int64 or (N, G) bool
+    """Group ids of any width as int64, or bool membership.
+
+    Raises:
+        InvalidArgumentError: as :func:`validate_groups`.
+    """
+    found = tensor("groups", groups)
+    ids = found.ndim == 1 and not found.is_floating_point() and found.dtype != torch.bool
+    if ids or is_empty_list(groups):
+        found = found.to(torch.int64)
+    validate_groups(found, num_groups, num_predictions)
+    return found
+
+
 def top_label(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
@@ -215,6 +249,6 @@ def grouped_calibration_error(
     (tensor([0.4500, 0.3000,    nan], dtype=torch.float64), tensor([2., 1., 0.], dtype=torch.float64))
     """
     validate_arguments(num_groups, n_bins, norm, min_count)
-    validate_predictions(preds, target)
-    validate_groups(groups, num_groups, len(preds))
+    preds, target = read_predictions(preds, target)
+    groups = read_groups(groups, num_groups, len(preds))
     return calibration_from_sums(bin_sums(*top_label(preds, target), groups, num_groups, n_bins), norm, min_count)

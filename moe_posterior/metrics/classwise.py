@@ -13,10 +13,11 @@ from moe_posterior.metrics.calibration import (
     BinSums,
     bin_sums,
     calibration_from_sums,
+    read_predictions,
     validate_arguments,
-    validate_predictions,
 )
 from moe_posterior.metrics.grouped import BinSumMetric
+from moe_posterior.validation import tensor
 
 
 def classwise_sums(preds: Tensor, target: Tensor, n_bins: int) -> BinSums:  # (N, K), (N,) -> (K, B) each
@@ -56,7 +57,7 @@ def classwise_calibration_error(
     0.25
     """
     validate_arguments(1, n_bins, norm, 1)
-    _validate(preds, target)
+    preds, target = _read(preds, target)
     return calibration_from_sums(classwise_sums(preds, target, n_bins), norm).calibration_error.mean()
 
 
@@ -95,7 +96,7 @@ class ClasswiseCalibrationError(BinSumMetric):
     def update(self, preds: Tensor, target: Tensor) -> None:  # (N, K), (N,)
         """Add one batch."""
         if self.validate_args:
-            _validate(preds, target)
+            preds, target = _read(preds, target)
             if preds.shape[1] != self.num_classes:
                 raise InvalidArgumentError(f"preds must have {self.num_classes} classes; got {preds.shape[1]}")
         self._add(classwise_sums(preds, target, self.n_bins))
@@ -108,7 +109,8 @@ class ClasswiseCalibrationError(BinSumMetric):
         return f"num_classes={self.num_classes}, n_bins={self.n_bins}, norm={self.norm!r}"
 
 
-def _validate(preds: Tensor, target: Tensor) -> None:
+def _read(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    preds = tensor("preds", preds)
     if preds.ndim != 2:
         raise InvalidArgumentError(f"preds must have shape (N, K); got {tuple(preds.shape)}")
-    validate_predictions(preds, target)
+    return read_predictions(preds, target)

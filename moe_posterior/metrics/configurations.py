@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.metrics.calibration import top_label, validate_predictions
+from moe_posterior.metrics.calibration import read_predictions, top_label
+from moe_posterior.metrics.reading import read_ids
+from moe_posterior.validation import count as read_count
+from moe_posterior.validation import tensor
 
 MIN_COUNT = 20  # the standard error of an accuracy is then at most 0.11
 
@@ -70,8 +73,8 @@ def configuration_ids(
     >>> ids.tolist(), table.tolist()
     ([1, 0, 1], [[0, 0, 1], [1, 0, 2]])
     """
-    _validate_ids("cluster_ids", cluster_ids, 1, num_clusters)
-    _validate_ids("expert_indices", expert_indices, 2, num_experts)
+    cluster_ids = read_ids("cluster_ids", cluster_ids, 1, num_clusters)
+    expert_indices = read_ids("expert_indices", expert_indices, 2, num_experts)
     if len(cluster_ids) != len(expert_indices):
         raise InvalidArgumentError(
             f"cluster_ids and expert_indices must have equally many rows; got {len(cluster_ids)} and {len(expert_indices)}"
@@ -116,8 +119,8 @@ def configuration_calibration(
     >>> result.count.tolist(), result.gap.tolist()
     ([2, 1], [-0.25, nan])
     """
-    validate_predictions(preds, target)
-    validate_configurations(configurations, len(preds), min_count)
+    preds, target = read_predictions(preds, target)
+    configurations = read_configurations(configurations, len(preds), min_count)
     confidence, correct = top_label(preds, target)
     ids, groups = configurations.ids, len(configurations.table)
     values = torch.stack([torch.ones_like(confidence), correct, confidence])
@@ -146,8 +149,9 @@ def shared_confidence(
     >>> shared_confidence(torch.tensor([0.751, 0.749, 0.5]), configurations)[:2]
     (2, 3)
     """
-    validate_predictions(preds, torch.zeros(len(preds), dtype=torch.int64, device=preds.device))
-    validate_configurations(configurations, len(preds), 1)
+    preds = tensor("preds", preds)
+    preds, _ = read_predictions(preds, torch.zeros(preds.shape[:1], dtype=torch.int64, device=preds.device))
+    configurations = read_configurations(configurations, len(preds), 1)
     if not 0 <= decimals <= 12:
         raise InvalidArgumentError(f"decimals must lie in [0, 12]; got {decimals!r}")
     confidence = (preds if preds.ndim == 1 else preds.amax(1)).double().clamp(0, 1)
@@ -160,20 +164,16 @@ def shared_confidence(
     return SharedConfidence(shared, len(preds), displayed.double() / 10**decimals, inputs, several)
 
 
-def validate_configurations(configurations: Configurations, num_predictions: int, min_count: int) -> None:
-    """Refuse configurations of other predictions, and a minimum that is no count."""
+def read_configurations(configurations: Configurations, num_predictions: int, min_count: int) -> Configurations:
+    """The configurations of these predictions, ids of any width as int64.
+
+    Raises:
+        InvalidArgumentError: they are those of other predictions, or the minimum is no count.
+    """
+    read_count("min_count", min_count)
     ids, table = configurations
-    if isinstance(min_count, bool) or not isinstance(min_count, int) or min_count < 1:
-        raise InvalidArgumentError(f"min_count must be an integer of at least 1; got {min_count!r}")
-    _validate_ids("configurations.ids", ids, 1, len(table))
+    table = tensor("configurations.table", table)
+    ids = read_ids("configurations.ids", ids, 1, len(table))
     if len(ids) != num_predictions:
         raise InvalidArgumentError(f"configurations must hold {num_predictions} ids; got {len(ids)}")
-
-
-def _validate_ids(name: str, ids: Tensor, ndim: int, bound: int) -> None:
-    if ids.dtype != torch.int64 or ids.ndim != ndim:
-        raise InvalidArgumentError(
-            f"{name} must be int64 with {ndim} dimension(s); got {ids.dtype} of shape {tuple(ids.shape)}"
-        )
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= bound):
-        raise InvalidArgumentError(f"{name} must lie in [0, {bound - 1}]; got [{int(ids.min())}, {int(ids.max())}]")
+    return Configurations(ids, table)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_posterior.metrics.calibration import bin_indices, top_label, validate_arguments, validate_predictions
+from moe_posterior.metrics.calibration import bin_indices, read_predictions, top_label, validate_arguments
 
 
 class BrierDecomposition(NamedTuple):
@@ -57,7 +57,7 @@ def brier_decomposition(
     ([0.0625, 0.0556, 0.2222, 0.0], 0.2292)
     """
     validate_arguments(1, n_bins, "l1", 1)
-    validate_predictions(preds, target)
+    preds, target = read_predictions(preds, target)
     if preds.ndim == 1 or top_label_only:
         forecast, outcome = (values[:, None] for values in top_label(preds, target))
     else:

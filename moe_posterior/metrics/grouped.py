@@ -11,11 +11,12 @@ from moe_posterior.metrics.calibration import (
     BinSums,
     bin_sums,
     calibration_from_sums,
+    read_groups,
+    read_predictions,
     top_label,
     validate_arguments,
-    validate_groups,
-    validate_predictions,
 )
+from moe_posterior.precision import outlasting
 
 try:
     from torchmetrics import Metric
@@ -26,6 +27,9 @@ except ImportError as error:
 class BinSumMetric(Metric):
     """A metric whose state is three ``(rows, n_bins + 1)`` float64 sums, whatever the data: what a :class:`BinSums` holds.
 
+    The states are named after the class. A ``MetricCollection`` lets metrics share a state once their states have equal names and
+    values, and after an empty first batch all sums are 0: metrics that add up other things must not bear the same names.
+
     Args:
         rows: groups, or classes.
         n_bins: equal-width bins on [0, 1].
@@ -35,25 +39,22 @@ class BinSumMetric(Metric):
     is_differentiable = False
     full_state_update = False
 
-    confidence_sum: Tensor  # (rows, n_bins + 1) float64
-    correct_sum: Tensor  # (rows, n_bins + 1) float64
-    count_sum: Tensor  # (rows, n_bins + 1) float64
-
     def __init__(self, rows: int, n_bins: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.n_bins = n_bins
-        for name in ("confidence_sum", "correct_sum", "count_sum"):
+        self._sums = [f"{type(self).__name__}_{name}" for name in ("confidence", "correct", "count")]
+        for name in self._sums:
             zeros = torch.zeros(rows, n_bins + 1, dtype=torch.float64)
             self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def bin_sums(self) -> BinSums:
         """The collected sums, for reliability curves: ``curve_from_sums(metric.bin_sums(), group)``."""
-        return BinSums(self.confidence_sum, self.correct_sum, self.count_sum)
+        return BinSums(*(getattr(self, name) for name in self._sums))
 
     def _add(self, sums: BinSums) -> None:
-        self.confidence_sum += sums.confidence
-        self.correct_sum += sums.correct
-        self.count_sum += sums.count
+        total = self.bin_sums() + sums
+        for name, value in zip(self._sums, (total.confidence, total.correct, total.count), strict=True):
+            setattr(self, name, outlasting(value))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
         # Casting the model that holds this metric (`.to(torch.bfloat16)`) must not round counts: follow devices only.
@@ -115,8 +116,8 @@ class GroupedCalibrationError(BinSumMetric):
     ) -> None:
         """Add one batch."""
         if self.validate_args:
-            validate_predictions(preds, target)
-            validate_groups(groups, self.num_groups, len(preds))
+            preds, target = read_predictions(preds, target)
+            groups = read_groups(groups, self.num_groups, len(preds))
         self._add(bin_sums(*top_label(preds, target), groups, self.num_groups, self.n_bins))
 
     def compute(self) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.metrics.calibration import validate_predictions
+from moe_posterior.metrics.calibration import read_predictions
+from moe_posterior.validation import tensor
 
 
 class HumanDivergence(NamedTuple):
@@ -42,6 +43,7 @@ def human_divergence(
     >>> round(result.kl.item(), 4), result.brier.item()
     (0.6931, 0.5)
     """
+    preds, human = tensor("preds", preds), tensor("human", human)
     if preds.ndim != 2 or preds.shape != human.shape:
         raise InvalidArgumentError(
             f"preds and human must have one shape (N, K); got {tuple(preds.shape)} and {tuple(human.shape)}"
@@ -51,9 +53,9 @@ def human_divergence(
     if not 0 < eps < 1:
         raise InvalidArgumentError(f"eps must lie in (0, 1); got {eps!r}")
     anything = torch.zeros(len(preds), dtype=torch.int64, device=preds.device)
-    validate_predictions(preds, anything)
+    preds, _ = read_predictions(preds, anything)
     try:
-        validate_predictions(human, anything)
+        human, _ = read_predictions(human, anything)
     except InvalidArgumentError as error:
         raise InvalidArgumentError(str(error).replace("preds", "human", 1)) from None
     preds, human = preds.double(), human.double().clamp(min=0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.metrics.calibration import BinSums, bin_sums, top_label, validate_arguments, validate_predictions
+from moe_posterior.metrics.calibration import BinSums, bin_sums, read_predictions, top_label, validate_arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +89,6 @@ def reliability_curve(
     (tensor([0.2500, 0.7500,    nan], dtype=torch.float64), tensor([0.0000, 0.5000,    nan], dtype=torch.float64))
     """
     validate_arguments(1, n_bins, "l1", 1)
-    validate_predictions(preds, target)
+    preds, target = read_predictions(preds, target)
     one_group = torch.zeros(len(preds), dtype=torch.int64, device=preds.device)
     return curve_from_sums(bin_sums(*top_label(preds, target), one_group, 1, n_bins))

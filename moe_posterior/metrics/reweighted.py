@@ -13,12 +13,12 @@ from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.binned import expected_absolute
-from moe_posterior.metrics.calibration import top_label, validate_predictions
+from moe_posterior.metrics.calibration import read_predictions, top_label
 from moe_posterior.metrics.configurations import (
     MIN_COUNT,
     Configurations,
     configuration_calibration,
-    validate_configurations,
+    read_configurations,
 )
 
 BISECTIONS = 60  # halvings of the tilt: more than a float64 has bits
@@ -201,8 +201,8 @@ def cross_fitted_rce_curve(
     >>> cross_fitted_rce_curve(preds, target, configurations, [0.0, torch.inf], min_count=2).tolist()
     [0.375, 0.5]
     """
-    validate_predictions(preds, target)
-    validate_configurations(configurations, len(preds), min_count)
+    preds, target = read_predictions(preds, target)
+    configurations = read_configurations(configurations, len(preds), min_count)
     if min_count < 2 or splits < 1:
         raise InvalidArgumentError(
             f"min_count must be at least 2 and splits at least 1; got {min_count!r} and {splits!r}"

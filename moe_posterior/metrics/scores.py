@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.metrics.calibration import validate_predictions
+from moe_posterior.metrics.calibration import read_predictions
 
 
 def brier_score(
@@ -33,7 +33,7 @@ def brier_score(
     >>> brier_score(torch.tensor([0.75]), torch.tensor([0.5])).item()  # half right
     0.0625
     """
-    _validate(preds, target, reduction)
+    preds, target = _read(preds, target, reduction)
     preds = preds.double()
     if preds.ndim == 1:
         rows = (preds - target.double()).square()
@@ -65,7 +65,7 @@ def negative_log_likelihood(
     >>> round(negative_log_likelihood(torch.tensor([[0.75, 0.25]]), torch.tensor([1])).item(), 4)
     1.3863
     """
-    _validate(preds, target, reduction)
+    preds, target = _read(preds, target, reduction)
     if not 0 < eps < 1:
         raise InvalidArgumentError(f"eps must lie in (0, 1); got {eps!r}")
     if preds.ndim == 1:
@@ -76,7 +76,7 @@ def negative_log_likelihood(
     return rows.mean() if reduction == "mean" else rows
 
 
-def _validate(preds: Tensor, target: Tensor, reduction: str) -> None:
+def _read(preds: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     if reduction not in ("mean", "none"):
         raise InvalidArgumentError(f"reduction must be 'mean' or 'none'; got {reduction!r}")
-    validate_predictions(preds, target)
+    return read_predictions(preds, target)

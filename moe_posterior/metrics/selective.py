@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.metrics.reading import read_ranking
 
 
 class ActionThreshold(NamedTuple):
@@ -40,7 +41,7 @@ def risk_coverage(
     >>> coverage.tolist(), risk.tolist()
     ([0.25, 0.5, 0.75, 1.0], [0.0, 0.5, 0.5, 0.5])
     """
-    _validate(confidence, correct)
+    confidence, correct = read_ranking(confidence, correct)
     if not len(confidence):
         empty = torch.zeros(0, dtype=torch.float64, device=confidence.device)
         return empty, empty
@@ -77,6 +78,7 @@ def excess_aurc(confidence: Tensor, correct: Tensor) -> Tensor:  # (N,), (N,) ->
     >>> excess_aurc(torch.tensor([0.6, 0.9]), torch.tensor([1, 0])).item()
     0.5
     """
+    confidence, correct = read_ranking(confidence, correct)
     return aurc(confidence, correct) - aurc(correct.double(), correct)
 
 
@@ -98,6 +100,7 @@ def action_threshold(confidence: Tensor, correct: Tensor, max_risk: float) -> Ac
     """
     if not 0 <= max_risk <= 1:
         raise InvalidArgumentError(f"max_risk must lie in [0, 1]; got {max_risk!r}")
+    confidence, correct = read_ranking(confidence, correct)
     _, risk = risk_coverage(confidence, correct)
     ordered = confidence.sort(descending=True).values
     last_of_tie = torch.ones_like(ordered, dtype=torch.bool)
@@ -122,18 +125,7 @@ def selective_risk(confidence: Tensor, correct: Tensor, threshold: float) -> Act
     >>> selective_risk(torch.tensor([0.75, 0.5, 0.25]), torch.tensor([1, 0, 0]), 0.5)[2]
     0.5
     """
-    _validate(confidence, correct)
+    confidence, correct = read_ranking(confidence, correct)
     acted = confidence >= threshold
     coverage = float(acted.double().mean()) if len(acted) else math.nan
     return ActionThreshold(threshold, coverage, float((1 - correct[acted].double()).mean()))
-
-
-def _validate(confidence: Tensor, correct: Tensor) -> None:
-    if confidence.ndim != 1 or confidence.shape != correct.shape:
-        raise InvalidArgumentError(
-            f"confidence and correct must have one shape (N,); got {tuple(confidence.shape)} and {tuple(correct.shape)}"
-        )
-    if confidence.isnan().any():
-        raise InvalidArgumentError(f"confidence must not be NaN; got NaN at {int(confidence.isnan().nonzero()[0])}")
-    if not ((correct >= 0) & (correct <= 1)).all():
-        raise InvalidArgumentError("correct must lie in [0, 1]; got a value outside, or NaN")

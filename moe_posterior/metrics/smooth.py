@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.metrics.calibration import top_label, validate_predictions
+from moe_posterior.metrics.calibration import read_predictions, top_label
 
 GRID = 4096  # cells on [0, 1]; residuals are split linearly between the two nearest points
 BISECTIONS = 30
@@ -39,7 +39,7 @@ def smooth_calibration_error(
     >>> round(smooth_calibration_error(preds, torch.tensor([0, 1, 0, 1])).item(), 3)
     0.25
     """
-    validate_predictions(preds, target)
+    preds, target = read_predictions(preds, target)
     if bandwidth is not None and not bandwidth > 0:
         raise InvalidArgumentError(f"bandwidth must be positive, or None; got {bandwidth!r}")
     confidence, correct = top_label(preds, target)

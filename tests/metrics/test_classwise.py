@@ -46,7 +46,7 @@ def test_the_metric_over_batches_equals_one_pass_and_merges_by_sums() -> None:
         metric.update(part, labels)
     torch.testing.assert_close(metric.compute(), classwise_calibration_error(preds, target, 9, "l2"))
     assert [tuple(state.shape) for state in metric.metric_state.values()] == [(4, 10)] * 3
-    assert metric.to(torch.bfloat16).count_sum.dtype == torch.float64
+    assert metric.to(torch.bfloat16).bin_sums().count.dtype == torch.float64
     assert repr(metric) == "ClasswiseCalibrationError(num_classes=4, n_bins=9, norm='l2')"
 
 
@@ -56,6 +56,6 @@ def test_bad_predictions_are_named_and_leave_the_metric_as_it_was() -> None:
         metric.update(*drawn(0))
     with pytest.raises(InvalidArgumentError, match=r"preds must have shape \(N, K\); got \(2,\)"):
         metric.update(torch.rand(2), torch.tensor([0, 1]))
-    assert not metric.count_sum.any()
+    assert not metric.bin_sums().count.any()
     with pytest.raises(InvalidArgumentError, match="norm must be one of"):
         classwise_calibration_error(*drawn(0), norm="l3")

@@ -104,12 +104,12 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_clusters": 1}, r"cluster_ids must lie in \[0, 0\]; got \[0, 1\]"),
-        ({"num_experts": 2}, r"expert_indices must lie in \[0, 1\]; got \[0, 2\]"),
+        ({"num_clusters": 1}, r"cluster_ids must lie in \[0, 0\]; got values from 0 to 1"),
+        ({"num_experts": 2}, r"expert_indices must lie in \[0, 1\]; got values from 0 to 2"),
         ({"expert_indices": torch.tensor([[0, 1], [2, 2]])}, r"once per row; got \[2, 2\] in row 1"),
         ({"expert_indices": torch.tensor([[0, 1]])}, "equally many rows; got 2 and 1"),
-        ({"expert_indices": torch.tensor([0, 1])}, r"expert_indices must be int64 with 2 dimension"),
-        ({"cluster_ids": torch.tensor([0.0, 1.0])}, "cluster_ids must be int64 .*float32"),
+        ({"expert_indices": torch.tensor([0, 1])}, r"expert_indices must be integers with 2 dimension"),
+        ({"cluster_ids": torch.tensor([0.0, 1.0])}, "cluster_ids must be integers.*float32"),
     ],
 )
 def test_a_bad_routing_is_named(change: dict, message: str) -> None:
