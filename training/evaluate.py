@@ -36,7 +36,8 @@ from moe_posterior.training.report import (
     write_json,
 )
 from moe_posterior.training.report.compute import OVERALL, is_everything, panels_of
-from moe_posterior.training.report.sections import Judged, fit_calibrators, further_sections, pooled
+from moe_posterior.training.report.promise import Scored
+from moe_posterior.training.report.sections import Judged, fit_calibrators, further_sections, pooled, scored
 from moe_posterior.training.runs import Arm, Run
 
 LEAST_RESAMPLES = 100
@@ -75,6 +76,7 @@ def evaluate(arguments: list[str]) -> int:
         planned = [(data.test_name, 0), *((shift, severity) for shift in sets for severity in options.severities)]
         panel_of = panels_of(planned, SEVERE)
         judged: dict[str, dict[str, list[Judged]]] = {}  # panel -> arm -> evaluation sets
+        acted: dict[str, list[Scored]] = {name: [] for name in models}
 
         def predictions() -> Iterator[Predictions]:
             for item in data.evaluation_sets(options.shifts, options.severities):
@@ -84,6 +86,7 @@ def evaluate(arguments: list[str]) -> int:
                     if not console.is_terminal:  # a log file shows no bar
                         console.print(f"evaluating {what}")
                     predicted, outputs = predict(model, name, item)
+                    acted[name].append(scored(item.shift, item.severity, outputs))
                     if panel := panel_of.get((item.shift, item.severity)):
                         judged.setdefault(panel, {}).setdefault(name, []).append(outputs)
                     yield predicted
@@ -103,7 +106,9 @@ def evaluate(arguments: list[str]) -> int:
             validation[name] = Judged(outputs, target, torch.arange(len(target)))
         panels = {panel: {name: pooled(parts) for name, parts in arms.items()} for panel, arms in judged.items()}
         calibrators = {name: fit_calibrators(one) for name, one in validation.items()}
-        report |= further_sections(calibrators, validation, panels, subsets, base=data.test_name, seed=options.seed)
+        report |= further_sections(
+            calibrators, validation, panels, subsets, base=data.test_name, sets=acted, seed=options.seed
+        )
         report["provenance"] = _provenance(run, data, models, options)
         report["identity"] = _identity(arms, data, models, sets)
         folder = _write(run.folder / "report", report, models, calibrators)

@@ -193,7 +193,7 @@ def test_an_empty_report_is_a_page_of_absences() -> None:
         ("Binning", "equal mass, 2 bins, norm l2, debiased", ["metric", "schema"]),
         ("Subgroup", "2 groups; worst of softmax: right, ECE 0.123", ["subgroups", "subsets"]),
         ("Temperature", "none, temperature", ["calibrators"]),
-        ("Action threshold", "act from 0.850, risk 0.031, promised at most 0.050, coverage 0.620", ["action"]),
+        ("Action threshold", "held, risk 0.031, coverage 0.620; act from 0.850, promised at most 0.050", ["action"]),
         ("identical displayed", "softmax: 870 of 1,000 inputs", ["shared_confidence"]),
         ("monitoring", "4 configurations measured, widest gap 0.300", ["configurations"]),
         ("Abstention", "above 0.2", ["operation"]),

@@ -5,31 +5,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_posterior.page import Cell, Table, show
-from moe_posterior.training.report import tables
-from moe_posterior.training.report.checklist import ABSENT, checklist
+from moe_posterior.training.report import promise, tables
+from moe_posterior.training.report.checklist import ABSENT, checklist, standard, tally
 
 MOST_CONFIGURATIONS = 10
 SPECIAL = re.compile(r"([\\`*_\[\]|~$<>&])")
 
 
 def to_card(report: Mapping[str, Any]) -> str:
-    """Render a report as Markdown to paste into a model card: the governance standard, results, and each measured section.
+    """Render a report as Markdown to paste into a model card: whether the action threshold kept its promise, the governance standard,
+    results, and each measured section.
 
     Args:
         report: as for :func:`~moe_posterior.training.report.html.to_html`. Text in it is escaped, so that no name can add
             markup or break a table.
 
-    >>> print(to_card({"action": {"threshold": 0.8, "risk": 0.05, "coverage": 0.6}}).split("### ")[-1].strip())
+    >>> card = to_card({"action": {"threshold": 0.8, "risk": 0.05, "max_risk": 0.1, "coverage": 0.6}})
+    >>> print(card.split("### ")[1].strip())
     Action threshold
     <BLANKLINE>
-    | act from confidence | risk (share wrong) | coverage (share acted on) |
-    |--:|--:|--:|
-    | 0.800 | 0.050 | 0.600 |
+    Promised: at most 0.100 wrong among the answers acted on. Held in 1 of 1.
+    <BLANKLINE>
+    | promise | risk (share wrong) | risk promised | coverage (share acted on) | act from confidence |
+    |---|--:|--:|--:|--:|
+    | held | 0.050 | 0.100 | 0.600 | 0.800 |
     """
-    standard = [[item.requirement, item.found or ABSENT] for item in checklist(report)]
     metric = tables.metric_settings(report)
+    said = promise.sentence(tables.rows_of(report, "action"))
     parts = {
-        "Governance standard": markdown_table(Table(["item", "value"], standard)),
+        "Action threshold": (f"{escape(said)}\n\n" if said else "") + _section(tables.action(report, whole=True)),
+        "Governance standard": f"Held: {escape(tally(checklist(report)))}.\n\n{markdown_table(standard(report))}",
         "Results": _section(tables.main_rows(report)) + _note(report),
         "Shift scenarios": _section(tables.shifts(report))
         + (f"\n\n{markdown_table(pools)}" if (pools := tables.pools(report)) else "")
@@ -40,7 +45,6 @@ def to_card(report: Mapping[str, Any]) -> str:
         ),
         "Inputs that share a displayed confidence across configurations": _section(tables.shared_confidence(report)),
         "Calibrators": _section(tables.calibrators(report)),
-        "Action threshold": _section(tables.action(report)),
     }
     body = "\n\n".join(f"### {name}\n\n{text}" for name, text in parts.items())
     return f"## Calibration of the routed aggregate\n\n{body}\n"

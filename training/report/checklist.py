@@ -3,12 +3,12 @@
 Source: *The Expert Router Becomes the Confidence Problem*, "Governance Standard".
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_posterior.page import show
-from moe_posterior.training.report import tables
+from moe_posterior.page import Cell, Table, estimate, show
+from moe_posterior.training.report import promise, tables
 from moe_posterior.training.report.compute import OVERALL
 from moe_posterior.training.report.places import ALL_SHIFTS, CLEAN, place_name, sets_of
 
@@ -23,15 +23,48 @@ class Item:
     requirement: str
     found: str | None  # None: not measured in this run
     anchor: str  # section of the page
+    failed: bool = False  # measured, and not as it was promised
+
+    @property
+    def held(self) -> bool:
+        """Whether the report has what is asked for, and it is as promised."""
+        return self.found is not None and not self.failed
+
+
+def standard(report: Mapping[str, Any]) -> Table:
+    """The checklist as a table."""
+    rows = []
+    for item in checklist(report):
+        word = Cell(promise.FAILED, promise.FAILED, strong=True) if item.failed else "yes" if item.held else "no"
+        rows.append([item.requirement, word, item.found or ABSENT])
+    return Table(["item", "held", "value found"], rows)
+
+
+def tally(items: Sequence[Item]) -> str:
+    """How many items a report holds, and which it measured and found broken.
+
+    >>> tally([Item("a", "x", "s"), Item("b", "y", "s", failed=True), Item("c", None, "s")])
+    '1 of 3 items; failed: b'
+    """
+    failed = [item.requirement for item in items if item.failed]
+    return f"{sum(item.held for item in items)} of {len(items)} items" + (
+        "; failed: " + ", ".join(failed) if failed else ""
+    )
 
 
 def checklist(report: Mapping[str, Any]) -> list[Item]:
     """Every item of the standard, in its order; ``found`` is None where the report is silent.
 
-    >>> [item.found for item in checklist({"action": {"threshold": 0.8, "risk": 0.05}}) if "threshold" in item.requirement]
-    ['act from 0.800, risk 0.050']
+    >>> report = {"action": {"threshold": 0.8, "risk": 0.05, "max_risk": 0.02}}
+    >>> [(item.found, item.failed) for item in checklist(report) if "threshold" in item.requirement]
+    [('failed, risk 0.050; act from 0.800, promised at most 0.020', True)]
     """
-    return [Item(requirement, find(report) or None, anchor) for requirement, anchor, find in REQUIREMENTS]
+    kept = promise.overall(tables.rows_of(report, "action")) in (None, promise.HELD)
+    return [
+        Item(requirement, found, anchor, failed=find is _action and found is not None and not kept)
+        for requirement, anchor, find in REQUIREMENTS
+        for found in [find(report) or None]
+    ]
 
 
 def _aggregate(report: Mapping[str, Any]) -> str | None:
@@ -88,12 +121,26 @@ def _calibrators(report: Mapping[str, Any]) -> str:
 
 
 def _action(report: Mapping[str, Any]) -> str:
-    labels = {"threshold": "act from", "risk": "risk", "max_risk": "promised at most", "coverage": "coverage"}
+    """Per arm: the verdict on every evaluation, then the threshold and what it promised."""
+    by_arm: dict[Any, list[Mapping[str, Any]]] = {}
+    for one in promise.summary(tables.rows_of(report, "action")):
+        by_arm.setdefault(one.get("arm"), []).append(one)
     found = []
-    for one in tables.rows_of(report, "action"):
-        values = [f"{label} {show(one[key])}" for key, label in labels.items() if one.get(key) is not None]
-        found.append((f"{one['arm']}: " if one.get("arm") else "") + ", ".join(values))
-    return "; ".join(part for part in found if part)
+    for arm, rows in by_arm.items():
+        parts = [part for one in rows if (part := _measured(one))]
+        labels = {"threshold": "act from", "max_risk": "promised at most"}
+        shared = [f"{label} {show(rows[0][key])}" for key, label in labels.items() if rows[0].get(key) is not None]
+        text = "; ".join([*parts, ", ".join(shared)] if shared else parts)
+        found.append((f"{arm}: " if arm else "") + text if text else "")
+    return ". ".join(part for part in found if part)
+
+
+def _measured(one: Mapping[str, Any]) -> str:
+    interval = one.get("interval")
+    risk = f"risk {show(estimate(one['risk'], *(interval or ())))}" if one.get("risk") is not None else ""
+    coverage = f"coverage {show(one['coverage'])}" if one.get("coverage") is not None else ""
+    name = " ".join(part for part in (promise.place(one), promise.verdict_text(one)) if part)
+    return ", ".join(part for part in (name, risk, coverage) if part)
 
 
 def _shared(report: Mapping[str, Any]) -> str:

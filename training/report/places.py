@@ -51,7 +51,7 @@ def place_name(sets: Sequence[tuple[str, int]], shift: str, severity: int | None
     if len(members) == 1:
         return pool_name(members)
     if shift != ALL_SHIFTS:
-        return f"{shift}, mean of {_severities(one for _, one in members)}"
+        return f"{shift}, mean of {severities_text(one for _, one in members)}"
     if severity is not None:
         return f"mean of {_count(members)}, severity {severity}"
     return f"mean of {len(members)} sets ({_spread(members)})"
@@ -72,7 +72,7 @@ def size(n: int, sets: int) -> Cell:
 
 
 def _spread(sets: Sequence[tuple[str, int]]) -> str:
-    return f"{_count(sets)}, {_severities(severity for _, severity in sets)}"
+    return f"{_count(sets)}, {severities_text(severity for _, severity in sets)}"
 
 
 def _count(sets: Sequence[tuple[str, int]]) -> str:
@@ -80,7 +80,12 @@ def _count(sets: Sequence[tuple[str, int]]) -> str:
     return f"{shifts} shift{'s' * (shifts > 1)}"
 
 
-def _severities(values: Iterable[int]) -> str:
+def severities_text(values: Iterable[int]) -> str:
+    """``severities 1–5``, or each where they are no run.
+
+    >>> severities_text([3, 1, 2]), severities_text([1, 4]), severities_text([2])
+    ('severities 1–3', 'severities 1, 4', 'severity 2')
+    """
     found = sorted(set(values))
     if len(found) == 1:
         return f"severity {found[0]}"

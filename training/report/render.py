@@ -2,12 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+from moe_posterior.training.report import promise
 from moe_posterior.training.report.compute import METRICS, OVERALL
 from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of
 from moe_posterior.training.report.places import ALL_SHIFTS, base_of, members_of, place_name, sets_of, size
@@ -33,7 +35,7 @@ class _Row:
 
 
 def render_table(report: dict, console: "Console | None" = None) -> None:
-    """Print the report as one table of at most 80 columns: a block per evaluation and subset, a line per arm.
+    """Print whether the action threshold's promise held, then one table: a block per evaluation and subset, a line per arm.
 
     The arms stand one above the other, so that the eye compares numbers in a column. Shown: the stored test
     rows and the mean of all shifted sets for every subset, each shift (mean over its severities) overall; the rest is in the dict.
@@ -61,7 +63,10 @@ def render_table(report: dict, console: "Console | None" = None) -> None:
         return grid
 
     arm_width = max(len(arm) for arm in report["arms"])
-    lines: list = [Text(_title(report), "italic"), line("", (TITLES[metric] for metric in METRICS), "bold")]
+    lines: list = [
+        Text(text, "bold" if text.startswith(f"  {promise.FAILED.upper()}") else "") for text in _promise_lines(report)
+    ]
+    lines += [Text(_title(report), "italic"), line("", (TITLES[metric] for metric in METRICS), "bold")]
     previous = None
     for row in _rows(report):
         if (row.evaluation, row.subset) != previous:
@@ -72,8 +77,9 @@ def render_table(report: dict, console: "Console | None" = None) -> None:
 
 
 def to_markdown(report: dict) -> str:
-    """The same table in Markdown, ending in a newline; the better arm is bold, a worse one carries a dagger."""
+    """The same in Markdown, ending in a newline; the better arm is bold, a worse one carries a dagger."""
     lines = [
+        *_promise_markdown(report),
         f"**{_title(report)}**",
         "",
         "| evaluation | subset | n | arm | " + " | ".join(TITLES[metric] for metric in METRICS) + " |",
@@ -110,6 +116,62 @@ def write_json(report: dict, path: str | os.PathLike[str]) -> None:
 
 def _title(report: dict) -> str:
     return f"Routed aggregate: {report['n_bins']}-bin ECE, 95 % bootstrap intervals ({report['resamples']:,} resamples)"
+
+
+def _promises(report: Mapping[str, Any]) -> tuple[str, list[Mapping[str, Any]]]:
+    """What was promised and how often it held, and the rows that say where."""
+    found = report.get("action") or []
+    rows = [found] if isinstance(found, Mapping) else list(found)
+    return promise.sentence(rows), [row for row in promise.summary(rows) if promise.verdict(row)]
+
+
+def _promise_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    said, rows = _promises(report)
+    if not said:
+        return
+    yield from textwrap.wrap(f"Action threshold. {said}", 80)
+    arm = None
+    for row in rows:
+        if row.get("arm") != arm:
+            arm = row.get("arm")
+            threshold = row.get("threshold")
+            yield (
+                f"{arm}, acting from confidence {_short(threshold)}:"
+                if threshold is not None
+                else f"{arm}, never acting:"
+            )
+        failed, where = promise.verdict(row) == promise.FAILED, promise.verdict_text(row)
+        some = f"; {where}" if failed and where != promise.FAILED else ""
+        word = promise.FAILED.upper() if failed else promise.verdict(row)
+        yield f"  {word:<7} {promise.place(row)}: {_risk(row)}{some}"
+    yield ""
+
+
+def _promise_markdown(report: Mapping[str, Any]) -> Iterator[str]:
+    said, rows = _promises(report)
+    if not said:
+        return
+    yield from (
+        f"**Action threshold.** {said}",
+        "",
+        "| arm | evaluation | promise | share wrong, and coverage |",
+        "|---|---|---|---|",
+    )
+    for row in rows:
+        found = promise.verdict_text(row)
+        found = f"**{found}**" if promise.verdict(row) == promise.FAILED else found
+        yield f"| {row.get('arm') or ''} | {promise.place(row)} | {found} | {_risk(row)} |"
+    yield ""
+
+
+def _risk(row: Mapping[str, Any]) -> str:
+    """``.293 [.27,.31], acts on 97 %``: the share wrong and its interval, and the coverage."""
+    coverage = f"acts on {100 * row['coverage']:.0f} %" if row.get("coverage") is not None else ""
+    if row.get("risk") is None:
+        return coverage
+    low, high = row.get("interval") or (None, None)
+    interval = "" if low is None or high is None else f" [{_short(low)},{_short(high)}]"
+    return ", ".join(part for part in (f"{_short(row['risk'])}{interval}", coverage) if part)
 
 
 def _rows(report: dict) -> Iterator[_Row]:

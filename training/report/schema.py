@@ -105,13 +105,22 @@ class Calibrator(TypedDict, total=False):
 
 
 class Action(TypedDict, total=False):
-    """The confidence above which the system acts."""
+    """The confidence above which the system acts, and whether what it promises held in one evaluation."""
 
     arm: str
+    shift: str  # the stored test rows' name, or a shift
+    severity: int | None  # 0: the stored test rows; None: all severities of the shift pooled
+    severities: Sequence[int]  # where several are pooled
+    failed_at: Sequence[int]  # those of them where the promise failed
+    sets: int
+    n: int  # answers given
+    acted: int  # answers acted on
     threshold: Number
     risk: Number  # share of wrong answers among those acted on
+    interval: Interval  # of the risk, 95 %
     coverage: Number  # share acted on
     max_risk: Number  # the promise that the threshold was chosen for
+    verdict: str | None  # "held", "failed", "nothing acted on"
 
 
 class Curve(TypedDict, total=False):

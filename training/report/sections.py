@@ -30,14 +30,14 @@ from moe_posterior.metrics import (
     negative_log_likelihood,
     rce_curve,
     risk_coverage,
-    selective_risk,
     shared_confidence,
     top_label,
 )
 from moe_posterior.training.outputs import normalised, numbered_configurations
 from moe_posterior.training.report.bootstrap import bootstrap_sums
+from moe_posterior.training.report.promise import Scored, promise_rows
 
-__all__ = ["Judged", "fit_calibrators", "further_sections", "pooled"]
+__all__ = ["Judged", "fit_calibrators", "further_sections", "pooled", "scored"]
 
 CALIBRATORS: dict[str, type[Calibrator]] = {
     "temperature": TemperatureScaling,
@@ -75,13 +75,16 @@ def further_sections(
     subsets: Mapping[str, Tensor],  # name -> (n,) bool, over the rows of the panel ``base``
     *,
     base: str = "clean",
+    sets: Mapping[str, Sequence[Scored]] | None = None,  # by arm: every evaluation set
     n_bins: int = 15,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The optional keys of a report (see :mod:`~moe_posterior.training.report.schema`) that need outputs and validation rows.
 
-    ``base`` names the panel of the stored test rows.
+    ``base`` names the panel of the stored test rows; ``sets`` are what the action threshold is judged on, by default that panel alone.
     """
+    if sets is None:
+        sets = {arm: [scored(base, 0, judged)] for arm, judged in panels[base].items()}
     everywhere = [(panel, arm, judged) for panel, arms in panels.items() for arm, judged in arms.items()]
     sections = {
         "metric": {
@@ -100,7 +103,7 @@ def further_sections(
             for panel, arm, judged in everywhere
             for row in _calibrated(panel, arm, judged, fitted[arm], n_bins, seed)
         ],
-        "action": [_action(arm, validation[arm], judged) for arm, judged in panels[base].items()],
+        "action": [row for arm, members in sets.items() for row in _action(arm, validation[arm], members)],
         "risk_coverage": [_risk_coverage(panel, arm, judged) for panel, arm, judged in everywhere],
         "rce": [curve for panel, arm, judged in everywhere for curve in _reweighted(panel, arm, judged, fitted[arm])],
         "online": [
@@ -181,17 +184,14 @@ def _calibrated(
         }
 
 
-def _action(arm: str, validation: Judged, judged: Judged) -> dict[str, Any]:
+def _action(arm: str, validation: Judged, sets: Sequence[Scored]) -> list[dict[str, Any]]:
     chosen = action_threshold(*top_label(normalised(validation.outputs.probs), validation.target), MAX_RISK)
-    confidence, correct = top_label(normalised(judged.outputs.probs), judged.target)
-    held = selective_risk(confidence, correct, float(chosen.threshold))
-    return {
-        "arm": arm,
-        "threshold": float(chosen.threshold),
-        "risk": float(held.risk),
-        "coverage": float(held.coverage),
-        "max_risk": MAX_RISK,
-    }
+    return promise_rows(arm, chosen, MAX_RISK, sets)
+
+
+def scored(shift: str, severity: int, judged: Judged) -> Scored:
+    """What of an arm's answers on one evaluation set the action threshold is judged by."""
+    return Scored(shift, severity, *top_label(normalised(judged.outputs.probs), judged.target))
 
 
 def _risk_coverage(panel: str, arm: str, judged: Judged) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_posterior.page import Cell, Table, estimate, show
+from moe_posterior.training.report import promise
 from moe_posterior.training.report.compute import OVERALL, SCHEMA
 from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, Key, key_of, marks_of
 from moe_posterior.training.report.places import ALL_SHIFTS, members_of, place_name, sets_of, size
@@ -220,14 +221,25 @@ def calibrators(report: Mapping[str, Any]) -> Table | None:
     return _without_empty_columns(Table(["arm", "evaluation", "calibrator", "ECE", "NLL", "accuracy"], rows))
 
 
-def action(report: Mapping[str, Any]) -> Table | None:
-    """The confidence above which the system acts, with its risk and coverage."""
+def action(report: Mapping[str, Any], *, whole: bool = False) -> Table | None:
+    """The confidence above which the system acts, and whether its promise held; ``whole`` leaves out a shift's single severities."""
+    found = rows_of(report, "action")
     rows = [
-        [one.get("arm"), one.get("threshold"), one.get("risk"), one.get("max_risk"), one.get("coverage")]
-        for one in rows_of(report, "action")
+        [
+            one.get("arm"),
+            promise.place(one),
+            Cell(text, text, strong=promise.verdict(one) == promise.FAILED),
+            estimate(one.get("risk"), *_interval(one)),
+            one.get("max_risk"),
+            one.get("coverage"),
+            one.get("threshold"),
+            one.get("acted"),
+        ]
+        for one in (promise.summary(found) if whole else found)
+        for text in [promise.verdict_text(one)]
     ]
-    columns = ["arm", "act from confidence", "risk (share wrong)", "risk promised", "coverage (share acted on)"]
-    return _without_empty_columns(Table(columns, rows))
+    columns = ["arm", "evaluation", "promise", "risk (share wrong)", "risk promised", "coverage (share acted on)"]
+    return _without_empty_columns(Table([*columns, "act from confidence", "acted on"], rows))
 
 
 def percent(share: float) -> Cell:
