@@ -37,6 +37,10 @@ class AuditLockedError(AuditError):
     """Another writer has this audit log open."""
 
 
+class ForkedError(MoEPosteriorError, RuntimeError):
+    """Something was used in a forked child that another thread of the parent was changing at that moment."""
+
+
 class MissingDependencyError(MoEPosteriorError, ImportError):
     """A part was used whose packages belong to an extra that is not installed.
 

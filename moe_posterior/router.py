@@ -4,7 +4,6 @@ Dimensions: N queries, D embedding size, C clusters, E experts, k experts per qu
 """
 
 import copy
-import threading
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from moe_posterior import beta as beta_functions
 from moe_posterior import validation
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MissingDataError, MoEPosteriorError
+from moe_posterior.forking import ForkLock
 from moe_posterior.gates import PosteriorGate, Routing
 
 
@@ -89,6 +89,10 @@ class Decisions(NamedTuple):
 
 class Recorder(Protocol):
     """What a router tells an audit log, under the router's lock; see :mod:`moe_posterior.audit`."""
+
+    def may_change(self, num_experts: int) -> None:
+        """The belief, the clusters or the pool are about to change by something else than outcomes, to so many experts; an error
+        here says that they must not, for it could never be recorded."""
 
     def before(self) -> None:
         """Something is about to be decided or learned; an error here says that it must not be, for it could not be recorded."""
@@ -179,7 +183,7 @@ class PosteriorRouter:
         self.gate = PosteriorGate(hidden_size, num_experts, num_clusters, top_k, **gate_options)
         self.abstain_below = abstain_below
         self.max_pending = max_pending
-        self._lock = threading.RLock()
+        self._lock = ForkLock("this router")
         self._next_id = 0
         # Pending decisions lie in a ring, at id mod max_pending: constant time, bounded memory, and batches need no loop.
         self._pending_id = np.full(max_pending, -1, dtype=np.int64)  # which decision lies there; -1 none
@@ -194,13 +198,14 @@ class PosteriorRouter:
         """The belief, a :class:`~moe_posterior.BetaPosterior`. Take :meth:`locked` before reading it beside other threads."""
         return self.gate.posterior
 
-    def locked(self) -> threading.RLock:
+    def locked(self) -> ForkLock:
         """The lock, as a context manager."""
         return self._lock
 
     def fit(self, embeddings: ArrayLike, *, seed: int = 0) -> None:  # (N, D)
         """Find the clusters by k-means and forget all evidence and all pending decisions: they spoke of other clusters."""
         with self._lock:
+            self._may_change()
             self.gate.fit(self._tensor(embeddings), generator=torch.Generator().manual_seed(seed))
             self._pending_id[:] = -1
             self._tell("fit")
@@ -214,6 +219,7 @@ class PosteriorRouter:
     ) -> None:
         """Turn what is known of the experts' past outcomes into the prior; see :meth:`BetaPosterior.warm_start`."""
         with self._lock:
+            self._may_change()
             self.gate.warm_start(
                 self._tensor(embeddings), validation.outcomes("outcomes", outcomes).double(), strength=strength
             )
@@ -314,6 +320,7 @@ class PosteriorRouter:
     def add_expert(self, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0) -> int:
         """One more expert, its prior inherited from donors by overlap; returns its index. See :meth:`BetaPosterior.add_expert`."""
         with self._lock:
+            self._may_change(1)
             index = self.gate.add_expert(prior_from, strength=strength)
             self._tenure = np.append(self._tenure, np.int32(0))
             self._tell(f"expert {index} added")
@@ -322,6 +329,7 @@ class PosteriorRouter:
     def remove_expert(self, expert: int) -> None:
         """Never choose this expert again; outcomes of its pending decisions will be refused."""
         with self._lock:
+            self._may_change()
             self.gate.remove_expert(expert)
             self._tenure[expert] += 1
             self._tell(f"expert {expert} removed")
@@ -331,6 +339,7 @@ class PosteriorRouter:
     ) -> None:
         """A retrained expert in the same place; outcomes of its predecessor's pending decisions will be refused."""
         with self._lock:
+            self._may_change()
             self.gate.replace_expert(expert, prior_from, strength=strength)
             self._tenure[expert] += 1
             self._tell(f"expert {expert} replaced")
@@ -460,6 +469,10 @@ class PosteriorRouter:
         self.gate.posterior.observe(clusters, torch.from_numpy(signal), experts, threshold=self.gate.threshold)
         self.gate.steps += 1
         self._pending_id[slots] = -1
+
+    def _may_change(self, more: int = 0) -> None:
+        if self._audit is not None:
+            self._audit.may_change(self.gate.num_experts + more)
 
     def _tell(self, reason: str) -> None:
         if self._audit is not None:

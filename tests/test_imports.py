@@ -14,7 +14,7 @@ ORDER = [
     ["errors", "precision", "validation"],
     ["drafts"],
     ["atomic"],
-    ["tensorfile"],
+    ["tensorfile", "forking"],
     ["beta", "evidence"],
     ["kernels"],
     ["churn", "posterior", "clustering"],

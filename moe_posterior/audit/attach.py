@@ -3,7 +3,6 @@
 Dimensions: N tokens, M sampled tokens, C clusters, E experts, k experts per token.
 """
 
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,15 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moe_posterior.audit.collect import Event, Many, Marked, Resolved
+from moe_posterior.audit.limits import require_pool
 from moe_posterior.audit.recorder import BeliefTracker, knobs_of, now
 from moe_posterior.audit.state import Checkpoint, require_knobs
 from moe_posterior.errors import AuditError, InvalidArgumentError
+from moe_posterior.forking import ForkLock
 from moe_posterior.gates import Gate, PosteriorGate, Routing
 from moe_posterior.gates.posterior import KNOBS
 
 if TYPE_CHECKING:
     from moe_posterior.audit.log import AuditLog
 
+_PIECE = 32 << 20  # bytes of a forward's tokens, or of their outcomes, that are noted down together
 _REMEMBERED = 256  # routings of a gate whose outcome can still be recorded
 
 
@@ -47,7 +49,7 @@ class GateRecorder:
         self._knobs: tuple[Any, ...] = ()
         self._lost = 0
         self._recent: OrderedDict[int, _Sampled] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ForkLock(f"the recorded gate {name!r}")
         self._hook = gate.register_forward_hook(self._routed)
         self._observe = gate.observe
         gate.observe = self._observed  # type: ignore[method-assign]
@@ -94,8 +96,11 @@ class GateRecorder:
             "scores": routing.scores[rows].detach().float().numpy(force=True).copy(),
             "flags": np.zeros(len(clusters), dtype=np.uint8),
         }
-        item = Many(self.source, now(), first, 0, columns)
-        self.log.put(item, 600 + sum(column.nbytes for column in columns.values()))
+        time = now()
+        for piece in _pieces(len(clusters), self.gate.top_k):
+            part = {name: column[piece] for name, column in columns.items()}
+            item = Many(self.source, time, first + piece.start, 0, part)
+            self.log.put(item, 600 + sum(column.nbytes for column in part.values()))
 
     def _observed(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:
         self._observe(routing, outcome, dense=dense)
@@ -110,8 +115,10 @@ class GateRecorder:
             experts = routing.expert_indices[sampled.rows]
             if self.gate.slots_of(routing, outcome, dense) is None:
                 values = values.gather(1, experts)
-            signal = values.detach().double().numpy(force=True).copy()
-            self.log.put(Resolved(self.source, now(), 0, sampled.ids, signal), 400 + 2 * signal.nbytes)
+            signal, time = values.detach().double().numpy(force=True).copy(), now()
+            for piece in _pieces(len(signal), signal.shape[1]):
+                part = Resolved(self.source, time, 0, sampled.ids[piece], signal[piece])
+                self.log.put(part, 400 + 2 * part.signal.nbytes)
 
     def _before(self, count: int) -> bool:
         if not self.log.admit():
@@ -132,6 +139,7 @@ class GateRecorder:
 
     def _checkpoint(self, reason: str) -> None:
         gate = self.gate
+        require_pool(gate)  # experts may have been added since
         named: dict[str, Any] = {}
         if self._belief is not None and isinstance(gate, PosteriorGate):
             knobs = knobs_of(gate, None)
@@ -162,6 +170,12 @@ class GateRecorder:
         self.log.put(Marked(self.source, Checkpoint(settings, arrays), self._generation), size)
 
 
+def _pieces(rows: int, top_k: int) -> list[slice]:
+    """Rows of a forward in parts that fit a record each, however many tokens it had."""
+    step = max(1, _PIECE // (16 + 8 * top_k))
+    return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
+
+
 class Attachment:
     """The recorded gates of one model; a context manager that ends the recording."""
 
@@ -189,8 +203,12 @@ def attach(log: "AuditLog", model: nn.Module, rate: float, name: str, seed: int)
         raise InvalidArgumentError(f"model must hold at least one Gate; {type(model).__name__} holds none")
     if any("observe" in gate.__dict__ for gate in gates.values()):
         raise AuditError("a gate of this model is recorded already")
+    names = [f"{name}.{place}" if place else name for place in gates]
+    for gate, full in zip(gates.values(), names, strict=True):  # all of them before the first is touched
+        require_pool(gate)
+        log.source_of(full)
     recorders = [
-        GateRecorder(log, gate, f"{name}.{place}" if place else name, rate, seed + index)
-        for index, (place, gate) in enumerate(gates.items())
+        GateRecorder(log, gate, full, rate, seed + index)
+        for index, (gate, full) in enumerate(zip(gates.values(), names, strict=True))
     ]
     return Attachment(recorders)

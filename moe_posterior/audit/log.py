@@ -1,11 +1,11 @@
 """The audit log as its users see it: a folder that one process writes and any number read."""
 
-import atexit
 import os
 import threading
 import time
 import warnings
 import weakref
+from multiprocessing.util import Finalize
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -17,6 +17,7 @@ from moe_posterior.audit.chain import Chain, Note, Position, beside_upkeep, read
 from moe_posterior.audit.collect import Event, Item
 from moe_posterior.audit.files import HEAD, FileSystem, lock, segment_numbers
 from moe_posterior.audit.frames import Frame, Kind, check_key
+from moe_posterior.audit.limits import require_name, require_router
 from moe_posterior.audit.read import Reader
 from moe_posterior.audit.recorder import RouterRecorder, now
 from moe_posterior.audit.replay import rebuild_from_end
@@ -129,7 +130,7 @@ class AuditLog:
         opened = {"event": "opened", "time": now(), "continues": position.frames > 0, "clean": self._clean, "cut": cut}
         self.put(Event(0, opened))
         _WRITING.add(self)
-        _close_at_exit(self)
+        self._at_exit = _close_at_exit(self)
 
     def follow(self, router: PosteriorRouter, name: str = "router") -> RouterRecorder:
         """Record what this router does from now on; ``PosteriorRouter(..., audit=log)`` calls it.
@@ -173,12 +174,17 @@ class AuditLog:
         followed = self._followed.get(require_text(name))
         if followed is not None and followed() not in (None, router):
             raise InvalidArgumentError(f"name must be a text that no other router in this log goes by; got {name!r}")
+        require_router(router)
+        recorder = RouterRecorder(self, router, self.source_of(name), name, reason)
         self._followed[name] = weakref.ref(router)
-        return RouterRecorder(self, router, self.source_of(name), name, reason)
+        return recorder
 
     def source_of(self, name: str) -> int:
         """The number that stands for a router or gate in the files."""
-        return self._names.setdefault(require_text(name), len(self._names))
+        if require_text(name) not in self._names:
+            require_name(name, self._names)
+            self._names[name] = len(self._names)
+        return self._names[name]
 
     @classmethod
     def recover(cls, folder: str | PathLike[str], *, name: str = "router", **options: Any) -> PosteriorRouter:
@@ -249,6 +255,7 @@ class AuditLog:
         if self._background is not None:
             self._background.join(timeout)
         writer, self._writer = self._writer, None
+        self._at_exit.cancel()
         try:
             writer.stop(timeout)
             writer.segments.close()
@@ -274,6 +281,10 @@ class AuditLog:
     def generation(self) -> int:
         """Rises when the log wants checkpoints to begin a new segment with."""
         return self._require_writer().generation
+
+    def require_open(self) -> None:
+        """Raise AuditWriteError where nothing can ever be recorded again: the log is closed, or its writer is another process."""
+        self._require_writer()
 
     def has_room(self) -> bool:
         """Whether something can be recorded now."""
@@ -332,8 +343,9 @@ class AuditLog:
 
     def _leave_to_parent(self) -> None:
         """In a forked child: the writer's thread is not here, and neither the log's end nor its lock is ours."""
+        self._keeping = threading.Lock()
         if self._writer is not None:
-            self._writer, self._forked, self._keeping = None, True, threading.Lock()
+            self._writer, self._forked = None, True
             self._lock_file.close()
 
     def _resume(self, files: FileSystem) -> tuple[Position, int]:
@@ -378,11 +390,12 @@ def _leave_all_to_parent() -> None:
 os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
-def _close_at_exit(log: AuditLog) -> None:
+def _close_at_exit(log: AuditLog) -> Finalize:
+    """Also where a worker of ``multiprocessing`` ends, which runs its own finalizers and no others."""
     reference = weakref.ref(log)
 
     def close() -> None:
         if (alive := reference()) is not None:
             alive.close(timeout=5.0)
 
-    atexit.register(close)
+    return Finalize(None, close, exitpriority=100)

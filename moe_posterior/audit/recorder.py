@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_posterior.audit.collect import Event, Many, Marked, One, Refused, Resolved, Rows
-from moe_posterior.audit.frames import MAX_PAYLOAD
-from moe_posterior.audit.state import Checkpoint, encode_json, require_knobs
-from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.audit.limits import require_router
+from moe_posterior.audit.state import Checkpoint, require_knobs
 from moe_posterior.gates import PosteriorGate
 from moe_posterior.gates.posterior import KNOBS
 from moe_posterior.router import PosteriorRouter
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 MAX_REFUSALS = 1000  # rows of one refused call that are kept; its reason says how many there were
 _ONE_SIZE = 400  # bytes of memory, about, that a single decision's item takes
-_MAX_EXPERTS = 1 << 16
 _deciding = attrgetter(*KNOBS, "threshold")
 Tables = tuple[NDArray, NDArray]  # 2 x (C, E)
 
@@ -139,14 +137,7 @@ class RouterRecorder:
 
     def __init__(self, log: "AuditLog", router: PosteriorRouter, source: int, name: str, reason: str) -> None:
         gate = router.gate
-        if gate.num_experts > _MAX_EXPERTS:
-            raise InvalidArgumentError(f"an audited router has at most {_MAX_EXPERTS} experts; got {gate.num_experts}")
-        if router.max_pending * (12 + 8 * gate.top_k) > MAX_PAYLOAD // 2:
-            raise InvalidArgumentError(
-                f"an audited router's pending decisions must fit one record: max_pending * (12 + 8 top_k) must be at most "
-                f"{MAX_PAYLOAD // 2}; got max_pending={router.max_pending}, top_k={gate.top_k}"
-            )
-        encode_json(router.options)
+        require_router(router)
         self.log, self.router, self.source, self.name = log, router, source, name
         self._belief = BeliefTracker(gate)
         self._generation = -1
@@ -158,6 +149,10 @@ class RouterRecorder:
         with router.locked():
             router.skip_ids(log.reached_id)
             self.checkpoint(reason)
+
+    def may_change(self, num_experts: int) -> None:
+        self.log.require_open()
+        require_router(self.router, num_experts)
 
     def before(self) -> None:
         self._open = self.log.admit()
@@ -251,6 +246,7 @@ class RouterRecorder:
     def checkpoint(self, reason: str) -> None:
         """Write down all there is; under the router's lock."""
         router, gate = self.router, self.router.gate
+        require_router(router)  # somebody may have added experts to its gate
         knobs = knobs_of(gate, router.abstain_below)
         named = dict(zip((*KNOBS, "threshold", "abstain_below"), knobs, strict=True))
         require_knobs(named)

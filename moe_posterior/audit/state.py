@@ -33,7 +33,14 @@ class Checkpoint(NamedTuple):
 
 def encode_json(value: Any) -> bytes:
     """The one way to write a value, so that it can be compared byte by byte."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain).encode()
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain).encode()
+    except (
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:  # a cycle, keys of two kinds, an integer of thousands of digits
+        raise InvalidArgumentError(f"an audit log holds plain values: {error}") from error
 
 
 def _plain(value: Any) -> Any:
