@@ -1,6 +1,10 @@
 """Know which tokens of a model's call are padding, so that they never become evidence.
 
-Dimensions: B sequences, S positions.
+A mask comes as the user gave it, (B, M) over past and present positions, or as transformers made it for a static cache:
+(B, H, S, K) for S queries and K keys, boolean or added to the scores, one for each kind of layer, or a BlockMask. All say of a
+token whether its own key may be attended to.
+
+Dimensions: B sequences, S positions of the call, M ≥ S positions with the past, K ≥ S keys, H heads.
 """
 
 import inspect
@@ -18,6 +22,7 @@ _OTHER_TOKENS = {
     "encoder_hidden_states",
     "decoder_input_ids",
 }  # arguments that bring tokens of their own
+_HIDDEN = -1000.0  # an added mask hides with -1e4 or less; what is nearer to 0 is a bias, of relative positions say
 
 
 class MaskCapture:
@@ -37,13 +42,14 @@ class MaskCapture:
             return
         given = _arguments(model, args, kwargs)
         own = _OTHER_TOKENS & given.keys()
-        mask = given.get("attention_mask")
-        if mask is None and "decoder_input_ids" in own:
-            mask = given.get("decoder_attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            if not own and not self.outermost:
-                return
-            mask = None
+        mask = None
+        if "attention_mask" in given:
+            other = given.keys() & {"decoder_input_ids", "encoder_outputs"}  # the cache is then the decoder's
+            mask = padding_of(given["attention_mask"], given, ("input_ids", "inputs_embeds"), cached=not other)
+        elif "decoder_input_ids" in own and "decoder_attention_mask" in given:
+            mask = padding_of(given["decoder_attention_mask"], given, ("decoder_input_ids",))
+        if mask is None and not own and not self.outermost:
+            return
         for binding in self.bindings:
             binding.mask = mask
 
@@ -59,6 +65,77 @@ def capture_padding(model: nn.Module) -> list[RemovableHandle]:
             capture = MaskCapture(bindings, outermost=module is model)
             handles.append(module.register_forward_pre_hook(capture, with_kwargs=True))
     return handles
+
+
+def padding_of(
+    mask: Any, given: Mapping[str, Any], names: tuple[str, ...], cached: bool = True
+) -> Tensor | None:  # -> (B, S)
+    """0 for the padding among a call's tokens, whatever form its mask has; None if the mask does not tell.
+
+    Args:
+        mask: the call's.
+        given: the call's arguments, by name.
+        names: the arguments that may hold the tokens.
+        cached: whether the call's cache, if there is one, holds the past of these tokens.
+    """
+    if isinstance(mask, Mapping):
+        kinds = [mask.get("full_attention"), *mask.values()]
+        mask = next((each for each in kinds if each is not None), None)
+    tokens = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
+    size = None if tokens is None or tokens.ndim < 2 else tuple(tokens.shape[:2])
+    start = _past_length(given) if cached else None
+    if hasattr(mask, "mask_mod"):
+        return None if size is None else _of_blocks(mask, size, start)
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3, 4):
+        return None
+    seen = _attended(mask)
+    if mask.ndim > 2:
+        seen = seen if mask.ndim == 3 else seen.any(dim=1)  # (B, S, K)
+        rows, keys = seen.shape[1:]
+        if rows > keys or (size is not None and rows not in (1, size[1])):
+            return None
+        if rows == 1 and size is not None and size[1] > 1:  # one row for all queries
+            seen = seen[:, 0]
+        else:
+            queries = torch.arange(rows, device=seen.device)
+            seen, start = seen[:, queries, _first_key(rows, keys, start) + queries], 0
+    if size is not None and len(seen) == 1:
+        seen = seen.expand(size[0], -1)
+    if size is None or seen.shape[1] < size[1]:
+        return seen
+    first = _first_key(size[1], seen.shape[1], start)
+    return seen[:, first : first + size[1]]
+
+
+def _attended(mask: Tensor) -> Tensor:
+    """Where a mask lets attend: True, positive, or, in one that is added to scores, not far below 0."""
+    if mask.dtype == torch.bool:
+        return mask
+    added = bool((mask < 0).any()) or (mask.is_floating_point() and mask.ndim > 2 and not bool((mask > 0).any()))
+    return mask > _HIDDEN if added else mask != 0
+
+
+def _first_key(size: int, keys: int, start: int | None) -> int:
+    """Where a call's own keys begin: after the past, in a static cache; at the end, where older keys have been dropped."""
+    return keys - size if start is None or start + size > keys else start
+
+
+def _of_blocks(mask: Any, size: tuple[int, int], start: int | None) -> Tensor:  # -> (B, S)
+    """A BlockMask keeps the rule it was made by."""
+    device = mask.kv_num_blocks.device
+    first = _first_key(size[1], mask.seq_lengths[1], start)
+    queries, sequences = torch.arange(size[1], device=device), torch.arange(size[0], device=device)
+    rule = torch.vmap(torch.vmap(mask.mask_mod, in_dims=(None, None, 0, 0)), in_dims=(0, None, None, None))
+    return rule(sequences, torch.zeros((), dtype=torch.int64, device=device), queries, first + queries)
+
+
+def _past_length(given: Mapping[str, Any]) -> int | None:
+    """How many positions the cache of this call holds already; None without one, or if it does not say."""
+    caches = [given[name] for name in ("past_key_values", "past_key_value", "cache_params") if name in given]
+    try:
+        return int(caches[0].get_seq_length())
+    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError):
+        return None
 
 
 def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
