@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.precision import FixedPrecision
+from moe_posterior.soundness import require_sound
 
 
 class ChangingPool(FixedPrecision):
@@ -95,16 +96,20 @@ class ChangingPool(FixedPrecision):
     def _inherited(self, prior_from: Mapping[int, float] | None, strength: float) -> tuple[Tensor, Tensor]:  # 2 x (C,)
         if prior_from is None:
             return tuple(self.prior_alpha.new_full((self.num_clusters,), value) for value in self.initial_prior)  # type: ignore[return-value]
-        if not prior_from or not strength > 0:
-            raise InvalidArgumentError(f"prior_from needs donors and a positive strength; got {prior_from}, {strength}")
+        if not prior_from or not 0 < strength < float("inf"):
+            raise InvalidArgumentError(
+                f"prior_from needs donors and a positive, finite strength; got {prior_from}, {strength}"
+            )
         for donor, weight in prior_from.items():
-            if not 0 <= donor < self.num_experts or not weight > 0:
+            if not 0 <= donor < self.num_experts or not 0 < weight < float("inf"):
                 raise InvalidArgumentError(
-                    f"prior_from must map experts in [0, {self.num_experts}) to positive weights; got {donor}: {weight}"
+                    f"prior_from must map experts in [0, {self.num_experts}) to positive, finite weights; got {donor}: {weight}"
                 )
         weights = self.prior_alpha.new_tensor(list(prior_from.values()))
         mean = self.mean()[:, list(prior_from)] @ (weights / weights.sum())
-        return strength * mean, strength * (1 - mean)
+        alpha, beta = strength * mean, strength * (1 - mean)
+        require_sound({"alpha": alpha, "beta": beta}, of="inherited ")
+        return alpha, beta
 
     def _require_active(self, expert: int) -> None:
         if not 0 <= expert < self.num_experts or not bool(self.active[expert]):

@@ -12,6 +12,7 @@ from moe_posterior.dispatch import combine, dispatch, run_experts
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.experts import ExpertsFFN
 from moe_posterior.gates import Gate, PosteriorGate, PriorGate, Routing
+from moe_posterior.precision import require_all_loadable
 
 
 class MixtureOfExperts(nn.Module):
@@ -80,6 +81,10 @@ class MixtureOfExperts(nn.Module):
     def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (N, k) or (N, E)
         """Tell the gate how the experts did; see :meth:`Gate.observe`."""
         self.gate.observe(routing, outcome, dense=dense)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        require_all_loadable(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _flatten(self, hidden: Tensor) -> Tensor:  # (..., D) -> (N, D)
         if hidden.ndim < 1 or hidden.shape[-1] != self.gate.hidden_size:

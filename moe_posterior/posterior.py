@@ -13,8 +13,12 @@ from moe_posterior import evidence as evidence_functions
 from moe_posterior.churn import ChangingPool
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import Evidence, Observation, ProxyNoise
+from moe_posterior.soundness import require_sound
 
 _KEPT_AFTER_SURPRISE = 0.1  # share of prior strength and evidence an expert keeps once it has surprised
+_LEAST_TRUST = (
+    1e-100  # nothing beside any evidence; without it 308 surprises leave no prior, and an unseen cell's mean is NaN
+)
 _DEGRADED_SHARE = 0.5  # the change that surprise looks for: competence fell to half of what was believed
 
 
@@ -98,6 +102,11 @@ class BetaPosterior(ChangingPool):
         self.register_buffer("odds", torch.ones(experts, dtype=torch.float64), persistent=False)
         self._listeners: list[Callable[[Tensor | None], None]] = []
         self.register_load_state_dict_post_hook(_notify_after_load)
+
+    @property
+    def signed_counts(self) -> bool:  # type: ignore[override]
+        """Whether evidence may be below 0: counts that are de-biased are, while they are few."""
+        return self.noise is not None
 
     @property
     def alpha(self) -> Tensor:  # (C, E) float64
@@ -213,8 +222,8 @@ class BetaPosterior(ChangingPool):
         for name, counts in (("successes", other.successes), ("failures", other.failures)):
             if tuple(counts.shape) != expected:
                 raise InvalidArgumentError(f"other.{name} must have shape {expected}; got {tuple(counts.shape)}")
-            if not bool(torch.isfinite(counts).all()) or (self.noise is None and bool((counts < 0).any())):
-                raise InvalidArgumentError(f"other.{name} must be finite counts of at least 0")
+        given = {"successes": other.successes, "failures": other.failures}
+        require_sound(given, signed=self.signed_counts, of="other.")
         with torch.no_grad():
             self.successes += other.successes.to(self.successes)
             self.failures += other.failures.to(self.failures)
@@ -261,6 +270,7 @@ class BetaPosterior(ChangingPool):
         if strength is not None:
             shorten = (strength / (alpha + beta)).clamp(max=1.0)
             alpha, beta = alpha * shorten, beta * shorten
+        require_sound({"prior_alpha": alpha, "prior_beta": beta})
         self.prior_alpha.copy_(alpha)
         self.prior_beta.copy_(beta)
         self.trust.fill_(1.0)
@@ -340,7 +350,7 @@ class BetaPosterior(ChangingPool):
         if not bool(fired.any()):
             return False
         kept = torch.where(fired, _KEPT_AFTER_SURPRISE, 1.0).to(self.trust.dtype)
-        self.trust *= kept
+        self.trust.mul_(kept).clamp_(min=_LEAST_TRUST)
         self.successes *= kept
         self.failures *= kept
         self.suspicion.masked_fill_(fired, 0.0)

@@ -1,11 +1,13 @@
-"""Buffers that keep their dtype: counts and centroids must survive ``.half()``, ``.to(bfloat16)`` and low-precision loads."""
+"""Buffers that keep their dtype and their sense: counts and centroids must survive casts, and low-precision or damaged loads."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+
+from moe_posterior.soundness import require_sound
 
 
 def outlasting(tensor: Tensor) -> Tensor:
@@ -23,8 +25,11 @@ class FixedPrecision(nn.Module):
     that count derive from this class: ``module.half()``, ``module.to(torch.bfloat16)``, ``load_state_dict`` of a cast
     checkpoint and ``load_state_dict(assign=True)`` all leave the dtype of their own buffers as it was. Child modules are cast
     as usual. A checkpoint that arrives in a lower precision is loaded with a warning: its values were rounded when it was cast.
+    One that holds what no belief can be made of is refused, see :func:`~moe_posterior.soundness.require_sound`.
     Buffers that are made under ``torch.inference_mode`` are ordinary tensors all the same: state outlives the block.
     """
+
+    signed_counts = False  # whether evidence may be below 0
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         super().register_buffer(name, None if tensor is None else outlasting(tensor), persistent)
@@ -42,7 +47,15 @@ class FixedPrecision(nn.Module):
                 child._apply(fn)
         return super()._apply(move_only, recurse=False)
 
+    def require_loadable(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        """Raise InvalidArgumentError if this module's own entries of a state are such that it must not load them."""
+        lasting = [name for name in self._buffers if name not in self._non_persistent_buffers_set]
+        own = {name: state_dict.get(prefix + name) for name in lasting}
+        tables = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        require_sound(tables, signed=self.signed_counts, of=prefix)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.require_loadable(state_dict, prefix)
         for name, buffer in self._buffers.items():
             incoming = state_dict.get(prefix + name)
             if buffer is None or not isinstance(incoming, Tensor) or incoming.dtype == buffer.dtype:
@@ -55,3 +68,10 @@ class FixedPrecision(nn.Module):
                 )
             state_dict[prefix + name] = incoming.to(buffer.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def require_all_loadable(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Ask every :class:`FixedPrecision` inside a module, before any part of it has loaded what it must not keep alone."""
+    for place, part in module.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(part, FixedPrecision):
+            part.require_loadable(state_dict, f"{place}." if place else "")

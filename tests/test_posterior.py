@@ -222,11 +222,3 @@ def test_indices_that_are_no_integers_are_refused() -> None:
     for clusters, experts in ((torch.tensor([True]), torch.tensor([[0]])), (torch.tensor([0]), torch.tensor([[0.0]]))):
         with pytest.raises(InvalidArgumentError, match="must be integers"):
             BetaPosterior(C, E).observe(clusters, torch.ones(1, 1), experts)
-
-
-@pytest.mark.parametrize("counts", [-1.0, math.nan, math.inf])
-def test_impossible_evidence_is_not_merged(counts: float) -> None:
-    posterior = BetaPosterior(1, 1)
-    with pytest.raises(InvalidArgumentError, match="must be finite counts of at least 0"):
-        posterior.merge(Evidence(torch.tensor([[counts]]), torch.tensor([[0.0]])))
-    assert posterior.successes.item() == 0.0

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from moe_posterior.audit.state import Checkpoint
 from moe_posterior.audit.tables import Columns, Group
-from moe_posterior.errors import AuditError
+from moe_posterior.errors import AuditError, InvalidArgumentError
+from moe_posterior.soundness import require_sound
 
 _MOST_CELLS = 1 << 24  # of one group's rows, beside two whole tables: far above what a writer puts into one
 
@@ -46,14 +47,16 @@ class BeliefState:
         sound = len(shape) == 2 and self.beta.shape == shape and self.alpha.dtype == self.beta.dtype == np.float64
         if not sound or self.versions.shape != shape[:1] or self.active.shape != shape[1:]:
             raise AuditError("a checkpoint's posterior has arrays that do not fit each other")
+        _require_sound({"alpha": self.alpha, "beta": self.beta})
 
     def advance(self, group: Group) -> RowsOfGroup:
         """Take in a group's changed cells, and give the rows its decisions rest on.
 
         Raises:
-            AuditError: there are more than a writer would put into one group.
+            AuditError: there are more than a writer would put into one group, or pseudo-counts that are none.
         """
         cells, decisions = group.tables["posterior"], group.tables["decisions"]
+        _require_sound(cells)
         num_experts = self.alpha.shape[1]
         clusters = np.unique(np.concatenate([cells["cluster"], decisions["cluster"]])).astype(np.int64)
         bases = (clusters << 32) + self.versions[clusters]
@@ -79,6 +82,13 @@ class BeliefState:
         if len(keys):
             self.versions[clusters] = keys[np.append(base_places[1:], len(keys)) - 1] & 0xFFFFFFFF
         return RowsOfGroup(keys, *rows)
+
+
+def _require_sound(tables: Columns) -> None:
+    try:
+        require_sound(tables)
+    except InvalidArgumentError as error:
+        raise AuditError(f"a posterior row that was logged is none: {error}") from error
 
 
 def belief_of(checkpoint: Checkpoint) -> BeliefState | None:

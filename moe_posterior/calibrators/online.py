@@ -4,7 +4,7 @@ Dimensions: N rows, K classes, C configurations, B confidence bins.
 """
 
 import math
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from moe_posterior.calibrators.configuration import lookup
 from moe_posterior.calibrators.pooling import NUM_BINS, Counts, count, logit_bins, pooled_shifts
 from moe_posterior.calibrators.probabilities import safe_logit, top_confidence, top_label, with_confidence
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.soundness import require_sound
 
 STRENGTHS = (10.0, 30.0, 100.0, 300.0)
 
@@ -144,6 +145,11 @@ class OnlineConfigurationCalibrator(Calibrator):
         for name, sums in zip(Counts._fields, new, strict=True):
             getattr(self, name).add_(sums)
         self._redraw()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        saved = {name: state_dict.get(prefix + name) for name in Counts._fields}
+        require_sound({name: table for name, table in saved.items() if isinstance(table, Tensor)}, of=prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _make_room(self, ids: Tensor) -> None:
         known = torch.cat([self.configurations, ids]).unique()

@@ -4,12 +4,13 @@ Dimensions: N tokens, D hidden size, E experts, k experts per token.
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.precision import require_all_loadable
 
 
 class Routing(NamedTuple):
@@ -122,6 +123,12 @@ class Gate(nn.Module, ABC):
                 f"hidden must be floating point of shape (N, {self.hidden_size}); got {hidden.dtype} of shape "
                 f"{tuple(hidden.shape)}"
             )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        require_all_loadable(
+            self, state_dict, prefix
+        )  # clusters without the belief that goes with them are worse than neither
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"

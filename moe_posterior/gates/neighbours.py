@@ -168,6 +168,7 @@ class NearestNeighbourGate(Gate, FixedPrecision):
         self.overall = torch.where(seen > 0, mean, UNKNOWN).float()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.require_loadable(state_dict, prefix)
         # The memory has as many rows as the saved one, whatever this gate held before.
         for name in ("memory", "outcomes", "observed"):
             incoming, own = state_dict.get(prefix + name), self._buffers[name]

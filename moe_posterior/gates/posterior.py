@@ -267,8 +267,9 @@ class PosteriorGate(Gate, FixedPrecision):
 
     def add_expert(self, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0) -> int:
         """One more expert; returns its index. Append its module to the layer's experts yourself. See BetaPosterior."""
+        index = self.posterior.add_expert(prior_from, strength=strength)
         self.num_experts += 1
-        return self.posterior.add_expert(prior_from, strength=strength)
+        return index
 
     def remove_expert(self, expert: int) -> None:
         """Never choose this expert again; indices of the others stay. See :meth:`BetaPosterior.remove_expert`.

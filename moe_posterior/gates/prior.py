@@ -15,6 +15,7 @@ from moe_posterior.kernels import dispatch, reference
 from moe_posterior.kernels.reference import Assignment
 from moe_posterior.posterior import BetaPosterior
 from moe_posterior.precision import FixedPrecision
+from moe_posterior.soundness import require_sound
 
 
 class PriorGate(Gate, FixedPrecision):
@@ -149,10 +150,9 @@ class PriorGate(Gate, FixedPrecision):
         """
         shape = tuple(self.posterior.successes.shape)
         for name, counts in (("successes", successes), ("failures", failures)):
-            if tuple(counts.shape) != shape or not bool((torch.isfinite(counts) & (counts >= 0)).all()):
-                raise InvalidArgumentError(
-                    f"{name} must be finite counts of at least 0 of shape {shape}; got shape {tuple(counts.shape)}"
-                )
+            if tuple(counts.shape) != shape:
+                raise InvalidArgumentError(f"{name} must have shape {shape}; got {tuple(counts.shape)}")
+        require_sound({"successes": successes, "failures": failures})
         held = self.posterior.prior_alpha
         expected = reference_from(successes.to(held), failures.to(held))
         self.posterior.prior_alpha.copy_(self.strength * expected)

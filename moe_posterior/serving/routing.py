@@ -106,6 +106,7 @@ class CustomRouting(FixedPrecision):
             setattr(routing, name, settings[name])
         routing._rule = HostRule(**settings["rule"])
         routing._hold({"correction": None, **tables})
+        routing.require_loadable(tables)
         return routing
 
     def extra_repr(self) -> str:
@@ -230,3 +231,11 @@ class PosteriorRouting(CustomRouting):
             "topk_weights": gate.topk_weights,
             "topk_scores": gate.topk_scores,
         }
+
+    def require_loadable(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        super().require_loadable(state_dict, prefix)
+        chosen = state_dict.get(f"{prefix}topk_indices")
+        if isinstance(chosen, Tensor) and not bool(((chosen >= 0) & (chosen < self.num_experts)).all()):
+            raise InvalidArgumentError(
+                f"{prefix}topk_indices must lie in [0, {self.num_experts}); got values from {chosen.min()} to {chosen.max()}"
+            )
