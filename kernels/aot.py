@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.kernels import roofline, traffic
 from moe_posterior.kernels.roofline import Variant
@@ -244,7 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
         import triton
 
         versions = {"torch": torch.__version__, "triton": triton.__version__}
-        given.json.write_text(json.dumps({"versions": versions, "rows": [asdict(r) for r in reports]}, indent=1) + "\n")
+        write_text(
+            given.json, json.dumps({"versions": versions, "rows": [asdict(r) for r in reports]}, indent=1) + "\n"
+        )
     spilling = [r for r in reports if r.spilled_bytes]
     print(f"{len(reports)} kernels, {len(spilling)} of them spill")
     return 1 if spilling else 0

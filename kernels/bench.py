@@ -11,11 +11,11 @@ import os
 import platform
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from moe_posterior.atomic import write_text
 from moe_posterior.clustering import Clusterer
 from moe_posterior.gates import SoftmaxGate
 from moe_posterior.kernels import bench_layers, cpu, reference
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             "machine": platform.machine(),
             "cpus": os.cpu_count(),
         }
-        Path(asked.json).write_text(json.dumps({"about": about, "records": records}, indent=1) + "\n")
+        write_text(asked.json, json.dumps({"about": about, "records": records}, indent=1) + "\n")
     return 0
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_posterior.atomic import write_text
 from moe_posterior.errors import MoEPosteriorError
 from moe_posterior.kernels import dispatch, reference, roofline, sampling
 
@@ -249,8 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     print(f"{machine}\n{table(rows)}")
     if given.json:
-        given.json.write_text(
-            json.dumps({"machine": machine, "shapes": "N, D, C, E, k", "rows": rows}, indent=1) + "\n"
+        write_text(
+            given.json, json.dumps({"machine": machine, "shapes": "N, D, C, E, k", "rows": rows}, indent=1) + "\n"
         )
     return 0
 

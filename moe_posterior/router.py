@@ -17,6 +17,7 @@ from moe_posterior import validation
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MissingDataError, MoEPosteriorError
 from moe_posterior.forking import ForkLock
 from moe_posterior.gates import PosteriorGate, Routing
+from moe_posterior.tensorfile import save_plain
 
 
 class Decision(NamedTuple):
@@ -345,9 +346,13 @@ class PosteriorRouter:
             self._tell(f"expert {expert} replaced")
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write options, clusters, belief and pending decisions to a file that :meth:`load` restores bit for bit."""
+        """Write options, clusters, belief and pending decisions to a file that :meth:`load` restores bit for bit.
+
+        Raises:
+            UnwritableFileError: the file system refuses; a file that was there before is as it was.
+        """
         with self._lock:
-            torch.save(self.state(), path)
+            save_plain(path, self.state())
 
     @classmethod
     def load(cls, path: str | PathLike[str], *, audit: Audit | None = None) -> "PosteriorRouter":

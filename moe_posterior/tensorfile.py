@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_posterior.atomic import checked, write_bytes
 from moe_posterior.errors import DamagedFileError, MissingDataError, MissingDependencyError
 
 _HEADER = "moe_posterior"
@@ -26,13 +26,16 @@ _ZIP = b"PK"  # how a file of torch.save begins; safetensors begins with 8 bytes
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and a header of JSON values; a file of that name is replaced only once all is on the disk.
 
+    Raises:
+        UnwritableFileError: the file system refuses; the old file is as it was.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_tensors(f"{folder}/example", {"ids": torch.arange(3)}, {"kind": "example"})
     ...     load_tensors(f"{folder}/example", "example")
     ({'ids': tensor([0, 1, 2])}, {'kind': 'example'})
     """
-    target = Path(path)
+    target = checked(path)
     # Cloned: tensors that share memory, as views of one table do, are refused by safetensors.
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
@@ -40,14 +43,16 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], he
     text = json.dumps(header, sort_keys=True)
     # One entry: safetensors writes several in any order, and the same content should be the same file.
     marks = {_HEADER: json.dumps({"header": text, "sha256": digest(plain, text)})}
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.new")
-    try:
-        _write(temporary, plain, marks)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(target, _written(plain, marks))
+
+
+def save_plain(path: str | os.PathLike[str], content: object) -> None:
+    """Write what ``torch.save`` writes; a file of that name is replaced only once all is on the disk.
+
+    Raises:
+        UnwritableFileError: the file system refuses; the old file is as it was.
+    """
+    write_bytes(checked(path), _pickled(content))
 
 
 def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -95,13 +100,19 @@ def _marks_in(entry: object) -> tuple[str, str]:
         return "", ""
 
 
-def _write(path: Path, tensors: dict[str, Tensor], marks: dict[str, str]) -> None:
+def _written(tensors: dict[str, Tensor], marks: dict[str, str]) -> bytes | memoryview:
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError:
-        torch.save({"tensors": tensors, "marks": marks}, path)
-    else:
-        save_file(tensors, path, metadata=marks)
+        return _pickled({"tensors": tensors, "marks": marks})
+    return save(tensors, metadata=marks)
+
+
+def _pickled(content: object) -> memoryview:
+    """What torch.save writes, in memory: its own errors of a disk that is full are no OSErrors."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getbuffer()
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

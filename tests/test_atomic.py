@@ -11,22 +11,12 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
+from faults import calls_of, error_of, in_child, interposed, names_beside
 
 from moe_posterior import atomic, drafts
 from moe_posterior.errors import InvalidArgumentError, UnwritableFileError
 
 OLD, NEW = b"old" * 100_000, b"new" * 200_000
-CALLS = (
-    "open",
-    "write",
-    "fsync",
-    "fchmod",
-    "replace",
-    "mkdir",
-    "chmod",
-    "rename",
-    "close",
-)  # of os, that writing makes
 
 
 def write_file(path: Path) -> None:
@@ -74,40 +64,6 @@ def no_exchange() -> Iterator[None]:
         patch.undo()
 
 
-def calls_of(write: Callable[[], None]) -> list[str]:
-    """The calls a write makes, in order."""
-    made: list[str] = []
-    with interposed(lambda name, number: made.append(name)):
-        write()
-    return made
-
-
-@contextmanager
-def interposed(before: Callable[[str, int], None]) -> Iterator[None]:
-    """Call ``before`` with the name and the number of each file-system call, which is made after it unless that raises."""
-    patch, count = pytest.MonkeyPatch(), 0
-
-    def wrapped(name: str) -> Callable[..., object]:
-        own = getattr(os, name)
-
-        def call(*given: object, **named: object) -> object:
-            nonlocal count
-            count += 1
-            if name == "close":
-                own(*given)  # which a close does even where it fails
-            before(name, count)
-            return None if name == "close" else own(*given, **named)
-
-        return call
-
-    for name in CALLS:
-        patch.setattr(os, name, wrapped(name))
-    try:
-        yield
-    finally:
-        patch.undo()
-
-
 @pytest.mark.parametrize("at_once", [True, False], ids=["exchanging", "stepping aside"])
 @pytest.mark.parametrize("exists", [True, False], ids=["replacing", "making"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,11 +82,12 @@ def test_every_failing_call_leaves_the_old_or_the_new_and_says_so(
                 if at == number:
                     raise OSError(errno.ENOSPC, f"no {name}")
 
-            error = error_of(write, path, fail)
+            error = error_of(lambda path=path: write(path), fail)
             if error is None:
                 assert called in ("open", "close"), (called, number)  # of what is no longer wanted
                 assert content(path) == new
             else:
+                assert isinstance(error, OSError)
                 assert str(error).endswith(f"no {called}")
                 assert error.errno == errno.ENOSPC
                 assert (
@@ -332,19 +289,6 @@ def place(root: Path, name: str, make_old: Callable[[Path], None] | None) -> Pat
     return folder / "it"
 
 
-def names_beside(path: Path) -> set[str]:
-    return {other.name for other in path.parent.iterdir()}
-
-
-def error_of(write: Callable[[Path], None], path: Path, before: Callable[[str, int], None]) -> OSError | None:
-    try:
-        with interposed(before):
-            write(path)
-    except OSError as error:
-        return error
-    return None
-
-
 def killed(write: Callable[[Path], None], path: Path, number: int) -> None:
     def kill(name: str, at: int) -> None:
         if at == number:
@@ -352,15 +296,3 @@ def killed(write: Callable[[Path], None], path: Path, number: int) -> None:
 
     with interposed(kill):
         write(path)
-
-
-def in_child(run: Callable[[], None]) -> int:
-    """The signal that ended a forked process, or its status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            run()
-        finally:
-            os._exit(99)
-    status = os.waitpid(child, 0)[1]
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)

@@ -1,19 +1,22 @@
 """What keeps a posterior gate's belief in step with the model that is being trained."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import PosteriorGate
+from moe_posterior.tensorfile import save_plain
 from moe_posterior.training.data import Batch
 from moe_posterior.training.data.base import generator_for
 from moe_posterior.training.module import MoEClassifier
 
-__all__ = ["CompetenceUpdates", "WarmupCheckpoint"]
+__all__ = ["CompetenceUpdates", "WarmupCheckpoint", "WholeCheckpoints"]
 
 EvidenceSplit = Literal["train", "val"]
 
@@ -116,6 +119,17 @@ class WarmupCheckpoint(lightning.Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.current_epoch + 1 == _classifier(pl_module).method.warmup_epochs:
             trainer.save_checkpoint(self.path)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that reach the disk before they take the place of the one before them, which Lightning's own do not."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint to a folder of this machine, which is made if it does not exist."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_plain(path, checkpoint)
 
 
 def _classifier(module: lightning.LightningModule) -> MoEClassifier:

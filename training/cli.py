@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
+from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
-from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint
+from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint, WholeCheckpoints
 from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.module import MoEClassifier
 from moe_posterior.training.runs import Arm, Experiment, Run, merge, read_experiment, require_folder_name
@@ -76,6 +77,7 @@ class ExperimentCLI(LightningCLI):
                     WarmupCheckpoint(arm.folder / "checkpoints"),
                     ModelCheckpoint(arm.folder / "checkpoints", save_last=True, monitor="val/nll", filename="best"),
                 ],
+                "plugins": [{"class_path": f"{WholeCheckpoints.__module__}.{WholeCheckpoints.__name__}"}],
                 "logger": [_logger("CSVLogger", arm), _logger("TensorBoardLogger", arm)],
             },
             args=args,
@@ -233,6 +235,6 @@ def print_config(experiment: Experiment, arm_name: str) -> int:
     """Print the complete configuration of an arm, every default filled in."""
     with tempfile.TemporaryDirectory() as folder:
         arm = Arm(arm_name, Path(folder))
-        arm.config.write_text(yaml.safe_dump(experiment.config(arm_name)))
+        write_text(arm.config, yaml.safe_dump(experiment.config(arm_name)))
         ExperimentCLI(arm, ["fit", "--config", str(arm.config), "--print_config"], run=True)
     return 0

@@ -17,9 +17,11 @@ import yaml
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moe_posterior.atomic import copy, replacing_folder, write_text
 from moe_posterior.calibrators import Calibrator
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.gates import PosteriorGate
+from moe_posterior.tensorfile import save_plain
 from moe_posterior.training.cli import ExperimentCLI, chosen, read_checkpoint
 from moe_posterior.training.data import ClassificationData, EvaluationSet
 from moe_posterior.training.module import MoEClassifier
@@ -118,7 +120,8 @@ def evaluate(arguments: list[str]) -> int:
         + "  ".join(p.name for p in sorted(folder.glob("*.png")))
     )
     if options.copy_to:
-        shutil.copytree(folder, options.copy_to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.pt"))
+        not_copied = shutil.ignore_patterns("*.pt")
+        shutil.copytree(folder, options.copy_to, dirs_exist_ok=True, ignore=not_copied, copy_function=copy)
         console.print(f"Copied to {options.copy_to}")
     return 0
 
@@ -260,21 +263,17 @@ def _write(
     folder: Path, report: dict, models: dict[str, MoEClassifier], calibrators: dict[str, dict[str, Calibrator]]
 ) -> Path:
     """A whole report in place of an earlier one, or that one as it was: tables and figures belong together."""
-    final, folder = folder, folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_json(report, folder / "report.json")
-    (folder / "table.md").write_text(to_markdown(report).rstrip() + "\n")
-    (folder / "index.html").write_text(to_html(report), encoding="utf-8")
-    (folder / "model_card.md").write_text(to_card(report), encoding="utf-8")
-    reliability_diagram(report, folder / "reliability.png")
-    for name, model in models.items():
-        gate = model.moe.gate
-        if isinstance(gate, PosteriorGate):
-            observed = gate.posterior.successes + gate.posterior.failures
-            posterior_heatmap(gate.posterior.mean(), observed, folder / f"competence-{name}.png")
-    for name, kinds in calibrators.items():
-        torch.save({kind: one.state_dict() for kind, one in kinds.items()}, folder / f"calibrators-{name}.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    folder.rename(final)
-    return final
+    with replacing_folder(folder) as draft:
+        write_json(report, draft / "report.json")
+        write_text(draft / "table.md", to_markdown(report).rstrip() + "\n")
+        write_text(draft / "index.html", to_html(report))
+        write_text(draft / "model_card.md", to_card(report))
+        reliability_diagram(report, draft / "reliability.png")
+        for name, model in models.items():
+            gate = model.moe.gate
+            if isinstance(gate, PosteriorGate):
+                observed = gate.posterior.successes + gate.posterior.failures
+                posterior_heatmap(gate.posterior.mean(), observed, draft / f"competence-{name}.png")
+        for name, kinds in calibrators.items():
+            save_plain(draft / f"calibrators-{name}.pt", {kind: one.state_dict() for kind, one in kinds.items()})
+    return folder

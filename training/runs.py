@@ -7,7 +7,6 @@ given), ``checkpoints/last.ckpt``, the logs, and, once trained to the end, ``fin
 import copy
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from moe_posterior.atomic import open_lock, write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 
 __all__ = ["Arm", "Experiment", "Run", "merge", "read_experiment", "require_folder_name"]
@@ -139,7 +139,7 @@ class Arm:
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Mark the arm as trained to the end."""
-        _write_atomically(self.folder / "finished.json", json.dumps(facts, indent=2) + "\n")
+        write_text(self.folder / "finished.json", json.dumps(facts, indent=2) + "\n")
 
 
 class Run:
@@ -178,12 +178,12 @@ class Run:
             raise InvalidArgumentError(
                 f"{self.folder} was made with other settings (see {file}); --overwrite replaces it, --name makes another run"
             )
-        (self.folder / MARKER).touch()
-        _write_atomically(file, content)
+        write_text(self.folder / MARKER, "")
+        write_text(file, content)
         for name in experiment.arms:
             arm = self.arm(name)
             arm.folder.mkdir(exist_ok=True)
-            _write_atomically(arm.config, yaml.safe_dump(experiment.config(name), sort_keys=False))
+            write_text(arm.config, yaml.safe_dump(experiment.config(name), sort_keys=False))
 
     def experiment(self) -> Experiment:
         """The experiment this run was made by.
@@ -227,7 +227,7 @@ class Run:
             InvalidArgumentError: another process holds the lock.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as handle:
+        with open_lock(self.folder / ".lock") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -235,9 +235,3 @@ class Run:
                     f"another process is writing to {self.folder}; wait, or choose another --name"
                 ) from None
             yield
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text)
-    os.replace(draft, path)

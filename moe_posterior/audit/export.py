@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_posterior.atomic import replacing
 from moe_posterior.audit.arrow import parquet
 from moe_posterior.audit.arrow import pyarrow as pa
 from moe_posterior.audit.read import Reader
@@ -27,11 +28,13 @@ def export(reader: Reader, folder: Path, form: Literal["parquet", "csv"] = "parq
     for name, view in views.items():
         table, path = view(), folder / f"{name}.{form}"
         if form == "parquet":
-            parquet.write_table(table, path, compression="zstd")
+            with replacing(path) as file:
+                parquet.write_table(table, file, compression="zstd")
         else:
             from pyarrow import csv
 
-            csv.write_csv(_flat(table), path)
+            with replacing(path) as file:
+                csv.write_csv(_flat(table), file)
         written[str(path)] = table.num_rows
     return written
 

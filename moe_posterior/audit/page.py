@@ -3,13 +3,13 @@
 It is made in one pass over the log, with every hash checked, and stays small however long the log is.
 """
 
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from html import escape
 from os import PathLike
 from pathlib import Path
 
+from moe_posterior.atomic import write_text
 from moe_posterior.audit import charts
 from moe_posterior.audit.belief import knobs
 from moe_posterior.audit.competence import Estimate, standings
@@ -47,14 +47,12 @@ def write_page(folder: str | PathLike[str], file: str | PathLike[str], key: byte
         key: of the log, if it has one.
 
     Raises:
-        AuditError: the log is malformed or altered, or nobody has recorded to it. OSError: the file cannot be written.
+        AuditError: the log is malformed or altered, or nobody has recorded to it. UnwritableFileError: the file cannot be written.
     """
     reader = Reader(Path(folder), key)
     found = survey(reader)
     require_sources(found)
-    part = Path(f"{os.fspath(file)}.{os.getpid()}.part")
-    part.write_text(to_html(found, chain_state(reader)), encoding="utf-8")
-    os.replace(part, file)
+    write_text(file, to_html(found, chain_state(reader)))
 
 
 def chain_state(reader: Reader) -> dict[str, str]:

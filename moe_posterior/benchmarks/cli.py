@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moe_posterior.atomic import write_text
 from moe_posterior.benchmarks import latency, records, render, tune
 from moe_posterior.benchmarks.banks import BANKS
 from moe_posterior.benchmarks.llm import STREAMS
@@ -124,7 +125,7 @@ def show(asked: argparse.Namespace, results: Results) -> int:
     tables = _tables(asked.benchmark, results.records)
     render.print_tables(tables)
     if asked.markdown:
-        Path(asked.markdown).write_text(render.to_markdown(tables))
+        write_text(asked.markdown, render.to_markdown(tables))
         print(f"tables: {asked.markdown}")
     if asked.figures and asked.benchmark not in ("latency", "audit"):
         for path in render.draw(results.records, asked.figures):

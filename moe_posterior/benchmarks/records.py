@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 
 FORMAT = 1
@@ -63,9 +64,7 @@ def write(results: Results, path: str | os.PathLike[str]) -> None:
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"records must be strict JSON: {error}") from error
     text = f'{{"format": {FORMAT},\n"about": {about},\n"records": [\n' + ",\n".join(lines) + "\n]}\n"
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, path)
+    write_text(path, text)
 
 
 def read(path: str | os.PathLike[str]) -> Results:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_posterior.atomic import replacing
 from moe_posterior.benchmarks.evaluate import CURVE_STEP
 from moe_posterior.benchmarks.records import Record
 from moe_posterior.benchmarks.stream import CHECKPOINTS
@@ -98,14 +99,16 @@ def draw(records: Iterable[Record], folder: str | os.PathLike[str]) -> list[Path
         stem = f"{block.benchmark}-{block.environment}{block.setting}"
         stem = re.sub(r"[^\w]+", "-", stem).strip("-")
         if any(block.numbers(gate, "degraded_mean_affected_0") for gate in block.gates):
-            written.append(_save(_trajectories(block), folder / f"{stem}-trajectories.png"))
+            written.append(save(_trajectories(block), folder / f"{stem}-trajectories.png"))
         if block.environment != "static":
-            written.append(_save(_success(block), folder / f"{stem}-success.png"))
+            written.append(save(_success(block), folder / f"{stem}-success.png"))
     return written
 
 
-def _save(figure: "Figure", path: Path) -> Path:
-    figure.savefig(path, dpi=DPI)
+def save(figure: "Figure", path: Path) -> Path:
+    """Write a figure, as a PNG or whatever the suffix says, whole or not at all."""
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or "png", dpi=DPI)
     return path
 
 

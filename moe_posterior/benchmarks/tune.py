@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moe_posterior.atomic import write_text
 from moe_posterior.benchmarks.measures import debiased_calibration_error
 from moe_posterior.benchmarks.registry import GATES, build, options_of
 from moe_posterior.benchmarks.stream import play
@@ -88,6 +89,4 @@ def write_knobs(found: Mapping[str, Any], path: str | os.PathLike[str], environm
     merged = json.loads(path.read_text()) if path.is_file() else {}
     old = merged.get(environment, {"knobs": {}, "objective": {}})
     merged[environment] = {**old, **found} | {name: {**old[name], **found[name]} for name in ("knobs", "objective")}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(merged, indent=1) + "\n")
-    os.replace(part, path)
+    write_text(path, json.dumps(merged, indent=1) + "\n")

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.huggingface.checks import CHECKS
 from moe_posterior.huggingface.find import find_routers
@@ -134,12 +135,12 @@ def main(arguments: list[str] | None = None) -> int:
     table = as_markdown(rows, transformers.__version__)
     print(table)
     if options.markdown:
-        options.markdown.write_text(table)
+        write_text(options.markdown, table)
     if options.json:
-        options.json.write_text(json.dumps({"transformers": transformers.__version__, "types": rows}, indent=1) + "\n")
+        write_text(options.json, json.dumps({"transformers": transformers.__version__, "types": rows}, indent=1) + "\n")
     if options.readme:
         document = options.readme.read_text(encoding="utf-8")
-        options.readme.write_text(in_readme(document, rows, transformers.__version__), encoding="utf-8")
+        write_text(options.readme, in_readme(document, rows, transformers.__version__))
     return int(any(row["status"] == "failed" for row in rows))
 
 

@@ -132,7 +132,7 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_uninterrupted_one(corp
     assert steps == [4, 5]  # from the last checkpoint, not from the start
     assert same(weights_of(resumed), weights_of(straight))
     assert progress == expected
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_checkpoint_of_another_run_is_refused(corpus, tmp_path) -> None:

@@ -169,14 +169,14 @@ def test_a_cache_that_died_while_writing_is_recovered(
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("moe_posterior.training.data.manifest.os.replace", dying)
+        patch.setattr(os, "replace", dying)
         with pytest.raises(OSError, match="disk is full"):
             run()
     with pytest.raises(MissingDataError, match="unfinished"):
         CachedFeatures(str(tmp_path / "cached")).setup()
     folder = run()
     assert len(CachedFeatures(str(folder)).split("val")) == 6
-    assert not list(folder.glob("*.draft"))
+    assert not list(folder.glob(".*.moe-*"))
 
 
 def test_a_truncated_file_is_refused_and_made_again(run: Callable[..., Path]) -> None:

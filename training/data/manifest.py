@@ -5,7 +5,6 @@ A part is a split ("train", "val", "test"), the test rows under a shift ("test-c
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_posterior.atomic import replacing, write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.training.data.base import ClassificationData
 
@@ -151,18 +151,14 @@ def read(folder: Path) -> Manifest:
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step."""
-    draft = folder / f"{FILE}.draft"
-    draft.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(draft, folder / FILE)
+    write_text(folder / FILE, json.dumps(manifest, indent=2) + "\n")
 
 
 def save_part(folder: Path, manifest: Manifest, part: str, arrays: Mapping[str, Tensor]) -> None:
     """Store the arrays of a part and note it as finished; until its name is in the manifest a part does not exist."""
     path = folder / f"{part}.npz"
-    draft = folder / f"{part}.npz.draft"
-    with draft.open("wb") as file:
+    with replacing(path) as file:
         np.savez(file, **{name: array.numpy() for name, array in arrays.items()})  # type: ignore[arg-type]
-    os.replace(draft, path)
     manifest["parts"][part] = {"file": path.name, "hash": digest_file(path)}
     write(folder, manifest)
 

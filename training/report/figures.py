@@ -5,10 +5,12 @@ Dimensions: C clusters, E experts. Figures are drawn on their own canvas: pyplot
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from moe_posterior.atomic import replacing
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.training.report.places import size
 
@@ -57,7 +59,7 @@ def reliability_diagram(report: dict, path: str | os.PathLike[str]) -> None:
         axes[1, column].set_xlabel("confidence of the top label (probability)")
     axes[0, 0].set_ylabel("accuracy (share correct)")
     axes[1, 0].set_ylabel("share of\npredictions (%)")
-    figure.savefig(path, dpi=DPI)
+    save_figure(figure, path)
 
 
 def posterior_heatmap(
@@ -100,7 +102,13 @@ def posterior_heatmap(
     if expert_names is not None:
         axes.set_xticks(range(num_experts), labels=expert_names, rotation=35, ha="right", rotation_mode="anchor")
     _mark_cells(axes, mean, count, annotate)
-    figure.savefig(path, dpi=DPI)
+    save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
+    """Write a figure, as a PNG or whatever the suffix says, whole or not at all."""
+    with replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=DPI)
 
 
 def canvas(width: float, height: float) -> "Figure":

@@ -5,9 +5,9 @@ import os
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.training.report import promise
 from moe_posterior.training.report.compute import METRICS, OVERALL
@@ -101,17 +101,11 @@ def write_json(report: dict, path: str | os.PathLike[str]) -> None:
     Raises:
         InvalidArgumentError: the report holds something that strict JSON cannot; the old file stays.
     """
-    path = Path(path)
     try:
         text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"report must be strict JSON: {error}") from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, text)
 
 
 def _title(report: dict) -> str:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.training.outputs import outputs_of
 from moe_posterior.training.runs import Run
@@ -70,7 +71,7 @@ def study(arguments: list[str]) -> int:
     console.print(text, markup=False, highlight=False)
     if asked.markdown:
         Path(asked.markdown).parent.mkdir(parents=True, exist_ok=True)
-        Path(asked.markdown).write_text(text)
+        write_text(asked.markdown, text)
     if asked.figure:
         online_figure(content["records"], asked.figure)
     return 0
@@ -156,10 +157,8 @@ def _locked_run(plan: Study, asked: argparse.Namespace, command: str, console: C
     if asked.out:
         out = Path(asked.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        draft = out.with_suffix(".part")
         lines = ",\n".join(json.dumps(record) for record in over_seeds(records))
-        draft.write_text(f'{{"about": {json.dumps(about)}, "records": [\n{lines}\n]}}\n')
-        draft.replace(out)
+        write_text(out, f'{{"about": {json.dumps(about)}, "records": [\n{lines}\n]}}\n')
     return content
 
 
@@ -174,7 +173,7 @@ def _require_same_settings(plan: Study, folder: Path) -> None:
         raise InvalidArgumentError(
             f"{folder} was made with other settings ({file.read_text().strip()}); move it away or choose another --run-dir"
         )
-    file.write_text(json.dumps(wanted) + "\n")
+    write_text(file, json.dumps(wanted) + "\n")
 
 
 def _train(plan: Study, cells: list[Cell], folder: Path, console: Console) -> None:
@@ -213,9 +212,7 @@ def _measure(cells: list[Cell], simulations: list[Cell], folder: Path, console: 
                 simulated = [load_outputs(path) for path in inner.get(_arm(cell), ())]
                 found = [*figures_of_cell(cell, said), *figures_of_simulation(cell, said, simulated)]
                 content = {"made_from": made_from, "records": found}
-                draft = cached.with_suffix(".part")
-                draft.write_text(json.dumps(content))
-                draft.replace(cached)
+                write_text(cached, json.dumps(content))
             records += content["records"]
     return records
 

@@ -3,7 +3,7 @@
 import os
 from statistics import mean
 
-from moe_posterior.training.report.figures import DPI, STYLES, canvas
+from moe_posterior.training.report.figures import STYLES, canvas, save_figure
 from moe_posterior.training.study.tables import Records, by_seed, half_width
 
 __all__ = ["SHOWN", "online_figure"]
@@ -48,4 +48,4 @@ def online_figure(records: Records, path: str | os.PathLike[str]) -> None:
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("hard ECE")
     axes[-1].legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=DPI)
+    save_figure(figure, path)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_posterior.atomic import replacing
 from moe_posterior.calibrators import Outputs
 from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint
 from moe_posterior.training.data import ClassificationData
@@ -74,10 +75,8 @@ def save_outputs(path: Path, parts: dict[str, tuple[Outputs, Tensor]]) -> None:
             array = values.numpy()
             arrays[f"{name}/{field}"] = array.astype(np.float32) if array.dtype.kind == "f" else array
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    with draft.open("wb") as handle:
+    with replacing(path) as handle:
         np.savez(handle, **arrays)  # type: ignore[arg-type]  # numpy's stub takes any keyword for allow_pickle
-    draft.replace(path)
 
 
 def load_outputs(path: Path) -> dict[str, tuple[Outputs, Tensor]]:

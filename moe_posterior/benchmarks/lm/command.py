@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from moe_posterior.atomic import write_text
 from moe_posterior.benchmarks import records, render
 from moe_posterior.benchmarks.lm.experiment import PARTS, Experiment, run
 from moe_posterior.benchmarks.lm.figures import draw
@@ -124,7 +125,7 @@ def _show(asked: argparse.Namespace, results: Results) -> int:
     versions = f"torch {about.get('torch')}, Python {about.get('python')}, {about.get('processors')} processors"
     if asked.markdown:
         again = f"\n`{about.get('command')}`\n\n{versions}\n"
-        Path(asked.markdown).write_text(render.to_markdown(tables) + again)
+        write_text(asked.markdown, render.to_markdown(tables) + again)
         print(f"tables: {asked.markdown}")
     if asked.figures:
         for path in draw(found, asked.figures):

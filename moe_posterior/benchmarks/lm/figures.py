@@ -10,7 +10,7 @@ from moe_posterior.benchmarks.lm.scratch import ARMS
 from moe_posterior.benchmarks.lm.shares import CHECKPOINTS
 from moe_posterior.benchmarks.lm.tables import Measured
 from moe_posterior.benchmarks.records import Record
-from moe_posterior.benchmarks.render import DPI, STYLES, band, canvas
+from moe_posterior.benchmarks.render import STYLES, band, canvas, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,9 +30,7 @@ def draw(records: Iterable[Record], folder: str | os.PathLike[str]) -> list[Path
     for name, make in {"recovery": recovery, "repair": repair, "scratch": from_scratch}.items():
         figure = make(measured)
         if figure is not None:
-            path = folder / f"lm-{name}.png"
-            figure.savefig(path, dpi=DPI)
-            written.append(path)
+            written.append(save(figure, folder / f"lm-{name}.png"))
     return written
 
 

@@ -4,7 +4,6 @@ Dimensions: B windows, T bytes a window, V = 256.
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from moe_posterior.benchmarks.lm.data import VOCABULARY, WINDOW, Corpus, batches
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.metrics import calibration_error
+from moe_posterior.tensorfile import save_plain
 
 KEEP_EVERY = 100  # steps between two checkpoints: at most this much is lost to an interruption
 EVALUATION_BATCH = 32
@@ -217,6 +217,4 @@ def _keep(
         "model": model.state_dict(),
         "optimiser": optimiser.state_dict(),
     }
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    torch.save(content, part)
-    os.replace(part, path)
+    save_plain(path, content)
