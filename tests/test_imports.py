@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_posterior"
 # Rooms in the order in which they may use each other: each only those before it.
 ORDER = [
-    ["errors", "soundness", "precision", "validation"],
+    ["bins", "errors", "soundness", "precision", "validation"],
     ["drafts"],
     ["atomic"],
     ["tensorfile", "forking"],

@@ -6,6 +6,8 @@ Dimensions: T queries. Everything is a pure function of one-dimensional tensors.
 import torch
 from torch import Tensor
 
+from moe_posterior.bins import bin_indices
+
 N_BINS = 15
 WINDOW = 50
 NOISE_DRAWS = 200
@@ -66,21 +68,17 @@ def debiased_calibration_error(
     return max(0.0, 2 * plain - simulated)
 
 
-def _bins(confidence: Tensor, n_bins: int) -> Tensor:  # (T,) -> (T,)
-    return (confidence.double() * n_bins).long().clamp(0, n_bins - 1)
-
-
 def _bin_gaps(
     confidence: Tensor, outcome: Tensor, n_bins: int
 ) -> tuple[Tensor, Tensor]:  # counts, sums of the gap: (B,)
-    bins = _bins(confidence, n_bins)
+    bins = bin_indices(confidence, n_bins)
     gap = outcome.double() - confidence.double()
     counts = torch.bincount(bins, minlength=n_bins).double()
     return counts, torch.zeros(n_bins, dtype=torch.float64).index_add_(0, bins, gap)
 
 
 def _bin_variances(confidence: Tensor, outcome: Tensor, n_bins: int) -> Tensor:  # (B,), of one outcome
-    bins = _bins(confidence, n_bins)
+    bins = bin_indices(confidence, n_bins)
     counts = torch.bincount(bins, minlength=n_bins).double().clamp(min=1)
     zeros = torch.zeros(n_bins, dtype=torch.float64)
     mean = zeros.index_add(0, bins, outcome.double()) / counts

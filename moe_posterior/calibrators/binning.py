@@ -6,6 +6,7 @@ Dimensions: N rows, K classes, B bins or knots.
 import torch
 from torch import Tensor
 
+from moe_posterior.bins import place
 from moe_posterior.calibrators.base import Calibrator, Outputs
 from moe_posterior.calibrators.probabilities import top_confidence, top_label, with_confidence
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
@@ -104,13 +105,13 @@ class HistogramBinning(Calibrator):
         firsts = torch.arange(1, self.n_bins, device=ordered.device) * len(ordered) // self.n_bins
         edges = ordered[firsts].unique()
         self.edges = edges[edges > ordered[0]]  # an edge at the minimum would leave an empty bin below it
-        bins = torch.bucketize(confidence, self.edges, right=True)
+        bins = place(confidence, self.edges)
         counts = bins.bincount(minlength=len(self.edges) + 1)
         self.values = bins.bincount(weights=correct, minlength=len(self.edges) + 1) / counts
 
     def _calibrate(self, outputs: Outputs) -> Tensor:
         confidence = top_confidence(outputs.probs)
-        return with_confidence(outputs.probs, self.values[torch.bucketize(confidence, self.edges, right=True)])
+        return with_confidence(outputs.probs, self.values[place(confidence, self.edges)])
 
     def extra_repr(self) -> str:
         return f"n_bins={self.n_bins}"

@@ -1,11 +1,11 @@
 """Calibration metrics: what torchmetrics lacks, in its own terms."""
 
-from moe_posterior.metrics.binned import calibration_error, equal_mass_bins
+from moe_posterior.bins import bin_indices, equal_mass_bins
+from moe_posterior.metrics.binned import calibration_error
 from moe_posterior.metrics.bootstrap import Interval, PairedBootstrap, centred_interval, paired_bootstrap
 from moe_posterior.metrics.calibration import (
     BinSums,
     GroupedCalibration,
-    bin_indices,
     bin_sums,
     calibration_from_sums,
     grouped_calibration_error,
@@ -21,7 +21,7 @@ from moe_posterior.metrics.configurations import (
     shared_confidence,
 )
 from moe_posterior.metrics.decomposition import BrierDecomposition, brier_decomposition
-from moe_posterior.metrics.grouped import GroupedCalibrationError
+from moe_posterior.metrics.grouped import CalibrationError, GroupedCalibrationError
 from moe_posterior.metrics.human import HumanDivergence, human_divergence
 from moe_posterior.metrics.reliability import ReliabilityCurve, curve_from_sums, reliability_curve, wilson_interval
 from moe_posterior.metrics.reweighted import (
@@ -47,6 +47,7 @@ __all__ = [
     "ActionThreshold",
     "BinSums",
     "BrierDecomposition",
+    "CalibrationError",
     "ClasswiseCalibrationError",
     "ConfigurationCalibration",
     "Configurations",

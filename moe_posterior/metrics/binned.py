@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor
 
+from moe_posterior.bins import bin_indices, equal_mass_bins
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import (
     BinSums,
-    bin_indices,
     bin_sums,
     calibration_from_sums,
     read_predictions,
@@ -37,22 +37,6 @@ def expected_absolute(
     return std * math.sqrt(2 / math.pi) * (-ratio.square() / 2).exp() + mean * (ratio / math.sqrt(2)).erf()
 
 
-def equal_mass_bins(confidence: Tensor, n_bins: int) -> Tensor:  # (N,) -> (N,) in [0, n_bins)
-    """Bin of each confidence when the bins hold equal numbers of predictions, ties together.
-
-    Splitting a tie would make the error depend on the order of the rows, so a bin may come out larger, and another
-    empty. Bin sizes otherwise differ by at most one.
-
-    >>> equal_mass_bins(torch.tensor([0.9, 0.1, 0.2, 0.8]), 2).tolist()
-    [1, 0, 0, 1]
-    """
-    if not len(confidence):
-        return torch.zeros(0, dtype=torch.int64, device=confidence.device)
-    chunks = confidence.sort().values.tensor_split(min(n_bins, len(confidence)))
-    upper = torch.stack([chunk[-1] for chunk in chunks[:-1]]) if len(chunks) > 1 else confidence.new_zeros(0)
-    return torch.bucketize(confidence, upper)
-
-
 def calibration_error(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
@@ -70,7 +54,7 @@ def calibration_error(
             a bin's error is then |mean grade − mean confidence|.
         n_bins: 15 is the convention of the literature.
         norm: ``"l1"`` (ECE), ``"l2"`` (root mean square) or ``"max"`` (worst bin).
-        binning: ``"equal_width"`` (torchmetrics' bins) or ``"equal_mass"`` (quantiles of the confidences, ties together).
+        binning: ``"equal_width"`` or ``"equal_mass"`` (quantiles of the confidences, ties together); both hold their lower edge.
         debias: take off what sampling noise adds. Off by default: published numbers are plain. For l1 the estimate is
             2·ECE − E[ECE of redrawn bin accuracies], with the accuracy of a bin redrawn as N(p̂, p̂(1 − p̂)/n) and the
             expectation in closed form; for l2, p̂(1 − p̂)/(n − 1) comes off each squared gap, and a bin of one prediction
@@ -95,15 +79,15 @@ def calibration_error(
     preds, target = read_predictions(preds, target)
     confidence, correct = top_label(preds, target)
     bins = bin_indices(confidence, n_bins) if binning == "equal_width" else equal_mass_bins(confidence, n_bins)
-    sums = _sums(confidence, correct, bins, n_bins + 1)
+    sums = _sums(confidence, correct, bins, n_bins)
     if debias:
-        return _debiased(sums, norm, _sums(confidence, correct.square(), bins, n_bins + 1).correct)
+        return _debiased(sums, norm, _sums(confidence, correct.square(), bins, n_bins).correct)
     return calibration_from_sums(sums, norm).calibration_error[0]
 
 
 def _sums(confidence: Tensor, correct: Tensor, bins: Tensor, num_bins: int) -> BinSums:
-    by_bin = bin_sums(confidence, correct, bins, num_bins, 1)  # each bin a group: (num_bins, 2)
-    return BinSums(*(sums.sum(1)[None] for sums in (by_bin.confidence, by_bin.correct, by_bin.count)))
+    by_bin = bin_sums(confidence, correct, bins, num_bins, 1)  # each bin a group: (num_bins, 1)
+    return BinSums(*(sums[:, 0][None] for sums in (by_bin.confidence, by_bin.correct, by_bin.count)))
 
 
 def _debiased(sums: BinSums, norm: str, squares: Tensor) -> Tensor:  # (1, B) each -> ()

@@ -1,9 +1,9 @@
 """Top-label calibration as sums over confidence bins, for any number of possibly overlapping groups.
 
-Dimensions: N predictions, K classes, G groups, B = n_bins + 1 bins, P (prediction, group) pairs. The bins are those of
-torchmetrics: edges ``linspace(0, 1, n_bins + 1)`` in float32, lower edge included, and one last bin for the confidence
-1.0 alone. The sums have a fixed size and are float64, so they add up over batches, ranks and files without drift: a
-metric, a reliability curve and a bootstrap all read the same three numbers per bin.
+Dimensions: N predictions, K classes, G groups, B = n_bins bins, P (prediction, group) pairs. Bins have equal width and hold their
+lower edge, the last one 1.0 too (:mod:`moe_posterior.bins`); torchmetrics, otherwise alike, keeps a bin more for the confidence 1.0
+alone, which makes the error of saturated predictions another one. The sums have a fixed size and are float64, so they add up over
+batches, ranks and files without drift: a metric, a reliability curve and an interval all read the same three numbers per bin.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_posterior.bins import bin_indices
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.validation import floats, is_empty_list, tensor
 
@@ -169,18 +170,6 @@ def top_label(
     return confidence.double().clamp(0, 1), label.eq(target).double()
 
 
-def bin_indices(confidence: Tensor, n_bins: int) -> Tensor:  # (N,) -> (N,) in [0, n_bins]
-    """Bin of each confidence, as torchmetrics bins it; ``n_bins`` is the bin of exactly 1.0.
-
-    Compared in float32 whatever the input, because the edges are: 2/3 in float64 lies below its own float32 edge.
-
-    >>> bin_indices(torch.tensor([0.0, 0.24, 0.25, 1.0]), 4).tolist()
-    [0, 0, 1, 4]
-    """
-    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float32, device=confidence.device)
-    return torch.bucketize(confidence.float(), edges, right=True) - 1
-
-
 def bin_sums(
     confidence: Tensor,  # (N,)
     correct: Tensor,  # (N,)
@@ -194,8 +183,8 @@ def bin_sums(
         rows, groups = groups.nonzero(as_tuple=True)  # (P,), (P,)
         confidence, correct, bins = confidence[rows], correct[rows], bins[rows]
     values = torch.stack([confidence.double(), correct.double(), torch.ones_like(confidence, dtype=torch.float64)])
-    sums = values.new_zeros(3, num_groups * (n_bins + 1)).index_add_(1, groups * (n_bins + 1) + bins, values)
-    return BinSums(*sums.view(3, num_groups, n_bins + 1).unbind())
+    sums = values.new_zeros(3, num_groups * n_bins).index_add_(1, groups * n_bins + bins, values)
+    return BinSums(*sums.view(3, num_groups, n_bins).unbind())
 
 
 def calibration_from_sums(sums: BinSums, norm: str = "l1", min_count: int = 1) -> GroupedCalibration:
@@ -241,7 +230,7 @@ def grouped_calibration_error(
     Raises:
         InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.
 
-    Source: Guo et al. 2017, *On Calibration of Modern Neural Networks*; bins and norms as in torchmetrics.
+    Source: Guo et al. 2017, *On Calibration of Modern Neural Networks*; norms as in torchmetrics, bins as in :mod:`moe_posterior.bins`.
 
     >>> preds = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
     >>> result = grouped_calibration_error(preds, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), num_groups=3)

@@ -1,6 +1,6 @@
 """Calibration of every class probability, not only of the top label.
 
-Dimensions: N predictions, K classes, B = n_bins + 1 bins.
+Dimensions: N predictions, K classes, B = n_bins bins.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def classwise_sums(preds: Tensor, target: Tensor, n_bins: int) -> BinSums:  # (N
     """Sums of each class's probability and of how often it was the true one, by bins of that probability.
 
     >>> classwise_sums(torch.tensor([[0.75, 0.25]]), torch.tensor([0]), n_bins=2).correct.tolist()
-    [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    [[0.0, 1.0], [0.0, 0.0]]
     """
     num_classes = preds.shape[1]
     classes = torch.arange(num_classes, device=preds.device)
@@ -62,7 +62,7 @@ def classwise_calibration_error(
 
 
 class ClasswiseCalibrationError(BinSumMetric):
-    """:func:`classwise_calibration_error` over batches and processes, in three ``(num_classes, n_bins + 1)`` float64 sums.
+    """:func:`classwise_calibration_error` over batches and processes, in three ``(num_classes, n_bins)`` float64 sums.
 
     Shapes:
         ``update(preds, target)``: preds ``(N, num_classes)`` probabilities, target ``(N,)`` classes.

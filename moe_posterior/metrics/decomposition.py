@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_posterior.metrics.calibration import bin_indices, read_predictions, top_label, validate_arguments
+from moe_posterior.bins import bin_indices
+from moe_posterior.metrics.calibration import read_predictions, top_label, validate_arguments
 
 
 class BrierDecomposition(NamedTuple):
@@ -68,9 +69,9 @@ def brier_decomposition(
 
 def _terms(forecast: Tensor, outcome: Tensor, n_bins: int) -> list[Tensor]:  # (N, K), (N, K)
     classes = torch.arange(forecast.shape[1], device=forecast.device)
-    cell = (classes * (n_bins + 1) + bin_indices(forecast, n_bins)).flatten()  # (M,)
+    cell = (classes * n_bins + bin_indices(forecast, n_bins)).flatten()  # (M,)
     values = torch.stack([torch.ones_like(cell, dtype=torch.float64), forecast.flatten(), outcome.flatten()])
-    count, said, seen = values.new_zeros(3, len(classes) * (n_bins + 1)).index_add_(1, cell, values).unbind()
+    count, said, seen = values.new_zeros(3, len(classes) * n_bins).index_add_(1, cell, values).unbind()
     said, seen = said / count, seen / count  # means of each bin, NaN where empty
     base = outcome.mean(0)  # (K,)
     said, seen = said[cell].view_as(forecast), seen[cell].view_as(forecast)  # back to each forecast: (N, K)

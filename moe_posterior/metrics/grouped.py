@@ -25,7 +25,7 @@ except ImportError as error:
 
 
 class BinSumMetric(Metric):
-    """A metric whose state is three ``(rows, n_bins + 1)`` float64 sums, whatever the data: what a :class:`BinSums` holds.
+    """A metric whose state is three ``(rows, n_bins)`` float64 sums, whatever the data: what a :class:`BinSums` holds.
 
     The states are named after the class. A ``MetricCollection`` lets metrics share a state once their states have equal names and
     values, and after an empty first batch all sums are 0: metrics that add up other things must not bear the same names.
@@ -44,7 +44,7 @@ class BinSumMetric(Metric):
         self.n_bins = n_bins
         self._sums = [f"{type(self).__name__}_{name}" for name in ("confidence", "correct", "count")]
         for name in self._sums:
-            zeros = torch.zeros(rows, n_bins + 1, dtype=torch.float64)
+            zeros = torch.zeros(rows, n_bins, dtype=torch.float64)
             self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def bin_sums(self) -> BinSums:
@@ -64,8 +64,8 @@ class BinSumMetric(Metric):
 class GroupedCalibrationError(BinSumMetric):
     """Top-label calibration error, accuracy, mean confidence and count of every group, in one pass.
 
-    torchmetrics' own ``MulticlassCalibrationError`` gives the same number for one group, keeping every prediction;
-    here the state is three ``(num_groups, n_bins + 1)`` float64 sums, whatever the data, and groups may overlap.
+    torchmetrics' own ``MulticlassCalibrationError`` keeps every prediction, and the confidence 1.0 in a bin of its own;
+    here the state is three ``(num_groups, n_bins)`` float64 sums, whatever the data, and groups may overlap.
 
     Shapes:
         ``update(preds, target, groups)``: preds ``(N, K)`` probabilities, or ``(N,)`` confidences; target ``(N,)``
@@ -126,3 +126,47 @@ class GroupedCalibrationError(BinSumMetric):
 
     def extra_repr(self) -> str:
         return f"num_groups={self.num_groups}, n_bins={self.n_bins}, norm={self.norm!r}, min_count={self.min_count}"
+
+
+class CalibrationError(BinSumMetric):
+    """:func:`~moe_posterior.metrics.calibration_error` over batches and processes, in three ``(1, n_bins)`` float64 sums.
+
+    Shapes:
+        ``update(preds, target)``: preds ``(N, K)`` probabilities, or ``(N,)`` confidences; target ``(N,)`` classes, or 0/1
+        correctness beside confidences.
+        ``compute()``: ``()`` float64, NaN before the first prediction.
+
+    Args:
+        n_bins, norm: as in :func:`~moe_posterior.metrics.calibration_error`, in bins of equal width.
+        validate_args: check every batch; costs a device synchronisation, so it may be turned off in a hot loop.
+        kwargs: passed to ``torchmetrics.Metric``.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument; the state is unchanged.
+        MissingDependencyError: on import, without torchmetrics.
+
+    >>> metric = CalibrationError()
+    >>> metric.update(torch.tensor([0.95, 1.0]), torch.tensor([0, 1]))
+    >>> round(metric.compute().item(), 3)
+    0.475
+    """
+
+    def __init__(self, n_bins: int = 15, norm: str = "l1", validate_args: bool = True, **kwargs: Any) -> None:
+        validate_arguments(1, n_bins, norm, 1)
+        super().__init__(1, n_bins, **kwargs)
+        self.norm = norm
+        self.validate_args = validate_args
+
+    def update(self, preds: Tensor, target: Tensor) -> None:  # (N, K) or (N,), (N,)
+        """Add one batch."""
+        if self.validate_args:
+            preds, target = read_predictions(preds, target)
+        one_group = torch.zeros(len(preds), dtype=torch.int64, device=preds.device)
+        self._add(bin_sums(*top_label(preds, target), one_group, 1, self.n_bins))
+
+    def compute(self) -> Tensor:  # ()
+        """The error over everything seen, on all processes."""
+        return calibration_from_sums(self.bin_sums(), self.norm).calibration_error[0]
+
+    def extra_repr(self) -> str:
+        return f"n_bins={self.n_bins}, norm={self.norm!r}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_posterior.bins import bin_edges
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import BinSums, bin_sums, read_predictions, top_label, validate_arguments
 
@@ -14,7 +15,7 @@ class ReliabilityCurve:
     """Accuracy against confidence, bin by bin; the values of an empty bin are NaN."""
 
     lower: Tensor  # (B,) lower edge, included
-    upper: Tensor  # (B,) upper edge, excluded; the last bin is the confidence 1.0 alone
+    upper: Tensor  # (B,) upper edge, excluded but for the last bin's
     confidence: Tensor  # (B,) mean confidence
     accuracy: Tensor  # (B,)
     low: Tensor  # (B,) Wilson interval of the accuracy
@@ -53,11 +54,11 @@ def wilson_interval(
 def curve_from_sums(sums: BinSums, group: int = 0) -> ReliabilityCurve:
     """The reliability curve of one group of collected sums."""
     confidence, correct, count = sums.confidence[group], sums.correct[group], sums.count[group]
-    edges = torch.linspace(0, 1, len(count), dtype=torch.float64, device=count.device)
+    edges = bin_edges(len(count)).to(count.device)
     low, high = wilson_interval(correct, count)
     return ReliabilityCurve(
-        lower=edges,
-        upper=torch.cat([edges[1:], edges[-1:]]),
+        lower=edges[:-1],
+        upper=edges[1:],
         confidence=confidence / count,
         accuracy=correct / count,
         low=low,
@@ -71,22 +72,21 @@ def reliability_curve(
     target: Tensor,  # (N,)
     n_bins: int = 15,
 ) -> ReliabilityCurve:
-    """Accuracy and mean confidence per bin with a 95 % Wilson interval on the accuracy, all ``(n_bins + 1,)``.
+    """Accuracy and mean confidence per bin with a 95 % Wilson interval on the accuracy, all ``(n_bins,)``.
 
     Args:
         preds, target, n_bins: as in :func:`~moe_posterior.metrics.grouped_calibration_error`.
 
     Returns:
-        The last entry is the bin of confidence exactly 1.0, as in torchmetrics, so that the gaps weighted by ``count``
-        add up to the calibration error. The interval treats predictions as independent; grades between 0 and 1 vary less than
-        the interval allows for, so it is then too wide rather than too narrow.
+        The gaps weighted by ``count`` add up to the calibration error. The interval treats predictions as independent; grades between
+        0 and 1 vary less than the interval allows for, so it is then too wide rather than too narrow.
 
     Raises:
         InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.
 
     >>> curve = reliability_curve(torch.tensor([0.25, 0.75, 0.75]), torch.tensor([0, 1, 0]), n_bins=2)
     >>> curve.confidence, curve.accuracy
-    (tensor([0.2500, 0.7500,    nan], dtype=torch.float64), tensor([0.0000, 0.5000,    nan], dtype=torch.float64))
+    (tensor([0.2500, 0.7500], dtype=torch.float64), tensor([0.0000, 0.5000], dtype=torch.float64))
     """
     validate_arguments(1, n_bins, "l1", 1)
     preds, target = read_predictions(preds, target)

@@ -45,7 +45,7 @@ def test_the_metric_over_batches_equals_one_pass_and_merges_by_sums() -> None:
     for part, labels in zip(preds.split([7, 0, 293]), target.split([7, 0, 293]), strict=True):
         metric.update(part, labels)
     torch.testing.assert_close(metric.compute(), classwise_calibration_error(preds, target, 9, "l2"))
-    assert [tuple(state.shape) for state in metric.metric_state.values()] == [(4, 10)] * 3
+    assert [tuple(state.shape) for state in metric.metric_state.values()] == [(4, 9)] * 3
     assert metric.to(torch.bfloat16).bin_sums().count.dtype == torch.float64
     assert repr(metric) == "ClasswiseCalibrationError(num_classes=4, n_bins=9, norm='l2')"
 

@@ -82,7 +82,7 @@ def test_forward_returns_the_batch_and_accumulates_the_whole(digits: tuple) -> N
 
 def test_the_state_stays_the_same_size_whatever_the_data(digits: tuple) -> None:
     metric = filled(digits, digits, digits)
-    assert [tuple(state.shape) for state in metric.metric_state.values()] == [(4, 16)] * 3
+    assert [tuple(state.shape) for state in metric.metric_state.values()] == [(4, 15)] * 3
     metric.reset()
     assert not any(state.any() for state in metric.metric_state.values())
 

@@ -151,7 +151,6 @@ def _curve_series(one: Mapping[str, Any], names: Sequence[str]) -> Series:
 def _bins_series(curve: Mapping[str, Any], style: int) -> Series:
     bins = curve["bins"]
     counts = bins["count"]
-    merged = [*counts[:-2], sum(counts[-2:])]  # the confidence 1.0 joins the bar that it touches
     return Series(
         str(curve["arm"]),
         style,
@@ -160,7 +159,7 @@ def _bins_series(curve: Mapping[str, Any], style: int) -> Series:
         bins["low"],
         bins["high"],
         faint=[count < FEW for count in counts],
-        bars=[count / curve["n"] for count in merged],
+        bars=[count / curve["n"] for count in counts],
     )
 
 

@@ -1,6 +1,6 @@
 """The calibration report as a dict: predictions of each arm on each evaluation set in, numbers with intervals out.
 
-Dimensions: n rows of an evaluation set, K classes, B = n_bins + 1 bins, R resamples, k experts per row.
+Dimensions: n rows of an evaluation set, K classes, B = n_bins bins, R resamples, k experts per row.
 """
 
 import math
@@ -199,7 +199,7 @@ def _validate_arms(evaluations: dict[Key, _Evaluation], baseline: str) -> list[s
 def _reduce(item: Predictions, n_bins: int) -> _Evaluation:
     probs, target = item.probs.cpu(), item.target.cpu().long()
     confidence, correct = top_label(probs, target)
-    gap = torch.zeros(len(probs), n_bins + 1, dtype=torch.float64)
+    gap = torch.zeros(len(probs), n_bins, dtype=torch.float64)
     gap.scatter_(1, bin_indices(confidence, n_bins)[:, None], (confidence - correct)[:, None])
     scores = [correct, negative_log_likelihood(probs, target, "none"), brier_score(probs, target, "none")]
     return _Evaluation(

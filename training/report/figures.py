@@ -147,9 +147,9 @@ def _draw_curves(axes: "Axes", curves: list[dict]) -> None:
 def _draw_shares(axes: "Axes", curves: list[dict]) -> None:
     for index, (curve, style) in enumerate(zip(curves, STYLES, strict=False)):
         bins = curve["bins"]
-        counts = [*bins["count"][:-2], sum(bins["count"][-2:])]  # the confidence 1.0 joins the bar it touches
+        counts = bins["count"]
         width = 1 / len(counts) / len(curves)
-        centres = [lower + (index + 0.5) * width for lower in bins["lower"][:-1]]
+        centres = [lower + (index + 0.5) * width for lower in bins["lower"]]
         shares = [100 * count / curve["n"] for count in counts]
         axes.bar(
             centres, shares, 0.9 * width, color=style["color"], edgecolor="white", linewidth=0, hatch=HATCHES[index]

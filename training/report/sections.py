@@ -129,8 +129,8 @@ def _bootstrapped_ece(probs: Tensor, target: Tensor, row: Tensor, n_bins: int, s
     """Interval of the ECE over resampled rows of the data; a row brings all its copies under other shifts along."""
     confidence, correct = top_label(probs, target)
     _, which = row.unique(return_inverse=True)
-    place = which * (n_bins + 1) + bin_indices(confidence, n_bins)
-    gaps = torch.zeros(int(which.max() + 1) * (n_bins + 1), dtype=torch.float64)
+    place = which * n_bins + bin_indices(confidence, n_bins)
+    gaps = torch.zeros(int(which.max() + 1) * n_bins, dtype=torch.float64)
     gaps.index_add_(0, place, (correct - confidence).double())
     copies = torch.bincount(which).double()
     [sums] = bootstrap_sums([torch.cat([gaps.view(len(copies), -1), copies[:, None]], dim=1)], RESAMPLES, seed)
