@@ -14,10 +14,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from moe_posterior import beta as beta_functions
 from moe_posterior import validation
-from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MissingDataError, MoEPosteriorError
+from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MoEPosteriorError
 from moe_posterior.forking import ForkLock
 from moe_posterior.gates import PosteriorGate, Routing
+from moe_posterior.pending import COLUMNS, Pending
 from moe_posterior.tensorfile import save_plain
+from moe_posterior.torchfile import load_plain, read_plain_file
 
 
 class Decision(NamedTuple):
@@ -186,11 +188,7 @@ class PosteriorRouter:
         self.max_pending = max_pending
         self._lock = ForkLock("this router")
         self._next_id = 0
-        # Pending decisions lie in a ring, at id mod max_pending: constant time, bounded memory, and batches need no loop.
-        self._pending_id = np.full(max_pending, -1, dtype=np.int64)  # which decision lies there; -1 none
-        self._pending_cluster = np.zeros(max_pending, dtype=np.int32)  # -1: an embedding that was broken
-        self._pending_experts = np.zeros((max_pending, top_k), dtype=np.int32)
-        self._pending_tenure = np.zeros((max_pending, top_k), dtype=np.int32)
+        self._pending = Pending(max_pending, top_k)
         self._tenure = np.zeros(num_experts, dtype=np.int32)  # rises when an expert leaves or is replaced
         self._audit = None if audit is None else audit.follow(self)
 
@@ -208,7 +206,7 @@ class PosteriorRouter:
         with self._lock:
             self._may_change()
             self.gate.fit(self._tensor(embeddings), generator=torch.Generator().manual_seed(seed))
-            self._pending_id[:] = -1
+            self._pending.clear()
             self._tell("fit")
 
     def warm_start(
@@ -240,11 +238,7 @@ class PosteriorRouter:
             cluster, distance, experts, scores, weights, (alphas, betas), explored = choose(vector)
             decision_id = self._next_id
             self._next_id += 1
-            slot = decision_id % self.max_pending
-            self._pending_id[slot] = decision_id
-            self._pending_cluster[slot] = cluster if distance < np.inf else -1
-            self._pending_experts[slot] = experts
-            self._pending_tenure[slot] = self._tenure[experts]
+            self._pending.put_one(decision_id, cluster if distance < np.inf else -1, experts, self._tenure[experts])
             below = self.abstain_below is not None and not scores[0] >= self.abstain_below
             abstain = below or distance == np.inf
             if self._audit is not None:
@@ -361,12 +355,7 @@ class PosteriorRouter:
         Raises:
             MissingDataError: there is no such file. DamagedFileError: it is no router's, or cut short.
         """
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except FileNotFoundError as error:
-            raise MissingDataError(f"path must be a file that save wrote; there is none at {path}") from error
-        except Exception as error:  # torch.load has no error of its own: what a damaged file raises is any
-            raise DamagedFileError(f"path must be a file that save wrote; cannot read {path}: {error}") from error
+        state = load_plain(read_plain_file(path), path)
         try:
             return cls.from_state(state, audit=audit)
         except MoEPosteriorError:
@@ -379,30 +368,25 @@ class PosteriorRouter:
     def state(self) -> dict[str, Any]:
         """What :meth:`save` writes: plain values and tensors. The gate's tensors are the live ones."""
         with self._lock:
-            waiting = np.flatnonzero(self._pending_id >= 0)
             return {
                 "options": self.options,
                 "gate": self.gate.state_dict(),
                 "next_id": self._next_id,
                 "tenure": torch.from_numpy(self._tenure),
-                "pending": {
-                    name: torch.from_numpy(getattr(self, f"_pending_{name}")[waiting])
-                    for name in ("id", "cluster", "experts", "tenure")
-                },
+                "pending": {name: torch.from_numpy(column) for name, column in self._pending.columns().items()},
             }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], *, audit: Audit | None = None) -> "PosteriorRouter":
         """The router whose :meth:`state` this was."""
-        router = cls(**state["options"])
-        for _ in range(len(state["tenure"]) - router.gate.num_experts):
-            router.add_expert()
+        options = state["options"]
+        _require_sizes(options, state["gate"], state["tenure"])
+        router = cls(**options | {"num_experts": len(state["tenure"])})
+        router.options = dict(options)
         router.gate.load_state_dict(state["gate"])
         router._next_id = state["next_id"]
         router._tenure = state["tenure"].numpy()
-        slots = state["pending"]["id"].numpy() % router.max_pending
-        for name, values in state["pending"].items():
-            getattr(router, f"_pending_{name}")[slots] = values.numpy()
+        router._pending.put(*(state["pending"][name].numpy() for name in COLUMNS))
         router._audit = None if audit is None else audit.follow(router)
         return router
 
@@ -465,15 +449,15 @@ class PosteriorRouter:
         return (gate.topk_indices[routing.cluster_ids] != routing.expert_indices).any(dim=1).numpy()
 
     def _learn(self, ids: NDArray, signal: NDArray) -> None:  # (N,), (N, k)
-        slots = ids % self.max_pending
-        self._require_pending(ids, slots)
-        sound = self._pending_cluster[slots] >= 0
-        clusters = torch.from_numpy(self._pending_cluster[slots].clip(min=0).astype(np.int64))
-        experts = torch.from_numpy(self._pending_experts[slots].astype(np.int64))
+        slots = self._require_pending(ids)
+        pending = self._pending
+        sound = pending.cluster[slots] >= 0
+        clusters = torch.from_numpy(pending.cluster[slots].clip(min=0).astype(np.int64))
+        experts = torch.from_numpy(pending.experts[slots].astype(np.int64))
         signal = np.where(sound[:, None], signal, np.nan)
         self.gate.posterior.observe(clusters, torch.from_numpy(signal), experts, threshold=self.gate.threshold)
         self.gate.steps += 1
-        self._pending_id[slots] = -1
+        pending.remove(ids)
 
     def _may_change(self, more: int = 0) -> None:
         if self._audit is not None:
@@ -484,25 +468,32 @@ class PosteriorRouter:
             self._audit.changed(reason)
 
     def _remember(self, ids: NDArray, clusters: NDArray, experts: NDArray, distance: NDArray) -> None:
-        slots = ids % self.max_pending
-        self._pending_id[slots] = ids
-        self._pending_cluster[slots] = np.where(np.isinf(distance), -1, clusters)
-        self._pending_experts[slots] = experts
-        self._pending_tenure[slots] = self._tenure[experts]
+        self._pending.put(ids, np.where(np.isinf(distance), -1, clusters), experts, self._tenure[experts])
 
-    def _require_pending(self, ids: NDArray, slots: NDArray) -> None:
-        unknown = self._pending_id[slots] != ids
-        unknown |= ids < 0
-        if unknown.any():
-            first = int(ids[unknown][0])
+    def _require_pending(self, ids: NDArray) -> NDArray[np.int64]:  # (N,) -> (N,), where they lie
+        slots, known = self._pending.find(ids)
+        if not known.all():
+            first = int(ids[~known][0])
             reason = "was never given" if not 0 <= first < self._next_id else "is resolved already or too old"
             raise InvalidArgumentError(f"decision {first} {reason}; ids must be pending decisions of this router")
         if len(ids) > 1 and len(np.unique(ids)) < len(ids):
             raise InvalidArgumentError("ids must not repeat: a decision is resolved once")
-        experts = self._pending_experts[slots]
-        left = self._pending_tenure[slots] != self._tenure[experts]
+        experts = self._pending.experts[slots]
+        left = self._pending.tenure[slots] != self._tenure[experts]
         if left.any():
             row, slot = np.argwhere(left)[0]
             raise InvalidArgumentError(
                 f"decision {int(ids[row])} went to expert {int(experts[row, slot])}, which has left or been replaced since"
             )
+        return slots
+
+
+def _require_sizes(options: Mapping[str, Any], gate: Mapping[str, torch.Tensor], tenure: torch.Tensor) -> None:
+    """Raise DamagedFileError for options that speak of larger tables than the state holds: they would be allocated first."""
+    clusters, experts = gate["posterior.successes"].shape  # novelty="class" has one cluster more than the options say
+    dimensions = gate["clusterer.centroids"].shape[1]
+    held = {"num_clusters": clusters, "num_experts": experts, "hidden_size": dimensions, "top_k": experts}
+    wrong = [name for name, most in held.items() if type(options[name]) is not int or not 1 <= options[name] <= most]
+    if wrong or tenure.shape != (experts,):
+        name = wrong[0] if wrong else "num_experts"
+        raise DamagedFileError(f"a router's state speaks of {name}={options[name]!r}, but its tables hold {held[name]}")

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from moe_posterior.atomic import checked, write_bytes
-from moe_posterior.errors import DamagedFileError, MissingDataError, MissingDependencyError
+from moe_posterior.errors import DamagedFileError, MissingDependencyError
+from moe_posterior.torchfile import load_plain, read_plain_file
 
 _HEADER = "moe_posterior"
-_ZIP = b"PK"  # how a file of torch.save begins; safetensors begins with 8 bytes of length, then JSON
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -63,8 +63,6 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
         MissingDependencyError: it is a safetensors file and that package is not installed.
     """
     source = Path(path)
-    if not source.is_file():
-        raise MissingDataError(f"there is no file {source}")
     tensors, marks = _read(source)
     text, checksum = _marks_in(marks.get(_HEADER))
     if checksum != digest(tensors, text):
@@ -116,18 +114,16 @@ def _pickled(content: object) -> memoryview:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    data = (
-        path.read_bytes()
+    data = read_plain_file(
+        path
     )  # at once: safetensors and torch open a path again for each part, by when it may be another file
     if data[8:9] == b"{":
         return _read_safetensors(path, data)
-    if not data.startswith(_ZIP):
-        raise DamagedFileError(f"{path} is no file of this library")
+    content = load_plain(data, path)
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return dict(content["tensors"]), dict(content["marks"])
-    except Exception as error:  # a damaged pickle fails in any way there is
-        raise DamagedFileError(f"{path} cannot be read: {error}") from error
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DamagedFileError(f"{path} is no file of this library") from error
 
 
 def _read_safetensors(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -72,8 +72,8 @@ def standings(source: SourceSurvey) -> list[Standing]:
 def over_clusters(mean: NDArray, std: NDArray, weights: NDArray) -> Estimate | None:  # (C,), (C,), (C,)
     """A weighted mean over clusters with its interval; None where all weights are zero.
 
-    >>> over_clusters(np.array([0.4, 0.8]), np.array([0.1, 0.1]), np.array([1, 3]))
-    Estimate(mean=0.7, low=0.545, high=0.855)
+    >>> [round(value, 3) for value in over_clusters(np.array([0.4, 0.8]), np.array([0.1, 0.1]), np.array([1, 3]))]
+    [0.7, 0.545, 0.855]
     >>> over_clusters(np.ones(1), np.ones(1), np.zeros(1)) is None
     True
     """

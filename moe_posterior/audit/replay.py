@@ -77,16 +77,10 @@ class Fold:
         if group.rows("outcomes"):
             self._learn(group, ids, clusters, experts)
         if len(ids):
-            latest = ids[-router.max_pending :]  # ids grow by one within a call: the last ones win their slots
-            slots = latest % router.max_pending
-            router._pending_id[slots] = latest
-            router._pending_cluster[slots] = clusters[-router.max_pending :]
-            router._pending_experts[slots] = experts[-router.max_pending :]
-            router._pending_tenure[slots] = router._tenure[experts[-router.max_pending :]]
+            latest = slice(-router.max_pending, None)  # ids grow by one within a call: the last ones win their places
+            router._pending.put(ids[latest], clusters[latest], experts[latest], router._tenure[experts[latest]])
             router._next_id = int(ids[-1]) + 1
-        resolved = group.tables["outcomes"]["id"]
-        slots = resolved % router.max_pending
-        router._pending_id[slots[router._pending_id[slots] == resolved]] = -1
+        router._pending.remove(group.tables["outcomes"]["id"])
         steps = group.tables["calls"]["steps"][group.tables["calls"]["kind"] <= RESOLVE]
         if len(steps):
             router.gate.steps.fill_(int(steps[-1]))
@@ -121,13 +115,13 @@ class Fold:
     ) -> tuple[NDArray, NDArray]:  # (M,), (M, k)
         """Cluster and experts of the decisions that outcomes belong to: of this group, or pending before it."""
         router = self.router
-        slots = wanted % router.max_pending
+        slots, waiting = router._pending.find(wanted)
         places = np.searchsorted(ids, wanted).clip(max=max(len(ids) - 1, 0))
         here = ids[places] == wanted if len(ids) else np.zeros(len(wanted), dtype=np.bool_)
-        known = here | (router._pending_id[slots] == wanted)
+        known = here | waiting
         if not known.all():
             raise AuditError(f"the log holds an outcome of decision {int(wanted[~known][0])}, but not the decision")
-        their_clusters, their_experts = router._pending_cluster[slots], router._pending_experts[slots]
+        their_clusters, their_experts = router._pending.cluster[slots], router._pending.experts[slots]
         their_clusters[here], their_experts[here] = clusters[places[here]], experts[places[here]]
         return their_clusters, their_experts
 

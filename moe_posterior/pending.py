@@ -1,0 +1,90 @@
+"""Decisions that wait for their outcome: a ring at id mod size, in constant time, that takes no more memory than decisions were made.
+
+Dimensions: N decisions, k experts per decision.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moe_posterior.errors import InvalidArgumentError
+
+COLUMNS = ("id", "cluster", "experts", "tenure")
+_FIRST = 1 << 20  # bytes of a new ring
+
+
+class Pending:
+    """What each waiting decision was: its cluster, its experts, and how often these had been replaced by then.
+
+    Args:
+        size: decisions that can wait; an older one gives way to the decision that comes to lie in its place.
+        top_k: k.
+
+    >>> ring = Pending(10**15, top_k=1)
+    >>> ring.put(np.array([5, 7]), np.array([0, 1]), np.array([[2], [3]]), np.zeros((2, 1)))
+    >>> slots, known = ring.find(np.array([7, 6, 10**14]))
+    >>> known.tolist(), ring.experts[slots[0]].tolist()
+    ([True, False, False], [3])
+    """
+
+    def __init__(self, size: int, top_k: int) -> None:
+        self.size, self.top_k = size, top_k
+        rows = max(1, min(size, _FIRST // (12 + 8 * top_k)))
+        self._mark = np.zeros(rows, dtype=np.int64)  # id + 1, so that fresh memory says that nothing lies there
+        self.cluster = np.zeros(rows, dtype=np.int32)  # -1: an embedding that was broken
+        self.experts = np.zeros((rows, top_k), dtype=np.int32)
+        self.tenure = np.zeros((rows, top_k), dtype=np.int32)
+
+    def put_one(self, decision_id: int, cluster: int, experts: list[int], tenure: NDArray) -> None:
+        """Let one decision wait."""
+        slot = decision_id % self.size
+        if slot >= len(self._mark):
+            self._grow(slot + 1)
+        self._mark[slot], self.cluster[slot] = decision_id + 1, cluster
+        self.experts[slot], self.tenure[slot] = experts, tenure
+
+    def put(
+        self, ids: NDArray, clusters: ArrayLike, experts: ArrayLike, tenure: ArrayLike
+    ) -> None:  # (N,), (N,), 2 x (N, k)
+        """Let decisions wait."""
+        if not len(ids):
+            return
+        slots = ids % self.size
+        if (last := int(slots.max())) >= len(self._mark):
+            self._grow(last + 1)
+        self._mark[slots], self.cluster[slots] = ids + 1, clusters
+        self.experts[slots], self.tenure[slots] = experts, tenure
+
+    def find(self, ids: NDArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:  # (N,) -> (N,), (N,)
+        """Where decisions lie, and whether they do; the place of one that does not is any."""
+        slots = ids % self.size
+        inside = slots < len(self._mark)
+        slots = np.where(inside, slots, 0)
+        return slots, inside & (ids >= 0) & (self._mark[slots] == ids + 1)
+
+    def remove(self, ids: NDArray) -> None:
+        """Let these wait no longer, as far as they do."""
+        slots, known = self.find(ids)
+        self._mark[slots[known]] = 0
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._mark[:] = 0
+
+    def columns(self) -> dict[str, NDArray]:
+        """All that wait, in the order of their places: id (N,), cluster (N,), experts (N, k), tenure (N, k)."""
+        waiting = np.flatnonzero(self._mark)
+        found = {"id": self._mark[waiting] - 1}
+        return found | {name: getattr(self, name)[waiting] for name in COLUMNS[1:]}
+
+    def _grow(self, rows: int) -> None:
+        rows = min(self.size, max(rows, 2 * len(self._mark)))
+        try:
+            for name in ("_mark", "cluster", "experts", "tenure"):
+                old = getattr(self, name)
+                grown = np.zeros((rows, *old.shape[1:]), dtype=old.dtype)
+                grown[: len(old)] = old
+                setattr(self, name, grown)
+        except MemoryError as error:
+            raise InvalidArgumentError(
+                f"max_pending={self.size}, top_k={self.top_k} needs {rows * (12 + 8 * self.top_k)} bytes by now, more than there are"
+            ) from error
