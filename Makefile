@@ -8,7 +8,7 @@ RESULTS := results/benchmarks
 COMPARED := --gates posterior "posterior of the paper" softmax "expert threshold" ucb1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo cifar10h cifar10h-features tables benchmarks benchmarks-data swap-table lm audit-bench latency bench bench-gpu test test-slow check format clean
+.PHONY: help install docs examples wheel demo cifar10h cifar10h-features tables benchmarks benchmarks-data swap-table lm audit-bench latency bench bench-gpu test test-slow check format clean
 
 help:  ## say what can be made
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 14
@@ -62,7 +62,7 @@ tables: $(INSTALLED)  ## methods, calibrators and seeds on PACS and comments, an
 
 swap-table: $(INSTALLED)  ## which transformers models can be swapped: every type built tiny and examined (2 minutes)
 	mkdir -p results/swap
-	$(BIN)/python -m moe_posterior.huggingface.survey --markdown results/swap/models.md --json results/swap/models.json --readme README.md
+	PYTHONPATH=tests $(BIN)/python -m model_survey.survey --markdown results/swap/models.md --json results/swap/models.json
 
 latency: $(INSTALLED)  ## how long a decision takes, written to results/benchmarks (2 minutes on an idle machine)
 	mkdir -p results/benchmarks
@@ -84,6 +84,22 @@ bench: $(INSTALLED)  ## what the gate costs on a CPU, as ratios (3 minutes on an
 bench-gpu: $(INSTALLED)  ## the kernels on a GPU: correctness, then times; says so where there is none
 	mkdir -p results/speed
 	$(BIN)/python -m moe_posterior.kernels.bench_gpu --json results/speed/gpu.json
+
+docs: $(INSTALLED)  ## build the documentation into docs/_build; a reference that leads nowhere fails it
+	$(BIN)/python docs/draw_architecture.py
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+	@echo "documentation: docs/_build/index.html"
+
+examples: $(INSTALLED)  ## run every example (2 minutes)
+	@set -e; for script in examples/*.py examples/notebooks/*.py; do \
+	  echo "== $$script"; HF_HUB_OFFLINE=1 $(BIN)/python $$script; \
+	done
+	@echo "== examples/own_data"
+	cd examples/own_data && PYTHONPATH=. ../../$(BIN)/moe-posterior fit --config experiment.yaml --overwrite \
+	  && PYTHONPATH=. ../../$(BIN)/moe-posterior evaluate --run runs/tumours
+
+wheel: $(INSTALLED)  ## build a wheel, install it in a fresh environment elsewhere and use it there (2 minutes)
+	$(BIN)/python tests/wheel_check.py
 
 test: $(INSTALLED)  ## run the whole test suite but what is marked slow
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q

@@ -124,11 +124,12 @@ def test_a_checkpoint_of_an_audit_log(tmp_path: Path, name: str, value: float) -
 @every_bad
 def test_a_belief_file_swapped_under_a_model(tmp_path: Path, name: str, value: float) -> None:
     pytest.importorskip("transformers")
+    from model_survey.tiny import tiny_batch, tiny_model
+
     from moe_posterior import swap_gates
     from moe_posterior.huggingface import load_belief, save_belief, swapped_gates
     from moe_posterior.huggingface.saving import FILE
     from moe_posterior.huggingface.saving import KIND as BELIEF
-    from moe_posterior.huggingface.tiny import tiny_batch, tiny_model
 
     model = tiny_model("mixtral")
     swap_gates(model, num_clusters=C).fit([tiny_batch(model)])

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
+from model_survey.checks import outputs, same
+from model_survey.tiny import moe_model_types, tiny_batch, tiny_model
+
 from moe_posterior import InvalidArgumentError, export_routing, record, replay, swap_gates
-from moe_posterior.huggingface.checks import outputs, same
 from moe_posterior.huggingface.host import SwappedRouter
-from moe_posterior.huggingface.tiny import moe_model_types, tiny_batch, tiny_model
 from moe_posterior.serving.hosts import _run
 
 PARTLY_REPLAYED = {"inkling_mm_model", "inkling_text"}

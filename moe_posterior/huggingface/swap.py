@@ -35,7 +35,7 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
 
     Tokens that a two-dimensional ``attention_mask`` marks as padding never become evidence; a mask of another form does not tell.
 
-    The model's ``save_pretrained`` then saves the belief too (:mod:`~moe_posterior.huggingface.saving`). A model that gets LoRA
+    The model's ``save_pretrained`` then saves the belief too (``save_pretrained``). A model that gets LoRA
     adapters is wrapped first and swapped then; otherwise the wrapper's ``save_pretrained`` does not know of the belief, and
     :func:`~moe_posterior.huggingface.save_belief` must be called beside it.
 

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface.models import batch, condemn, mixtral
+from model_survey.tiny import tiny_batch, tiny_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
@@ -17,7 +18,6 @@ from moe_posterior import InvalidArgumentError, record, restore_gates, swap_gate
 from moe_posterior.errors import DamagedFileError, MissingDataError
 from moe_posterior.huggingface import load_belief, load_swapped, save_belief, swapped_gates
 from moe_posterior.huggingface.saving import FILE, MARKER
-from moe_posterior.huggingface.tiny import tiny_batch, tiny_model
 
 
 def believing(model: nn.Module, **options: object) -> nn.Module:

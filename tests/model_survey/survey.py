@@ -1,6 +1,6 @@
 """Which mixture-of-experts model types of the installed transformers can be swapped: each is built tiny, swapped and examined.
 
-    python -m moe_posterior.huggingface.survey --markdown models.md --json models.json --readme README.md
+    make swap-table
 
 A type counts as swapped only if every check that applies to it passes.
 """
@@ -12,15 +12,13 @@ from typing import Any
 
 from torch import nn
 
+from model_survey.checks import CHECKS
+from model_survey.tiny import model_class, moe_model_types, tiny_model
 from moe_posterior.atomic import write_text
-from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
-from moe_posterior.huggingface.checks import CHECKS
+from moe_posterior.errors import MissingDependencyError
 from moe_posterior.huggingface.find import find_routers
 from moe_posterior.huggingface.host import SwappedRouter
 from moe_posterior.huggingface.swap import restore_gates
-from moe_posterior.huggingface.tiny import model_class, moe_model_types, tiny_model
-
-README_MARKS = ("<!-- model types: made by the survey -->", "<!-- end of model types -->")
 
 
 def survey(model_types: list[str]) -> list[dict[str, Any]]:
@@ -94,38 +92,12 @@ def as_markdown(rows: list[dict[str, Any]], version: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def in_readme(text: str, rows: list[dict[str, Any]], version: str) -> str:
-    """A document with the short table, model type by model type, between its two marks.
-
-    Raises:
-        InvalidArgumentError: the marks are not there, once each.
-    """
-    begin, end = README_MARKS
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise InvalidArgumentError(f"the README must hold {begin} and {end} once each, to say where the table goes")
-    swapped = sum(row["status"] in ("swapped", "special") for row in rows)
-    lines = [
-        begin,
-        "<details>",
-        f"<summary>{swapped} of the {len(rows)} mixture-of-experts model types of transformers {version}</summary>",
-        "",
-        "| model type | routers | | remark |",
-        "|---|---|---|---|",
-        *(f"| {row['model_type']} | {', '.join(row['routers'])} | {row['status']} | {row['reason']} |" for row in rows),
-        "",
-        "</details>",
-        end,
-    ]
-    return text[: text.index(begin)] + "\n".join(lines) + text[text.index(end) + len(end) :]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Examine the given model types (default: all) and write the table; 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_types", nargs="*")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--readme", type=Path, help="a document to renew the short table in")
     options = parser.parse_args(arguments)
     try:
         import transformers
@@ -138,9 +110,6 @@ def main(arguments: list[str] | None = None) -> int:
         write_text(options.markdown, table)
     if options.json:
         write_text(options.json, json.dumps({"transformers": transformers.__version__, "types": rows}, indent=1) + "\n")
-    if options.readme:
-        document = options.readme.read_text(encoding="utf-8")
-        write_text(options.readme, in_readme(document, rows, transformers.__version__))
     return int(any(row["status"] == "failed" for row in rows))
 
 

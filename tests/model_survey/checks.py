@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moe_posterior.huggingface.host import swapped_routers
-from moe_posterior.huggingface.probe import (
+from model_survey.probe import (
     PADDED,
     bias_of,
     choices,
@@ -25,8 +24,9 @@ from moe_posterior.huggingface.probe import (
     same,
     swapped,
 )
+from model_survey.tiny import EXPERTS, tiny_batch
+from moe_posterior.huggingface.host import swapped_routers
 from moe_posterior.huggingface.swap import swapped_gates
-from moe_posterior.huggingface.tiny import EXPERTS, tiny_batch
 from moe_posterior.record import record
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model_survey.tiny import EXPERTS
 from moe_posterior.huggingface.gates import HostedPriorGate
 from moe_posterior.huggingface.host import SwappedRouter
 from moe_posterior.huggingface.swap import Mode, restore_gates, swap_gates, swapped_gates
-from moe_posterior.huggingface.tiny import EXPERTS
 from moe_posterior.record import Trace, record
 
 CLUSTERS, PADDED = 3, 3
