@@ -87,7 +87,7 @@ class Clusterer(FixedPrecision):
 
     @property
     def prepared(self) -> reference.Centroids:
-        """The centroids as :mod:`moe_posterior.kernels` takes them."""
+        """The centroids as the kernels take them."""
         radius = self.radius if self.outliers else None
         return reference.Centroids(
             self.centroids, self.directions, self.offsets, radius, self.rounded, self.reach, self._levels
@@ -95,7 +95,7 @@ class Clusterer(FixedPrecision):
 
     @property
     def num_classes(self) -> int:
-        """How many ids there are: C, and one more with ``outliers``."""
+        """How many ids there are, C and one more with ``outliers``."""
         return self.num_clusters + self.outliers
 
     @property

@@ -70,7 +70,7 @@ def load_recording(path: str | os.PathLike[str]) -> Recording:
     """Read what :func:`save_recording` wrote; tensors on the CPU.
 
     Raises:
-        MissingDataError, MissingDependencyError: as :func:`~moe_posterior.tensorfile.load_tensors`.
+        MissingDataError, MissingDependencyError: as ``tensorfile.load_tensors``.
         DamagedFileError: as there, or written by a later version, or an index out of its gate's range.
     """
     tensors, header = load_tensors(path, KIND)

@@ -22,7 +22,7 @@ ORDER = [
     ["gates"],
     ["dispatch", "experts"],
     ["layer", "router"],
-    ["auxiliary", "recording", "rerun", "reweigh"],
+    ["recording", "rerun", "reweigh"],
     ["record"],
     ["replay"],
     ["audit", "huggingface", "serving"],

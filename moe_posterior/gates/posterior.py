@@ -55,7 +55,7 @@ class PosteriorGate(Gate, FixedPrecision):
         levels: 2 looks for the nearest of many clusters in two steps, faster and approximately, see :class:`Clusterer`.
         seed: start of the draws. They depend on (seed, number of ``observe`` calls) alone: a forward run twice, as under
             activation checkpointing, draws the same.
-        backend: ``"auto"`` or a backend of :mod:`moe_posterior.kernels.dispatch`.
+        backend: ``"auto"`` or ``"eager"`` or ``"triton"``, see ``kernels/dispatch.py``.
 
     Raises:
         InvalidArgumentError: a knob out of range. NotFittedError: called before :meth:`fit`.
@@ -179,7 +179,7 @@ class PosteriorGate(Gate, FixedPrecision):
 
     @property
     def num_clusters(self) -> int:
-        """Rows of the belief: C, and one more for the unlike with ``novelty="class"``."""
+        """How many rows the belief has, C and one more for the outlier class with ``novelty="class"``."""
         return self.clusterer.num_classes
 
     @property

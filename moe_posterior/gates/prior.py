@@ -44,7 +44,7 @@ class PriorGate(Gate, FixedPrecision):
             each, downwards only; default 30. None keeps clusters apart.
         innocent: False drops the rule, ``penalty = η · log(mean / reference)``, for comparison: every fluctuation then moves logits.
         learned: whether the gate has a linear router of its own; a gate inside another router has none.
-        backend: ``"auto"`` or a backend of :mod:`moe_posterior.kernels.dispatch`.
+        backend: ``"auto"`` or ``"eager"`` or ``"triton"``, see ``kernels/dispatch.py``.
 
     Raises:
         InvalidArgumentError: a knob out of range. NotFittedError: observed before :meth:`fit`.
@@ -120,7 +120,7 @@ class PriorGate(Gate, FixedPrecision):
 
     @property
     def reference(self) -> Tensor:  # (C, E) float64
-        """The competence every expert is held to: the warm start's, ½ before one."""
+        """The competence every expert is held to, measured by the warm start; ½ before one."""
         return beta_functions.mean(self.posterior.prior_alpha, self.posterior.prior_beta)
 
     def fit(self, hidden: Tensor, *, generator: torch.Generator | None = None) -> None:  # (..., D)
@@ -143,7 +143,7 @@ class PriorGate(Gate, FixedPrecision):
         """Set the reference from counts on healthy data; evidence so far is forgotten.
 
         A cell with few observations is drawn to what its expert and its cluster lead one to expect, see
-        :func:`~moe_posterior.gates.tempering.reference_from`.
+        ``gates.tempering.reference_from``.
 
         Raises:
             InvalidArgumentError: wrong shape, or counts that are negative or not finite; nothing has changed.

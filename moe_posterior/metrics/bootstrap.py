@@ -78,8 +78,8 @@ def paired_bootstrap(
         level: two-sided, in (0, 1).
 
     Returns:
-        Intervals in float64. A metric that is NaN on a resample has a NaN interval. Rows count as independent: rows of one person or
-        document, if several, make the interval too narrow.
+        Intervals in float64. A metric that is NaN on a resample has a NaN interval. Rows count as independent; several rows of one
+        person or document make the interval too narrow.
 
     Raises:
         InvalidArgumentError: arms, names or numbers that do not fit together.
