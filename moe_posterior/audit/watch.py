@@ -3,13 +3,15 @@
 Dimensions: N decisions, C clusters, E experts.
 """
 
+import os
+import select
 import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +30,7 @@ from moe_posterior.errors import AuditError
 MOST_MINUTES = 24 * 60  # a row of counts a second is kept
 BAR, FLAGS, SOURCES = 20, 6, 8  # width of a bar; flags and routers shown, at most
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the terminal's other screen, its cursor hidden
+_LONGEST = 86_400.0  # seconds without another view, whatever was asked for
 _COUNTS = {"decisions": 0, "abstained": 1, "explored": 2, "outcomes": 3, "refused": 4}
 
 
@@ -113,11 +116,13 @@ class View:
         self.survey, self.windows = Survey(), dict[int, Window]()
         self._restarts = self.follower.restarts
 
-    def read(self) -> None:
-        """Take in what is new; what is wrong with the log is shown instead of raised, and tried again."""
+    def read(self, enough: Callable[[], bool] = lambda: False) -> None:
+        """Take in what is new, until there is enough; what is wrong with the log is shown instead of raised, and tried again."""
         try:
             for record in self.follower.poll():
                 self._take(record)
+                if enough():
+                    return
             self.problem = "" if self.follower.restarts >= 0 else f"no log in {ascii_only(self.folder)} yet"
         except (AuditError, OSError) as error:
             self.problem = f"the log cannot be read: {ascii_only(error)}"
@@ -216,24 +221,51 @@ def _screen(stream: TextIO) -> Iterator[Callable[[list[str]], None]]:
         _put(stream, _LEAVE)
 
 
+class Stop:
+    """Whether Ctrl-C or a request to end has come.
+
+    The handler raises nothing, for it may run anywhere: in a destructor, where what is raised is lost, or inside another library,
+    which may make something else of it. It notes, and wakes who waits. Only a write, which may never return where nobody reads, is
+    broken off; so is anything at all by a second request.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self.writing = False
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._poll = select.poll()
+        self._poll.register(self._reading, select.POLLIN)
+
+    def wait(self, seconds: float) -> None:
+        """Return after so long, or once it was asked for."""
+        self._poll.poll(1000 * min(seconds, _LONGEST))
+
+    def ask(self, number: int, frame: Any) -> None:
+        """What a signal calls."""
+        again, self.asked = self.asked, True
+        with suppress(BlockingIOError):
+            os.write(self._writing, b".")
+        if again or self.writing:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """Let the pipe go."""
+        os.close(self._reading)
+        os.close(self._writing)
+
+
 @contextmanager
-def _stoppable() -> Iterator[threading.Event]:
-    """Set by Ctrl-C or a request to end, which also interrupt: an interruption that lands in a destructor or a callback is lost."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def end(number: int, frame: Any) -> None:
-        stop.set()
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+def _stoppable() -> Iterator[Stop]:
+    """Signals that ask to end, while the block runs, set what it is given."""
+    stop, before = Stop(), {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        stop.close()
 
 
 def _put(stream: TextIO, text: str) -> None:
@@ -267,10 +299,14 @@ def watch(
         return int(bool(view.problem))
     try:
         with _stoppable() as stop, _screen(stream) as paint:
-            while not stop.is_set():
-                view.read()
+            while not stop.asked:
+                view.read(lambda: stop.asked)
                 height = shutil.get_terminal_size().lines if stream.isatty() else 1000
-                paint(view.lines(time.time(), height))
+                lines = view.lines(time.time(), height)
+                stop.writing = True
+                if not stop.asked:
+                    paint(lines)
+                stop.writing = False
                 stop.wait(every)
         return 0
     except (KeyboardInterrupt, BrokenPipeError):  # the reader of a pipe has gone: nobody is watching

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from moe_posterior.audit import AuditLog
 from moe_posterior.audit.cli import audit
 from moe_posterior.audit.follow import Follower
 from moe_posterior.audit.tables import Group
-from moe_posterior.audit.watch import View, Window, watch
+from moe_posterior.audit.watch import Stop, View, Window, watch
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
@@ -213,26 +213,90 @@ def test_a_log_that_is_not_there_or_altered_is_said_and_watched_on(tmp_path, dam
     assert "1,000 in the window" in "\n".join(view.lines(time.time()))
 
 
-def test_an_interruption_lost_in_a_destructor_still_ends_it(tmp_path, monkeypatch) -> None:
-    class Lossy:
-        def __del__(self) -> None:  # whatever is raised here is ignored
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
+class Screen(io.StringIO):
+    """A terminal that calls something as it is written to."""
 
-    reads = []
+    def __init__(self, written: Callable[[str], object]) -> None:
+        super().__init__()
+        self.written = written
 
-    def read(view: View) -> None:
-        reads.append(1)
-        assert len(reads) < 5, "it went on"
-        Lossy()
+    def isatty(self) -> bool:
+        return True
 
-    monkeypatch.setattr(View, "read", read)
-    before = signal.getsignal(signal.SIGINT)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", pytest.PytestUnraisableExceptionWarning)
-        assert watch(tmp_path, every=0.0, stream=io.StringIO()) == 0
-    assert reads == [1]
-    assert signal.getsignal(signal.SIGINT) is before
+    def write(self, text: str) -> int:
+        self.written(text)
+        return super().write(text)
+
+
+class Lossy:
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.act = act
+
+    def __del__(self) -> None:  # whatever is raised here is ignored
+        self.act()
+
+
+def _in_a_destructor(act: Callable[[], object]) -> None:
+    Lossy(act)
+
+
+def _where_errors_are_translated(act: Callable[[], object]) -> None:
+    try:
+        act()
+    except BaseException as error:
+        raise ImportError("of another library, which knows no interruption") from error
+
+
+def _in_a_callback_of_c(act: Callable[[], object]) -> None:
+    sorted([2, 1], key=lambda value: act() or value)
+
+
+def _broken_pipe() -> None:
+    raise BrokenPipeError
+
+
+@pytest.mark.parametrize("request_to_end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", ["read", "lines", "write", "wait", "leave"])
+@pytest.mark.parametrize("how", [_in_a_destructor, _where_errors_are_translated, _in_a_callback_of_c])
+def test_a_request_to_end_ends_it_well_wherever_it_comes(
+    how: Callable, place: str, request_to_end: int, tmp_path, monkeypatch
+) -> None:
+    if place in ("write", "leave") and how is not _in_a_callback_of_c:
+        pytest.skip("no other code of ours or others runs there")
+    with AuditLog(tmp_path) as log:
+        fill(log)
+    asked = []
+
+    def ask() -> None:
+        if not asked:
+            asked.append(1)
+            os.kill(os.getpid(), request_to_end)
+            time.sleep(0)  # the handler runs
+
+    whole = getattr(View, place, None)
+    if whole is not None:
+        monkeypatch.setattr(View, place, lambda view, *rest: (how(ask), whole(view, *rest))[1])
+    if place == "wait":
+        monkeypatch.setattr(Stop, "wait", lambda stop, seconds: how(ask))
+    screen = Screen(lambda text: {"write": "\x1b[H", "leave": "1049l"}.get(place, "\0") in text and ask())
+    if place == "leave":
+        monkeypatch.setattr(Stop, "wait", lambda stop, seconds: _broken_pipe())
+    before = signal.getsignal(request_to_end)
+    assert watch(tmp_path, every=0.0, stream=screen) == 0
+    assert asked
+    assert screen.getvalue().endswith("\x1b[?25h\x1b[?1049l")
+    assert signal.getsignal(request_to_end) is before
+
+
+def test_a_request_to_end_wakes_who_waits(tmp_path) -> None:
+    code = "import sys, pathlib; from moe_posterior.audit.watch import watch; sys.exit(watch(pathlib.Path(sys.argv[1]), every=1e9))"
+    with AuditLog(tmp_path) as log:
+        fill(log)
+    watcher = child(code, str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    started = watcher.stdout.read(1)
+    watcher.send_signal(signal.SIGTERM)
+    _, errors = watcher.communicate(timeout=120)
+    assert (started, watcher.returncode, errors) == (b"a", 0, b"")
 
 
 @pytest.mark.parametrize("request_to_end", [signal.SIGINT, signal.SIGTERM])
