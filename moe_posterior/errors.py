@@ -25,6 +25,10 @@ class UnwritableFileError(MoEPosteriorError, OSError):
     """A file or folder cannot be written; what was there before is as it was. ``errno`` is the system's, where it gave one."""
 
 
+class DivergedError(MoEPosteriorError, ArithmeticError):
+    """Training left the finite numbers; the message says what diverged, in which epoch, and what to try."""
+
+
 class AuditError(MoEPosteriorError):
     """An audit log is malformed, altered, cut short or not what was asked for; the message names the first bad record."""
 

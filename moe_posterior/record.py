@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moe_posterior.auxiliary import Apart
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
 from moe_posterior.recording import recording_of, save_recording
@@ -33,6 +34,27 @@ class _Listener:
     def __reduce__(self) -> tuple[type["_Listener"], tuple[None, str]]:
         return _Listener, (None, self._name)
 
+    def auxiliary(self) -> None:
+        """Tell the trace that a gradient came through logits that a router handed on."""
+        trace = None if self._trace is None else self._trace()
+        if trace is not None:
+            trace.auxiliary = True
+
+
+class _Watcher:
+    """The forward hook on the recorded model itself: its output is where the loss comes from."""
+
+    def __init__(self, trace: "Trace | None") -> None:
+        self._trace = None if trace is None else weakref.ref(trace)
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        trace = None if self._trace is None else self._trace()
+        if trace is not None:
+            trace.watch(output)
+
+    def __reduce__(self) -> tuple[type["_Watcher"], tuple[None]]:
+        return _Watcher, (None,)
+
 
 class Trace:
     """The routings that the gates of a model made inside :func:`record`, in the order they were made.
@@ -41,15 +63,20 @@ class Trace:
     :meth:`observe` or :meth:`observe_gradients` it is empty. Keep it until the backward pass is over.
     """
 
-    def __init__(self, gates: dict[str, Gate]) -> None:
+    def __init__(self, gates: dict[str, Gate], model: nn.Module | None = None) -> None:
         self.gates = gates
         self.routings: list[tuple[str, Routing]] = []
         self.recording = True  # inside the block
         self._seen: list[tuple[str, Tensor]] = []  # calls that checkpointing may run again, by gate and signature
+        self.auxiliary = False  # whether a gradient came through logits that a router handed on
+        self._forwards: list[Apart] = []  # of the model, with gradients
+        self._watched = 0  # routings of those forwards
         self._overtaken = False  # by a later forward with gradients, which may be the one that is run again
         self._handles = [
             gate.register_forward_hook(_Listener(self, name), with_kwargs=True) for name, gate in gates.items()
         ]
+        if model is not None and any(name.split(".")[-1] == HOSTED for name in gates):
+            self._handles.append(model.register_forward_hook(_Watcher(self)))
         weakref.finalize(self, _remove, self._handles)
 
     def __len__(self) -> int:
@@ -107,8 +134,13 @@ class Trace:
         it did not help. A token without any gradient has no loss and is not observed, which stands as NaN; so do a slot of weight
         zero, a gradient of NaN, and a routing that the loss does not depend on.
 
+        An auxiliary loss on the routers' logits, for the balance of their load, says nothing of competence. Where the loss that the
+        recorded model returned has one, or a loss made of its logits and router logits, the outcomes are those of the loss without it,
+        at the cost of a second backward pass through the activations.
+
         Raises:
-            InvalidArgumentError: as :meth:`observe_gradients`.
+            InvalidArgumentError: as :meth:`observe_gradients`, or an auxiliary loss that could not be told apart, in a loss made of
+                something else than the recorded model's output.
         """
         self._require_routings()
         if all(routing.routing_weights.grad is None for _, routing in self.routings):
@@ -119,13 +151,32 @@ class Trace:
         outcomes = []
         for name, routing in self.routings:
             weights = routing.routing_weights
-            gradient = torch.zeros_like(weights) if weights.grad is None else weights.grad
+            gradient = self._gradient(name, weights)
             # Signs, not the product itself, which can underflow in half precision.
             share = gradient.sign() * weights.detach().sign()
             lossless = (gradient == 0).all(dim=1, keepdim=True)
             unseen = lossless | (weights.detach() == 0) | share.isnan()
             outcomes.append((name, routing, (share < 0).to(share.dtype).masked_fill(unseen, torch.nan)))
         return outcomes
+
+    def watch(self, output: Any) -> None:
+        """Note what a forward of the recorded model has returned; a hook calls this."""
+        if not self.recording or in_backward() or not torch.is_grad_enabled():
+            return
+        weights = [routing.routing_weights for _, routing in self.routings[self._watched :]]
+        self._watched = len(self.routings)
+        self._forwards.append(Apart(output, [each for each in weights if each.requires_grad]))
+
+    def _gradient(self, name: str, weights: Tensor) -> Tensor:  # (N, k)
+        apart = next((found for each in self._forwards if (found := each.of(weights)) is not None), None)
+        if apart is not None:
+            return apart
+        if self.auxiliary and weights.grad is not None:
+            raise InvalidArgumentError(
+                f"the loss's gradient on gate {name!r} must be told apart from that of an auxiliary loss on router logits: call "
+                f"backward on the loss that the recorded model returned, or on one made of its logits"
+            )
+        return torch.zeros_like(weights) if weights.grad is None else weights.grad
 
     def close(self) -> None:
         """Take the hooks off the gates. Observing does it too, and the trace's end; until then they stay, for a recomputation in the
@@ -180,7 +231,7 @@ class Trace:
             self.gates[name].require_observable()
 
     def _done(self) -> None:
-        self.routings = []
+        self.routings, self._forwards = [], []
         self.close()
 
     def _replace_gradless(self, name: str, routing: Routing) -> None:
@@ -221,7 +272,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
     >>> float((moe.gate.posterior.successes + moe.gate.posterior.failures).sum())
     128.0
     """
-    trace = Trace(find_gates(model))
+    trace = Trace(find_gates(model), model)
     try:
         yield trace
     except BaseException:
@@ -245,6 +296,17 @@ def find_gates(model: nn.Module) -> dict[str, Gate]:
     if not gates:
         raise InvalidArgumentError(f"model must hold at least one Gate; {type(model).__name__} holds none")
     return gates
+
+
+def auxiliary_listener(gate: nn.Module) -> Callable[[], None]:
+    """What to call where a gradient comes through logits that this gate's router has handed on."""
+    listeners = [hook for hook in gate._forward_hooks.values() if isinstance(hook, _Listener)]
+
+    def tell() -> None:
+        for listener in listeners:
+            listener.auxiliary()
+
+    return tell
 
 
 def hosting_router(model: nn.Module, name: str) -> nn.Module | None:

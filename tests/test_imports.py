@@ -22,7 +22,7 @@ ORDER = [
     ["gates"],
     ["dispatch", "experts"],
     ["layer", "router"],
-    ["recording", "rerun", "reweigh"],
+    ["auxiliary", "recording", "rerun", "reweigh"],
     ["record"],
     ["replay"],
     ["audit", "huggingface", "serving"],

@@ -21,6 +21,8 @@ from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint, WholeCheckpoints
 from moe_posterior.training.data import ClassificationData
+from moe_posterior.training.divergence import StopWhereDiverged, require_finite
+from moe_posterior.training.log import MetricsFile
 from moe_posterior.training.module import MoEClassifier
 from moe_posterior.training.runs import Arm, Experiment, Run, merge, read_experiment, require_folder_name
 
@@ -52,9 +54,13 @@ class _Progress(RichProgressBar):
         return metrics
 
 
-def _logger(name: str, arm: Arm) -> dict[str, Any]:
-    folder = {"save_dir": str(arm.folder), "name": "", "version": name.removesuffix("Logger").lower()}
-    return {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": folder}
+def _metrics_file(arm: Arm) -> dict[str, Any]:
+    return {"class_path": f"{MetricsFile.__module__}.{MetricsFile.__name__}", "init_args": {"folder": str(arm.figures)}}
+
+
+def _tensorboard(arm: Arm) -> dict[str, Any]:
+    folder = {"save_dir": str(arm.folder), "name": "", "version": "tensorboard"}
+    return {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": folder}
 
 
 class ExperimentCLI(LightningCLI):
@@ -74,11 +80,12 @@ class ExperimentCLI(LightningCLI):
                 "default_root_dir": str(arm.folder),
                 "callbacks": [
                     _Progress(),
+                    StopWhereDiverged(f"arm {arm.name!r}"),
                     WarmupCheckpoint(arm.folder / "checkpoints"),
                     ModelCheckpoint(arm.folder / "checkpoints", save_last=True, monitor="val/nll", filename="best"),
                 ],
                 "plugins": [{"class_path": f"{WholeCheckpoints.__module__}.{WholeCheckpoints.__name__}"}],
-                "logger": [_logger("CSVLogger", arm), _logger("TensorBoardLogger", arm)],
+                "logger": [_metrics_file(arm), _tensorboard(arm)],
             },
             args=args,
             run=run,
@@ -142,9 +149,9 @@ def train(arm: Arm, console: Console, origin: Arm | None = None) -> None:
     if arm.finished:
         console.print(f"{arm.folder} is trained already")
         return
-    args = ["fit", "--config", str(arm.config)]
+    args, done = ["fit", "--config", str(arm.config)], 0
     if arm.checkpoint.is_file():
-        read_checkpoint(arm)
+        done = read_checkpoint(arm)["global_step"]
         console.print(f"{arm.folder} goes on from {arm.checkpoint}")
         args += ["--ckpt_path", str(arm.checkpoint)]
     elif origin is not None:
@@ -157,9 +164,12 @@ def train(arm: Arm, console: Console, origin: Arm | None = None) -> None:
         args += ["--ckpt_path", str(origin.warmup)]
     else:
         console.print(f"{arm.folder} starts")
+    if not is_launched_rank():
+        MetricsFile(str(arm.figures)).keep_before(done)
     started = time.monotonic()
     try:
-        trainer = ExperimentCLI(arm, args, run=True).trainer
+        cli = ExperimentCLI(arm, args, run=True)
+        trainer = cli.trainer
     except SystemExit as stop:
         if stop.code == 2:  # a mistake in the configuration, already explained
             raise
@@ -168,6 +178,7 @@ def train(arm: Arm, console: Console, origin: Arm | None = None) -> None:
         if trainer.interrupted:
             raise KeyboardInterrupt
         return
+    require_finite(dict(cli.model.named_parameters()), f"arm {arm.name!r}", trainer.current_epoch)
     seconds = time.monotonic() - started
     arm.finish(
         {

@@ -133,6 +133,11 @@ class Arm:
         return self.folder / "checkpoints" / "warmup.ckpt"
 
     @property
+    def figures(self) -> Path:
+        """The folder of ``metrics.csv``."""
+        return self.folder / "csv"
+
+    @property
     def finished(self) -> bool:
         """Whether training came to its end."""
         return (self.folder / "finished.json").is_file()

@@ -2,164 +2,51 @@
 
 A segment's first frame names the digest it continues. A segment that was compacted to Parquet is vouched for by a note with the
 hashes of its files, segments that were removed by one note for all of them; the hash of each note stands in a later frame of the chain.
+
+A log that is closed says so three times: in its last record, in a seal that names this record, and in the head. The head is told first
+when the log is opened again; the seal stays, so that nothing up to it can be cut off later without being missed.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-from moe_posterior.audit.files import HEAD, note_name, segment_name, segment_numbers
-from moe_posterior.audit.frames import Frame, Kind, Torn, genesis, keyed_hash, read_frame
-from moe_posterior.audit.state import decode_json, encode_json
+from moe_posterior.audit.files import DISK, HEAD, FileSystem, note_name, segment_name, segment_numbers
+from moe_posterior.audit.frames import Frame, Kind, Torn, genesis, read_frame
+from moe_posterior.audit.marks import MAX_NOTE, REMOVED, SEAL, Head, Note, Position, read_head, read_note, read_seal
+from moe_posterior.audit.state import decode_json
 from moe_posterior.errors import AuditError
 
-REMOVED = "removed.json"
-FORMAT = 1
-_MAX_NOTE = 1 << 20  # bytes
-_READINGS = 10  # of a log whose writer compacts and removes segments meanwhile
+_READINGS = 100  # of a log whose writer compacts and removes segments meanwhile
 _T = TypeVar("_T")
 _ZEROS = 512  # bytes of them at the end of a file: what a power cut leaves of a write, never the end of a frame
-
-
-class Position(NamedTuple):
-    """A place in the chain: after how many frames of which segment, and the digest there."""
-
-    segment: int
-    frames: int
-    digest: bytes
-
-
-class Head(NamedTuple):
-    """What the writer last said about the end of its log."""
-
-    position: Position
-    closed: bool
-
-
-class Note(NamedTuple):
-    """What became of one segment that was compacted, or (``removed``) of all up to this one."""
-
-    segment: int
-    start: bytes  # digest before its first frame
-    end: bytes  # digest of its last frame
-    files: dict[str, str]  # name: hash
-    totals: dict[str, int]  # decisions, outcomes, refusals, and first and last time
-    removed: bool
-    digest: str  # of the note itself: what a later frame must hold
-
-
-def sealed_json(value: dict[str, Any], key: bytes | None) -> bytes:
-    """A JSON file with its own hash in it."""
-    return encode_json({**value, "check": keyed_hash(key, encode_json(value)).hex()})
-
-
-def read_sealed(path: Path, key: bytes | None) -> dict[str, Any] | None:
-    """What :func:`sealed_json` made; None where there is no such file.
-
-    Raises:
-        AuditError: the file was altered.
-    """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_NOTE)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise AuditError(f"{path.name} cannot be read: {error.strerror}") from error
-    value = decode_json(data)
-    value.pop("check", None)
-    if sealed_json(value, key) != data:
-        raise AuditError(f"{path.name}: its hash does not match: altered, or written under another key")
-    return value
-
-
-def head_bytes(head: Head, key: bytes | None) -> bytes:
-    """The file of the head."""
-    segment, frames, digest = head.position
-    said = {"format": FORMAT, "segment": segment, "frames": frames, "digest": digest.hex(), "closed": head.closed}
-    return sealed_json({**said, "keyed": key is not None}, key)
-
-
-def read_head(folder: Path, key: bytes | None) -> Head:
-    """What the writer last said.
-
-    Raises:
-        AuditError: there is no log, or the file was altered.
-    """
-    try:
-        value = read_sealed(folder / HEAD, key)
-    except AuditError as error:
-        if key is None and b'"keyed":true' in (folder / HEAD).read_bytes()[:_MAX_NOTE]:
-            raise AuditError(f"{folder} is sealed with a key: pass it") from error
-        raise
-    if value is None:
-        raise AuditError(f"{folder} holds no {HEAD}: no audit log, or one whose end is unknown")
-    try:
-        if value["format"] != FORMAT:
-            raise AuditError(f"{folder} has format {value['format']}; this version reads {FORMAT}")
-        position = Position(value["segment"], value["frames"], bytes.fromhex(value["digest"]))
-        return Head(position, bool(value["closed"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise AuditError(f"{HEAD} is malformed: {error!r}") from error
-
-
-def note_bytes(note: Note, key: bytes | None) -> bytes:
-    """The file of a note."""
-    value = note._asdict() | {"start": note.start.hex(), "end": note.end.hex()}
-    del value["digest"]
-    return sealed_json(value, key)
-
-
-def read_note(path: Path, key: bytes | None) -> Note | None:
-    """A note, or None where there is no such file.
-
-    Raises:
-        AuditError: the file was altered.
-    """
-    value = read_sealed(path, key)
-    if value is None:
-        return None
-    try:
-        value["start"], value["end"] = bytes.fromhex(value["start"]), bytes.fromhex(value["end"])
-        files, totals = value["files"], value["totals"]
-        if not all(isinstance(item, str) and Path(item).name == item for item in files):
-            raise AuditError(f"{path.name} names files outside its folder")
-        if not all(isinstance(total, int) for total in totals.values()):
-            raise AuditError(f"{path.name} has malformed totals")
-        note = Note(**value, digest="")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AuditError(f"{path.name} is malformed: {error!r}") from error
-    return note._replace(digest=note_digest(note, key))
-
-
-def note_digest(note: Note, key: bytes | None) -> str:
-    """What a later record holds to vouch for a note."""
-    return keyed_hash(key, note_bytes(note, key)).hex()
 
 
 def beside_upkeep(folder: Path, read: Callable[[], _T]) -> _T:
     """What ``read`` gives; begun again where it failed while the writer took the place of files by others.
 
     Raises:
-        AuditError: it fails on files that stayed where they were, or ten times.
+        AuditError: it fails on files that stayed as they were, or a hundred times.
     """
-    for _ in range(_READINGS - 1):
+    for _ in range(_READINGS):
         before = _files_of(folder)
         try:
             return read()
         except AuditError:
             if _files_of(folder) == before:
                 raise
-    return read()
+    raise AuditError(
+        f"{folder} could not be read in one go: its writer changed files during each of {_READINGS} readings"
+    )
 
 
 def _files_of(folder: Path) -> list[Any]:
+    """What no writer changes without a trace: head and seal only ever move on, and no segment comes back."""
     found: list[Any] = [segment_numbers(folder) if folder.is_dir() else None]
-    for name in (HEAD, REMOVED):
+    for name in (HEAD, REMOVED, SEAL):
         try:
-            stat = (folder / name).stat()
-            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+            with open(folder / name, "rb") as file:
+                found.append(file.read(MAX_NOTE))
         except OSError:
             found.append(None)
     return found
@@ -170,39 +57,84 @@ class Chain:
 
     Iterating gives frames, and in place of a compacted segment its note, whose files are still to be checked. Notes of removed
     segments are given too.
+
+    The writer may be at work meanwhile: it appends, rotates, opens and closes as it likes, and where it compacts a segment that the
+    walk has not reached yet, the walk goes on until after the record that vouches for it. Where it removes one, the walk fails, and
+    :func:`beside_upkeep` begins again.
     """
 
-    def __init__(self, folder: Path, key: bytes | None, *, start: int = 0) -> None:
-        self.folder, self.key, self.start = folder, key, start
-        self.head = read_head(folder, key)
+    def __init__(self, folder: Path, key: bytes | None, *, start: int = 0, files: FileSystem = DISK) -> None:
+        self.folder, self.key, self.start, self.files = folder, key, start, files
+        self.head, self.seal = self._read_end()
         self.end = Position(0, 0, genesis(key))
         self.end_offset = 0
+        self.closed = False  # the last record says that the log ends here
         self.torn: str | None = None  # how the last file ends, if not with a whole frame
         self.torn_bytes = 0
+        self.newborn: int | None = None  # a segment without a first frame
         self.cut_bytes = 0  # of failed writes, behind what the next segment continues
+        self._tails: set[int] = set()  # segments behind which a failed disk left something that could not be cut
+        self._frames_of_head = 0  # how many the segment has that the head speaks of
 
     def __iter__(self) -> Iterator[Frame | Note]:
-        segments = segment_numbers(self.folder)
-        removed = read_note(self.folder / REMOVED, self.key)
+        removed, segments = self._list()
         first = 0
         if removed is not None:
             first, self.end = removed.segment + 1, Position(removed.segment, 0, removed.end)
+            self._compare_on_the_way(whole=True)
             yield removed
         self._require_all(segments, first)
-        numbers = [n for n in segments if n >= max(first, self.start)]
-        self._tails: set[int] = set()  # segments behind which a failed disk left something that could not be cut
-        starts = {n: self._start_of(n, segments[n]) for n in numbers}
-        if len(numbers) > 1 and starts[numbers[-1]] is None:  # died before the first frame of a new file was whole
-            self.torn = f"segment {numbers[-1]} is empty"
-            self.torn_bytes = (self.folder / segment_name(numbers.pop())).stat().st_size
-        if numbers and numbers[0] > first and (start := starts[numbers[0]]) is not None:
-            self.end = Position(numbers[0], 0, start)  # asked to begin here: what comes before is taken on trust
-        for number, successor in itertools.zip_longest(numbers, numbers[1:]):
-            if "audit" in segments[number]:
-                yield from self._frames(number, None if successor is None else starts[successor])
-            else:
+        wanted = [number for number in segments if number >= max(first, self.start)]
+        if wanted:
+            yield from self._walk(segments, wanted[0], wanted[-1], wanted[0] > first)
+        self._compare_with_end(first)
+
+    def _read_end(self) -> tuple[Head, Position | None]:
+        """Head and seal of one moment."""
+        head = read_head(self.folder, self.key, self.files)
+        while True:
+            seal = read_seal(self.folder, self.key, self.files)
+            again = read_head(self.folder, self.key, self.files)
+            if again == head:
+                return head, seal
+            head = again
+
+    def _list(self) -> tuple[Note | None, dict[int, set[str]]]:
+        """The note of what was removed, and the segments that are left, of one moment."""
+        removed = self._note(REMOVED)
+        while True:
+            segments = segment_numbers(self.folder, self.files)
+            again = self._note(REMOVED)
+            if again == removed:
+                return removed, segments
+            removed = again
+
+    def _note(self, name: str) -> Note | None:
+        return read_note(self.folder / name, self.key, self.files)
+
+    def _walk(self, segments: dict[int, set[str]], number: int, last: int, on_trust: bool) -> Iterator[Frame | Note]:
+        if on_trust and (start := self._start_of(number)) is not None:
+            self.end = Position(number, 0, start)  # asked to begin here: what comes before is taken on trust
+        while number <= last:
+            until = None if number == last else self._start_of(number + 1)
+            if until is None and number + 1 == last:  # died before the first frame of a new file was whole
+                self.newborn, last = last, number
+                self.torn = f"segment {self.newborn} is empty"
+                stat = self.files.stat(self.folder / segment_name(self.newborn))
+                self.torn_bytes = stat.st_size if stat is not None else 0
+            file = self._open(number) if "audit" in segments.get(number, {"audit"}) else None
+            if file is None:
                 yield self._compacted(number)
-        self._compare_with_head(first)
+                if number not in segments or "audit" in segments[number]:  # since the folder was listed
+                    last = max(last, *segment_numbers(self.folder, self.files))
+                    self.newborn = self.torn = None
+                    self.torn_bytes = 0
+            else:
+                with file:
+                    yield from self._frames(file, number, until)
+            if number == self.head.position.segment:
+                self._frames_of_head = self.end.frames
+            number += 1
 
     def _require_all(self, segments: dict[int, set[str]], first: int) -> None:
         last = max([*segments, self.head.position.segment if self.head.position.frames else first - 1])
@@ -210,12 +142,13 @@ class Chain:
             if number not in segments:
                 raise AuditError(f"segment {number} is missing")
 
-    def _start_of(self, number: int, suffixes: set[str]) -> bytes | None:
+    def _start_of(self, number: int) -> bytes | None:
         """The digest that a segment says it continues; believed only once its own hash was checked."""
-        if "audit" not in suffixes:
-            note = read_note(self.folder / note_name(number), self.key)
+        file = self._open(number)
+        if file is None:
+            note = self._note(note_name(number))
             return None if note is None else note.start
-        with self._open(number) as file:
+        with file:
             try:
                 frame = read_frame(file, number, 0, b"", self.key, unchecked=True)
                 if frame is None:
@@ -224,78 +157,112 @@ class Chain:
                 if said.get("tail"):
                     self._tails.add(number - 1)
                 return bytes.fromhex(said["previous"])
+            except OSError as error:
+                raise AuditError(f"segment {number} cannot be read: {error.strerror}") from error
             except (Torn, AuditError, KeyError, TypeError, ValueError):
                 return None
 
-    def _open(self, number: int) -> BinaryIO:
+    def _open(self, number: int) -> BinaryIO | None:
+        """The file of a segment; None where there is none (any more)."""
         try:
-            return open(self.folder / segment_name(number), "rb")
+            return self.files.read(self.folder / segment_name(number))
+        except FileNotFoundError:
+            return None
         except OSError as error:
             raise AuditError(f"segment {number} cannot be read: {error.strerror}") from error
 
-    def _frames(self, number: int, until: bytes | None) -> Iterator[Frame]:
-        with self._open(number) as file:
-            frames, offset = 0, 0
-            while until is None or self.end.digest != until or not frames:
-                try:
-                    frame = read_frame(file, number, frames, self.end.digest, self.key)
-                    if frame is not None and (frame.kind == Kind.SEGMENT) != (frames == 0):
-                        raise AuditError(f"segment {number}, record {frames}: of a kind that does not belong there")
-                except Torn as torn:
-                    if until is not None:
-                        raise AuditError(f"{torn}, though segment {number + 1} continues it") from None
-                    self.torn, self.torn_bytes = str(torn), self._size(file) - offset
-                    return
-                except AuditError as error:
-                    if until is not None or self.head.closed or not self._ends_in_zeros(file, offset):
-                        raise
-                    self.torn, self.torn_bytes = str(error), self._size(file) - offset
-                    return
-                if frame is None:
-                    if until is not None:
-                        raise AuditError(
-                            f"segment {number} ends after record {frames - 1}, which is not what segment {number + 1} "
-                            f"continues: records are missing, or the first one of segment {number + 1} was altered"
-                        )
-                    return
-                frames, offset = frames + 1, frame.end
-                self.end, self.end_offset = Position(number, frames, frame.digest), offset
-                self._compare_on_the_way()
-                yield frame
-            behind = self._size(file) - offset
-            if behind and number not in self._tails:
-                raise AuditError(f"segment {number}, record {frames}: segment {number + 1} continues what is before it")
-            self.cut_bytes += behind
+    def _frames(self, file: BinaryIO, number: int, until: bytes | None) -> Iterator[Frame]:
+        frames, offset = 0, 0
+        while until is None or self.end.digest != until or not frames:
+            try:
+                frame = self._next_frame(file, number, frames)
+            except Torn as torn:
+                if until is not None:
+                    raise AuditError(f"{torn}, though segment {number + 1} continues it") from None
+                self.torn, self.torn_bytes = str(torn), self.files.size(file) - offset
+                return
+            except AuditError as error:
+                if until is not None or self.head.closed or not self._ends_in_zeros(file, offset):
+                    raise
+                self.torn, self.torn_bytes = str(error), self.files.size(file) - offset
+                return
+            if frame is None:
+                if until is not None:
+                    raise AuditError(
+                        f"segment {number} ends after record {frames - 1}, which is not what segment {number + 1} "
+                        f"continues: records are missing, or the first one of segment {number + 1} was altered"
+                    )
+                return
+            frames, offset = frames + 1, frame.end
+            self.end, self.end_offset = Position(number, frames, frame.digest), offset
+            self.closed = frame.kind == Kind.CLOSING
+            self._compare_on_the_way()
+            yield frame
+        behind = self.files.size(file) - offset
+        if behind and number not in self._tails:
+            raise AuditError(f"segment {number}, record {frames}: segment {number + 1} continues what is before it")
+        self.cut_bytes += behind
+
+    def _next_frame(self, file: BinaryIO, number: int, frames: int) -> Frame | None:
+        try:
+            frame = read_frame(file, number, frames, self.end.digest, self.key)
+        except OSError as error:
+            raise AuditError(f"segment {number}, record {frames} cannot be read: {error.strerror}") from error
+        if frame is not None and (frame.kind == Kind.SEGMENT) != (frames == 0):
+            raise AuditError(f"segment {number}, record {frames}: of a kind that does not belong there")
+        return frame
 
     def _compacted(self, number: int) -> Note:
-        note = read_note(self.folder / note_name(number), self.key)
+        note = self._note(note_name(number))
         if note is None or note.segment != number or note.removed:
             raise AuditError(f"segment {number}: its note is missing or speaks of another")
         if note.start != self.end.digest:
             raise AuditError(f"segment {number}: it does not continue the segment before it")
         self.end = Position(number, 0, note.end)
+        self._compare_on_the_way(whole=True)
         return note
 
-    def _compare_on_the_way(self) -> None:
+    def _compare_on_the_way(self, whole: bool = False) -> None:
+        """Whether head and seal name the hash that is here; a closing record is the last of its segment (``whole``)."""
         said = self.head.position
-        if self.end[:2] == said[:2] and self.end.digest != said.digest:
+        if not whole and self.end[:2] == said[:2] and self.end.digest != said.digest:
             raise AuditError(f"segment {said.segment}, record {said.frames - 1}: {HEAD} names another hash")
+        seal = self.seal
+        here = seal is not None and (self.end.segment == seal.segment if whole else self.end[:2] == seal[:2])
+        if seal is not None and here and self.end.digest != seal.digest:
+            raise AuditError(f"segment {seal.segment}, record {seal.frames - 1}: {SEAL} names another hash")
 
-    def _compare_with_head(self, first: int) -> None:
+    def _compare_with_end(self, first: int) -> None:
+        self.closed = self.closed and self.torn is None
+        for name, said in ((HEAD, self.head.position), (SEAL, self.seal)):
+            if said is None or not said.frames or said.segment < first:
+                continue
+            if (self.end.segment, self.end.frames) < (said.segment, said.frames):
+                raise AuditError(
+                    f"segment {self.end.segment} ends after record {self.end.frames - 1}, but the writer had reached "
+                    f"record {said.frames - 1} of segment {said.segment}, says {name}"
+                )
+        if self.head.sealed and self.seal is None:
+            raise AuditError(f"{SEAL} is missing, which says where the log was last closed")
+        if not self.head.closed or self._opened_again():
+            return
         said = self.head.position
-        if said.frames and (self.end.segment, self.end.frames) < (said.segment, said.frames) and said.segment >= first:
-            raise AuditError(
-                f"segment {self.end.segment} ends after record {self.end.frames - 1}, but the writer had reached record "
-                f"{said.frames - 1} of segment {said.segment}"
-            )
-        if self.head.closed and (self.end != said or self.torn):
+        if self.end != said or self.torn:
             raise AuditError(f"the log was closed after record {said.frames - 1} of segment {said.segment} and goes on")
+        if self.head.format > 1 and not self.closed:
+            raise AuditError(f"{HEAD} says that the log was closed, but its last record does not")
+        if self.head.sealed and self.seal != said:
+            raise AuditError(f"{HEAD} and {SEAL} say that the log was closed at different records")
+        self.closed = True
 
-    @staticmethod
-    def _size(file: BinaryIO) -> int:
-        return file.seek(0, 2)
+    def _opened_again(self) -> bool:
+        """Whether a writer opened the closed log since the head was read, or, in format 1, died before it could tell the head."""
+        if read_head(self.folder, self.key, self.files) != self.head:
+            return True
+        said = self.head.position
+        behind = self.end.segment > said.segment or (self.newborn is not None and self.end == said)
+        return self.head.format == 1 and behind and self._frames_of_head == said.frames
 
     def _ends_in_zeros(self, file: BinaryIO, offset: int) -> bool:
-        size = self._size(file)
-        file.seek(max(offset, size - _ZEROS))
+        file.seek(max(offset, self.files.size(file) - _ZEROS))
         return not any(file.read())

@@ -5,7 +5,6 @@ files hold the columns an auditor asks for (ids and times spelled out), and besi
 """
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,9 @@ import numpy as np
 
 from moe_posterior.audit.arrow import parquet
 from moe_posterior.audit.arrow import pyarrow as pa
-from moe_posterior.audit.chain import Note
-from moe_posterior.audit.files import FileSystem, parquet_name
-from moe_posterior.audit.frames import MAX_PAYLOAD, Frame, Kind
+from moe_posterior.audit.files import DISK, FileSystem, parquet_name
+from moe_posterior.audit.frames import MAX_PAYLOAD, Frame, Kind, keyed_hash
+from moe_posterior.audit.marks import Note
 from moe_posterior.audit.state import Checkpoint, decode_checkpoint, decode_event
 from moe_posterior.audit.tables import RESOLVE, ROUTE, TABLES, Group, check_calls, decode, empty_tables
 from moe_posterior.errors import AuditError
@@ -25,11 +24,11 @@ from moe_posterior.errors import AuditError
 _BLOCK = 1 << 20
 
 
-def file_hash(path: Path, key: bytes | None) -> str:
+def file_hash(path: Path, key: bytes | None, files: FileSystem = DISK) -> str:
     """BLAKE2b of a whole file, block by block; a MAC if there is a key."""
     state = hashlib.blake2b(key=key or b"", digest_size=32)
     try:
-        with open(path, "rb") as file:
+        with files.read(path) as file:
             while block := file.read(_BLOCK):
                 state.update(block)
     except OSError as error:
@@ -55,7 +54,7 @@ class SegmentTables:
                 if len(times):
                     self.totals["first_time"] = self.totals["first_time"] or int(times[0])
                     self.totals["last_time"] = int(times[-1])
-        elif frame.kind != Kind.SEGMENT:
+        elif frame.kind in (Kind.CHECKPOINT, Kind.EVENT):
             self.others.append((frame.number, int(frame.kind), frame.payload()))
 
     def write(self, folder: Path, number: int, key: bytes | None, files: FileSystem) -> dict[str, str]:
@@ -66,13 +65,11 @@ class SegmentTables:
             if not content.num_rows:
                 continue
             path = folder / parquet_name(table, number)
-            temporary = path.with_suffix(".new")
-            parquet.write_table(content, temporary, compression="zstd", compression_level=3, row_group_size=1 << 18)
-            with open(temporary, "rb") as written:
-                files.sync(written)
-            os.replace(temporary, path)
-            hashes[path.name] = file_hash(path, key)
-        files.sync_folder(folder)
+            made = pa.BufferOutputStream()
+            parquet.write_table(content, made, compression="zstd", compression_level=3, row_group_size=1 << 18)
+            data = made.getvalue().to_pybytes()
+            files.replace(path, data)
+            hashes[path.name] = keyed_hash(key, data).hex()
         return hashes
 
     def _table(self, table: str) -> Any:
@@ -110,7 +107,7 @@ def _arrow(number: int, group: Group, table: str) -> Any:
 
 
 def read_compacted(
-    folder: Path, note: Note, key: bytes | None, *, events_only: bool = False
+    folder: Path, note: Note, key: bytes | None, *, events_only: bool = False, files: FileSystem = DISK
 ) -> Iterator[Group | Checkpoint | dict[str, Any]]:
     """The records of a compacted segment, in order, once the hash of each of its files was found right.
 
@@ -118,19 +115,21 @@ def read_compacted(
         AuditError: a file is missing, altered, or malformed.
     """
     for name, expected in sorted(note.files.items()):
-        if file_hash(folder / name, key) != expected:
+        if file_hash(folder / name, key, files) != expected:
             raise AuditError(f"segment {note.segment}, {name}: its hash does not match: altered")
     try:
-        yield from _records(folder, note, events_only)
+        yield from _records(folder, note, events_only, files)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise AuditError(f"segment {note.segment}: its Parquet files are malformed: {error}") from error
 
 
-def _records(folder: Path, note: Note, events_only: bool) -> Iterator[Group | Checkpoint | dict[str, Any]]:
+def _records(
+    folder: Path, note: Note, events_only: bool, files: FileSystem
+) -> Iterator[Group | Checkpoint | dict[str, Any]]:
     names = {table: parquet_name(table, note.segment) for table in (*TABLES, "others")}
     records: list[tuple[int, Any]] = []
     if names["others"] in note.files:
-        others = parquet.read_table(folder / names["others"])
+        others = _table_of(folder / names["others"], files)
         for number, kind, payload in zip(*(others[n].to_pylist() for n in ("frame", "kind", "payload")), strict=True):
             if len(payload) > MAX_PAYLOAD:
                 raise AuditError(f"a record of segment {note.segment} is too long")
@@ -139,10 +138,15 @@ def _records(folder: Path, note: Note, events_only: bool) -> Iterator[Group | Ch
             elif not events_only:
                 records.append((number, decode_checkpoint(payload)))
     if not events_only:
-        tables = {t: parquet.read_table(folder / n) for t, n in names.items() if n in note.files and t != "others"}
+        tables = {t: _table_of(folder / n, files) for t, n in names.items() if n in note.files and t != "others"}
         records += _groups(tables)
     for _, record in sorted(records, key=lambda pair: pair[0]):
         yield record
+
+
+def _table_of(path: Path, files: FileSystem) -> Any:
+    with files.read(path) as file:
+        return parquet.read_table(file)
 
 
 def _groups(tables: dict[str, Any]) -> list[tuple[int, Group]]:

@@ -30,6 +30,7 @@ class Kind(IntEnum):
     GROUP = 2  # decisions, outcomes and posterior rows, see moe_posterior.audit.tables
     CHECKPOINT = 3  # the whole belief and configuration of one source, see moe_posterior.audit.state
     EVENT = 4  # anything rare, as JSON
+    CLOSING = 5  # the last of a log that was closed: when
 
 
 class Torn(Exception):

@@ -13,16 +13,17 @@ from typing import Any, Literal, Self, get_args
 from torch import nn
 
 from moe_posterior.audit.attach import Attachment, attach
-from moe_posterior.audit.chain import Chain, Note, Position, beside_upkeep, read_head
-from moe_posterior.audit.collect import Event, Item
-from moe_posterior.audit.files import HEAD, FileSystem, lock, segment_numbers
+from moe_posterior.audit.chain import Chain, beside_upkeep
+from moe_posterior.audit.collect import Event, Item, Raw
+from moe_posterior.audit.files import HEAD, FileSystem, explained, segment_numbers
 from moe_posterior.audit.frames import Frame, Kind, check_key
 from moe_posterior.audit.limits import require_name, require_router
+from moe_posterior.audit.marks import Note, Position, read_head
 from moe_posterior.audit.read import Reader
 from moe_posterior.audit.recorder import RouterRecorder, now
 from moe_posterior.audit.replay import rebuild_from_end
-from moe_posterior.audit.segments import Segments, first_position, reopen
-from moe_posterior.audit.state import decode_checkpoint, decode_json, require_text
+from moe_posterior.audit.segments import Place, Segments, Start, first_start, go_on_from
+from moe_posterior.audit.state import decode_checkpoint, decode_json, encode_json, require_text
 from moe_posterior.audit.tables import decode
 from moe_posterior.audit.upkeep import Upkeep
 from moe_posterior.audit.writer import Writer
@@ -108,14 +109,16 @@ class AuditLog:
         if mode == "r":
             read_head(self.folder, self.key)
             return
-        files = files or FileSystem()
         self._policy = (compact, retain_bytes, retain_seconds)
-        self._upkeep = Upkeep(self.folder, self.key, files, self._tell_durably)
         self._background: threading.Thread | None = None
-        self._lock_file = lock(self.folder)
+        self.folder = self.folder.absolute()  # wherever the process goes
+        place = Place(self.folder, self.key, files or FileSystem())
+        self._lock_file = place.lock
         try:
-            position, cut = self._resume(files)
-            segments = Segments(self.folder, self.key, files, position, self._said_in_segments)
+            self._upkeep = Upkeep(place, self._tell_durably)
+            with explained(f"{self.folder} cannot be opened for writing"):
+                start, cut = self._resume(place)
+            segments = Segments(place, start, self._said_in_segments)
             self._writer = Writer(
                 segments,
                 sync_every=fsync_every,
@@ -127,7 +130,8 @@ class AuditLog:
         except BaseException:
             self._lock_file.close()
             raise
-        opened = {"event": "opened", "time": now(), "continues": position.frames > 0, "clean": self._clean, "cut": cut}
+        continues = start.position.frames > 0
+        opened = {"event": "opened", "time": now(), "continues": continues, "clean": start.clean, "cut": cut}
         self.put(Event(0, opened))
         _WRITING.add(self)
         self._at_exit = _close_at_exit(self)
@@ -233,13 +237,13 @@ class AuditLog:
 
     def compact(self) -> int:
         """Turn every sealed segment into Parquet files now; how many were. Rotation seals; so does opening a log again."""
-        with self._keeping:
+        with self._keeping, explained(f"{self.folder} cannot be compacted"):
             self._require_writer().flush(60.0)
             return self._upkeep.compact()
 
     def retain(self, max_bytes: int | None = None, max_seconds: float | None = None) -> int:
         """Remove the oldest sealed segments beyond so many bytes in all, or older than so many seconds; how many were."""
-        with self._keeping:
+        with self._keeping, explained(f"{self.folder}: old segments cannot be removed"):
             self._require_writer().flush(60.0)
             return self._upkeep.retain(max_bytes, max_seconds, time.time())
 
@@ -257,10 +261,9 @@ class AuditLog:
         writer, self._writer = self._writer, None
         self._at_exit.cancel()
         try:
-            writer.stop(timeout)
-            writer.segments.close()
-        except OSError as error:
-            raise error if isinstance(error, AuditWriteError) else AuditWriteError(f"{self.folder}: {error}") from error
+            with explained(f"{self.folder} cannot be closed"):
+                writer.stop(timeout)
+                writer.segments.close(Raw(Kind.CLOSING, encode_json({"time": now()})))
         finally:
             writer.when_ended(self._lock_file.close)
 
@@ -348,21 +351,20 @@ class AuditLog:
             self._writer, self._forked = None, True
             self._lock_file.close()
 
-    def _resume(self, files: FileSystem) -> tuple[Position, int]:
+    def _resume(self, place: Place) -> tuple[Start, int]:
         """Where to go on, and how many bytes of a torn end were cut off."""
-        self._clean = True
-        if not (self.folder / HEAD).exists():
-            if segment_numbers(self.folder):
+        files = place.files
+        numbers = [n for n, suffixes in segment_numbers(self.folder, files).items() if "audit" in suffixes]
+        if files.stat(self.folder / HEAD) is None:
+            if numbers:
                 raise AuditError(f"{self.folder} holds segments and no {HEAD}: verify it before writing on")
-            return first_position(self.key), 0
-        numbers = [n for n, suffixes in segment_numbers(self.folder).items() if "audit" in suffixes]
-        chain = Chain(self.folder, self.key, start=numbers[-2] if len(numbers) > 1 else 0)
+            return first_start(self.key), 0
+        chain = Chain(self.folder, self.key, start=numbers[-2] if len(numbers) > 1 else 0, files=files)
         for frame in chain:
             self._learn_from(frame)
-        self._clean = chain.head.closed
-        if not self._clean:  # ids may have been given that no durable record knows of
+        if not chain.closed:  # ids may have been given that no durable record knows of
             self.reached_id += 1 << 32
-        return chain.end, reopen(self.folder, files, chain)
+        return go_on_from(place, chain)
 
     def _learn_from(self, frame: Frame | Note) -> None:
         """What names and ids are taken."""

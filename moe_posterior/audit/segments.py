@@ -1,78 +1,134 @@
 """The files of a log that is being written: append, sync, rotate, and go on behind a failure without trusting what it left."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moe_posterior.audit.chain import FORMAT, Chain, Head, Position, head_bytes
+from moe_posterior.audit.chain import Chain
 from moe_posterior.audit.collect import Raw
-from moe_posterior.audit.files import HEAD, FileSystem, segment_name
+from moe_posterior.audit.files import HEAD, FileSystem, FolderLock, identity, segment_name, segment_numbers
 from moe_posterior.audit.frames import Kind, compress, genesis, pack
+from moe_posterior.audit.marks import FORMAT, REMOVED, SEAL, Head, Position, head_bytes, read_note, seal_bytes
 from moe_posterior.audit.state import encode_json
+from moe_posterior.errors import AuditError
+
+
+class Place:
+    """A log's folder as its one writer has it: the key, the calls that change files, and the lock."""
+
+    def __init__(self, folder: Path, key: bytes | None, files: FileSystem) -> None:
+        self.folder, self.key, self.files = folder, key, files
+        self.lock = FolderLock(folder, files)
+
+    def write_head(self, head: Head) -> None:
+        """Say where the log ends, durably; the folder must still be ours."""
+        self.lock.require()
+        self.files.replace(self.folder / HEAD, head_bytes(head, self.key))
+
+
+class Start:
+    """Where a writer goes on: the position, and what earlier writers left."""
+
+    def __init__(self, position: Position, *, sealed: bool = False, clean: bool = True) -> None:
+        self.position, self.sealed, self.clean = position, sealed, clean
 
 
 class Segments:
     """Where the chain ends on disk, and the file that it goes on in.
 
     After any failure the file is given up: a disk that refused a sync may have lost part of it, whatever it says later. What was
-    not acknowledged is then written again, to a new file that continues the last synced frame.
+    not acknowledged is then written again, to a new file that continues the last synced frame. Where folder, lock or file are no
+    longer ours, AuditError says what happened, and nothing of what is there now is touched.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        key: bytes | None,
-        files: FileSystem,
-        position: Position,
-        describe: Callable[[], dict[str, Any]],
-    ) -> None:
-        self.folder, self.key, self.files, self.describe = folder, key, files, describe
-        self.position = position  # the last synced frame
+    def __init__(self, place: Place, start: Start, describe: Callable[[], dict[str, Any]]) -> None:
+        self.place, self.folder, self.files, self.describe = place, place.folder, place.files, describe
+        self.position = start.position  # the last synced frame
         self.size = 0  # bytes of the current file
         self.opened = 0.0  # when it was made
         self.done = 0
         self._file: BinaryIO | None = None
-        self._pending = position
+        self._made: tuple[int, int] | None = None  # a file that was given up and not removed yet
+        self._pending = start.position
         self._synced_size = 0
+        self._sealed = start.sealed
         self._head_is_old = False
-        self._left_tail = False  # behind the last synced frame, because it could not be cut
+        # behind the last synced frame there may be more: it could not be cut, or a writer that was declared dead is not
+        self._left_tail = not start.clean
 
     def commit(self, frames: list[Raw]) -> None:
         """Write the frames and return once they are on the disk; on OSError the first ``done`` of them are."""
         self.done = 0
+        self._settle()
+        self.require()
         try:
             batch: list[bytes] = []
             for index, frame in enumerate(frames):
                 if self._file is None or (frame.rotate and self._pending.frames > 1):
                     self._write(batch)
-                    self._finish()
-                    self.done = index
+                    self._sync(index)
+                    self._settle()
+                    self._release()
                     batch = [self._begin()]
                 batch.append(self._place(frame.kind, frame.payload))
             self._write(batch)
-            self._sync()
-            self.done = len(frames)
+            self._sync(len(frames))
         except OSError:
             self._give_up()
             raise
+        self._settle()
 
-    def close(self) -> None:
-        """Say that the log ends here."""
+    def close(self, last: Raw) -> None:
+        """Say that the log ends here: in its last record, in the seal, in the head."""
         try:
-            self._sync()
-            self.files.replace(self.folder / HEAD, head_bytes(Head(self.position, True), self.key))
+            self.commit([last])
+            self.files.replace(self.folder / SEAL, seal_bytes(self.position, self.place.key))
+            self._sealed = True
+            self.place.write_head(self._head(closed=True))
         finally:
             self._release()
 
+    def require(self) -> None:
+        """Return if what was synced is still in place.
+
+        Raises:
+            AuditError: folder, lock or the current file were removed, renamed, replaced or changed by somebody else.
+        """
+        self.place.lock.require()
+        if self._file is None:
+            return
+        name = segment_name(self._pending.segment)
+        ours = self.files.call(os.fstat, self._file.fileno())
+        there = self.files.stat(self.folder / name)
+        if there is None:
+            how = "removed" if not ours.st_nlink else "renamed"
+            raise AuditError(
+                f"{self.folder}: {name} was {how} while it was written: its records are no longer in the log"
+            )
+        if identity(there) != identity(ours):
+            raise AuditError(f"{self.folder}: another file was put in the place of {name} while it was written")
+        if ours.st_size != self.size:
+            raise AuditError(
+                f"{self.folder}: somebody else changed {name} while it was written: it has {ours.st_size} bytes, and "
+                f"{self.size} were written"
+            )
+
     def _begin(self) -> bytes:
-        number = 0 if self.position.frames == 0 and self.position.segment == 0 else self.position.segment + 1
+        number = _number_after(self.position)
+        self._require_all_before(number)
         path = self.folder / segment_name(number)
         if not self.position.frames and not number:
-            self.files.replace(self.folder / HEAD, head_bytes(Head(self.position, False), self.key))
-        self.files.remove(path)  # left by a failed attempt: nothing in it was acknowledged
-        self._file = self.files.append(path)
+            self.place.write_head(self._head())
+        self._remove_what_was_given_up(path)
+        try:
+            self._file = self.files.append(path)
+        except FileExistsError as error:
+            raise AuditError(
+                f"{self.folder}: {path.name} is there and not ours: another process writes here"
+            ) from error
         self.size, self.opened = 0, time.monotonic()
         self._pending = Position(number, 0, self.position.digest)
         said = {"format": FORMAT, "segment": number, "previous": self.position.digest.hex(), "made": time.time()}
@@ -80,10 +136,23 @@ class Segments:
             said["tail"] = True
         return self._place(Kind.SEGMENT, encode_json(said | self.describe()))
 
+    def _require_all_before(self, number: int) -> None:
+        """No segment has gone that retention did not take; it takes the oldest, and says so first."""
+        numbers = segment_numbers(self.folder, self.files)
+        first = min(numbers, default=number)
+        if first:
+            removed = read_note(self.folder / REMOVED, self.place.key, self.files)
+            first = 0 if removed is None else min(first, removed.segment + 1)
+        for wanted in range(first, number):
+            if wanted not in numbers:
+                raise AuditError(
+                    f"{self.folder}: segment {wanted} was removed by somebody else while this log was open"
+                )
+
     def _place(self, kind: Kind, payload: bytes) -> bytes:
         number, frames, digest = self._pending
         stored = compress(payload)
-        head, digest = pack(kind, frames, stored, len(payload), digest, self.key)
+        head, digest = pack(kind, frames, stored, len(payload), digest, self.place.key)
         self._pending = Position(number, frames + 1, digest)
         return head + stored
 
@@ -93,37 +162,62 @@ class Segments:
             self.files.write(self._file, data)
             self.size += len(data)
 
-    def _sync(self) -> None:
+    def _sync(self, done: int) -> None:
+        """What is written, to the disk; the first ``done`` frames of the commit are then there."""
         if self._file is None:
             return
         self.files.sync(self._file)
         if self._pending.segment != self.position.segment or not self.position.frames:
             self.files.sync_folder(self.folder)
+        self.require()
+        if self._pending.segment != self.position.segment or not self.position.frames:
             self._head_is_old = True
             self._left_tail = False
         self.position, self._synced_size = self._pending, self.size
-        if self._head_is_old:  # the chain itself says where it ends; that its head follows late must fail nothing
-            with contextlib.suppress(OSError):
-                self.files.replace(self.folder / HEAD, head_bytes(Head(self.position, False), self.key))
-                self._head_is_old = False
+        self.done = done
 
-    def _finish(self) -> None:
-        self._sync()
-        self._release()
+    def _settle(self) -> None:
+        """Tell the head of a new segment; where that fails, nothing more is acknowledged until it succeeds."""
+        if self._head_is_old:
+            self.place.write_head(self._head())
+            self._head_is_old = False
+
+    def _head(self, closed: bool = False) -> Head:
+        return Head(self.position, closed, self._sealed)
 
     def _give_up(self) -> None:
         if self._file is None:
             return
         path = self.folder / segment_name(self._pending.segment)
         kept = self._pending.segment == self.position.segment and self.position.frames > 0
+        self._made = identity(os.fstat(self._file.fileno()))
         self._release()
         try:
             if kept:
+                self._require_made(path)
                 self.files.truncate(path, self._synced_size)
+                self._made = None
             else:
-                self.files.remove(path)
+                self._remove_what_was_given_up(path)
         except OSError:  # the next segment says so, and continues what was synced
             self._left_tail |= kept
+            self._made = None if kept else self._made
+
+    def _remove_what_was_given_up(self, path: Path) -> None:
+        """A file of ours in which nothing was acknowledged."""
+        if self._made is not None:
+            if self.files.stat(path) is not None:
+                self._require_made(path)
+                self.files.remove(path)
+            self._made = None
+
+    def _require_made(self, path: Path) -> None:
+        self.place.lock.require()
+        there = self.files.stat(path)
+        if there is None or identity(there) != self._made:
+            raise AuditError(
+                f"{self.folder}: {path.name} was removed or replaced by somebody else while it was written"
+            )
 
     def _release(self) -> None:
         if self._file is not None:
@@ -132,20 +226,29 @@ class Segments:
             self._file = None
 
 
-def reopen(folder: Path, files: FileSystem, chain: Chain) -> int:
-    """Cut what a crash left behind the end of a walked chain; how many bytes that was."""
-    if not chain.torn:
-        return 0
-    last = chain.end.segment
-    newborn = folder / segment_name(last + 1)
-    if newborn.exists():
-        files.remove(newborn)
-        files.sync_folder(folder)
+def go_on_from(place: Place, chain: Chain) -> tuple[Start, int]:
+    """Make a walked log ready to be gone on with, and say where; with it, how many bytes of a torn end were cut off.
+
+    The head of a closed log is told first, and on the disk before anything else changes: a crash at any later moment then leaves a
+    log that was open.
+    """
+    if chain.head.closed or chain.head.format != FORMAT:
+        place.write_head(Head(chain.end, False, chain.head.sealed))
+    start = Start(chain.end, sealed=chain.head.sealed or chain.seal is not None, clean=chain.closed)
+    if not chain.torn and chain.end.frames:
+        return start, 0
+    if chain.newborn is not None or not chain.end.frames:
+        place.files.remove(place.folder / segment_name(_number_after(chain.end)))
+        place.files.sync_folder(place.folder)
     else:
-        files.truncate(folder / segment_name(last), chain.end_offset)
-    return chain.torn_bytes
+        place.files.truncate(place.folder / segment_name(chain.end.segment), chain.end_offset)
+    return start, chain.torn_bytes
 
 
-def first_position(key: bytes | None) -> Position:
-    """Where an empty log ends."""
-    return Position(0, 0, genesis(key))
+def _number_after(position: Position) -> int:
+    return position.segment + 1 if position.frames or position.segment else 0
+
+
+def first_start(key: bytes | None) -> Start:
+    """Where an empty log begins."""
+    return Start(Position(0, 0, genesis(key)))

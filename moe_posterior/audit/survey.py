@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from moe_posterior.audit.asked import Asked
 from moe_posterior.audit.belief import knobs
-from moe_posterior.audit.chain import REMOVED, read_note
 from moe_posterior.audit.flags import Flag, Flagging
+from moe_posterior.audit.marks import REMOVED, read_note
 from moe_posterior.audit.read import Reader, Record, Source
 from moe_posterior.audit.state import Checkpoint
 from moe_posterior.audit.tables import ABSTAIN, EXPLORED, ROUTE, Group

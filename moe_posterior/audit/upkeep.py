@@ -4,16 +4,16 @@ In both cases a note takes the place of the segment: first the new files, then a
 then are the old files removed. A crash in between leaves files too many, never too few.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from moe_posterior.audit.chain import REMOVED, Chain, Note, note_bytes, note_digest, read_note
+from moe_posterior.audit.chain import Chain
 from moe_posterior.audit.compact import SegmentTables, read_compacted
-from moe_posterior.audit.files import FileSystem, note_name, segment_name, segment_numbers
+from moe_posterior.audit.files import note_name, segment_name, segment_numbers
 from moe_posterior.audit.frames import Kind, genesis
+from moe_posterior.audit.marks import REMOVED, Note, note_bytes, note_digest, read_note
+from moe_posterior.audit.segments import Place
 from moe_posterior.audit.state import Checkpoint, decode_json
 from moe_posterior.errors import AuditError
 
@@ -24,21 +24,19 @@ class Upkeep:
     """Compaction and retention in a folder whose writer is us.
 
     Args:
-        folder, key, files: of the log.
+        place: the log's folder, which is asked before every change whether it is still ours.
         tell: puts an event into the log and returns once it is on the disk.
     """
 
-    def __init__(
-        self, folder: Path, key: bytes | None, files: FileSystem, tell: Callable[[dict[str, Any]], None]
-    ) -> None:
-        self.folder, self.key, self.files, self.tell = folder, key, files, tell
+    def __init__(self, place: Place, tell: Callable[[dict[str, Any]], None]) -> None:
+        self.folder, self.key, self.files, self.lock, self.tell = place.folder, place.key, place.files, place.lock, tell
 
     def compact(self) -> int:
         """Turn every sealed segment into Parquet files; how many were."""
         done, number, start, end = 0, -1, b"", b""
         tables = SegmentTables()
-        last = max(segment_numbers(self.folder), default=-1)
-        for frame in Chain(self.folder, self.key):
+        last = max(self._numbers(), default=-1)
+        for frame in self._chain():
             if isinstance(frame, Note):
                 continue
             if frame.kind == Kind.SEGMENT:
@@ -76,12 +74,13 @@ class Upkeep:
         Raises:
             AuditError: what would be left does not begin with a sealed segment's successor and its checkpoint.
         """
-        numbers = [n for n in segment_numbers(self.folder) if n <= up_to]
+        before = self._note(REMOVED)
+        gone = -1 if before is None else before.segment
+        numbers = [n for n in self._numbers() if gone < n <= up_to]  # below there is only what a crash left
         if not numbers or not self._begins_with_checkpoint(up_to + 1):
             raise AuditError(f"segment {up_to + 1} does not begin with a checkpoint: what is before it is still needed")
-        before = read_note(self.folder / REMOVED, self.key)
         totals, counted, end = Counter(before.totals if before else {}), SegmentTables(), b""
-        for frame in Chain(self.folder, self.key):
+        for frame in self._chain():
             if isinstance(frame, Note):
                 if frame.removed or frame.segment > up_to:
                     continue
@@ -97,24 +96,27 @@ class Upkeep:
         totals["segments"] += len(numbers)
         note = Note(up_to, genesis(self.key), end, {}, dict(totals), True, "")
         waiting = self.folder / (REMOVED + ".next")
+        self.lock.require()
         self.files.replace(waiting, note_bytes(note, self.key))
         self.tell({"event": "removed", "up_to": up_to, "note": note_digest(note, self.key), "totals": dict(totals)})
-        os.replace(waiting, self.folder / REMOVED)
+        self.files.rename(waiting, self.folder / REMOVED)
         self.files.sync_folder(self.folder)
         self.sweep()
         return len(numbers)
 
     def sweep(self) -> None:
         """Remove files that a note has taken the place of, also those that a crash has left."""
-        removed = read_note(self.folder / REMOVED, self.key)
-        for number in segment_numbers(self.folder):
+        self.lock.require()
+        removed = self._note(REMOVED)
+        for number in self._numbers():
             if removed is not None and number <= removed.segment:
-                note = read_note(self.folder / note_name(number), self.key)
+                note = self._note(note_name(number))
                 for name in [*(note.files if note else ()), segment_name(number), note_name(number)]:
                     self.files.remove(self.folder / name)
         self.files.sync_folder(self.folder)
 
     def _put_parquet(self, note: Note, tables: SegmentTables) -> None:
+        self.lock.require()
         note = note._replace(
             files=tables.write(self.folder, note.segment, self.key, self.files), totals=dict(tables.totals)
         )
@@ -123,13 +125,22 @@ class Upkeep:
         self.files.remove(self.folder / segment_name(note.segment))
         self.files.sync_folder(self.folder)
 
+    def _numbers(self) -> dict[int, set[str]]:
+        return segment_numbers(self.folder, self.files)
+
+    def _chain(self, start: int = 0) -> Chain:
+        return Chain(self.folder, self.key, start=start, files=self.files)
+
+    def _note(self, name: str) -> Note | None:
+        return read_note(self.folder / name, self.key, self.files)
+
     def _begins_with_checkpoint(self, number: int) -> bool:
         """Whether nothing in a segment, events apart, comes before a checkpoint."""
-        for frame in Chain(self.folder, self.key, start=number):
+        for frame in self._chain(start=number):
             if isinstance(frame, Note):
                 if frame.removed or frame.segment < number:
                     continue
-                records = read_compacted(self.folder, frame, self.key)
+                records = read_compacted(self.folder, frame, self.key, files=self.files)
                 return isinstance(next((r for r in records if not isinstance(r, dict)), None), Checkpoint)
             if frame.kind in (Kind.GROUP, Kind.CHECKPOINT):
                 return frame.kind == Kind.CHECKPOINT
@@ -137,11 +148,11 @@ class Upkeep:
 
     def _sizes_and_ages(self, now: float) -> tuple[dict[int, int], dict[int, float]]:
         sizes, ages = {}, {}
-        for number in segment_numbers(self.folder):
+        for number in self._numbers():
             names = [segment_name(number)]
-            if (note := read_note(self.folder / note_name(number), self.key)) is not None:
+            if (note := self._note(note_name(number))) is not None:
                 names += note.files
-            found = [path.stat() for name in names if (path := self.folder / name).exists()]
+            found = [stat for name in names if (stat := self.files.stat(self.folder / name)) is not None]
             sizes[number] = sum(stat.st_size for stat in found)
             ages[number] = now - max((stat.st_mtime for stat in found), default=now)
         return sizes, ages

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from moe_posterior import beta as beta_functions
 from moe_posterior.audit.belief import BeliefState, RowsOfGroup, knobs
-from moe_posterior.audit.chain import Chain, Note, Position, beside_upkeep
+from moe_posterior.audit.chain import Chain, beside_upkeep
 from moe_posterior.audit.compact import read_compacted
+from moe_posterior.audit.files import DISK, FileSystem
 from moe_posterior.audit.frames import Frame, Kind
+from moe_posterior.audit.marks import Note, Position
 from moe_posterior.audit.read import Reader, Source
 from moe_posterior.audit.state import decode_json
 from moe_posterior.audit.tables import ROUTE, Group, split
@@ -49,13 +51,16 @@ class Verification:
         return self.problem is None
 
 
-def verify(folder: Path, key: bytes | None = None, *, head: str | None = None) -> Verification:
+def verify(
+    folder: Path, key: bytes | None = None, *, head: str | None = None, files: FileSystem = DISK
+) -> Verification:
     """Walk the chain and check every hash.
 
     Args:
         folder: of the log.
         key: what it was written with.
         head: a digest (hexadecimal) that the log once ended with, noted elsewhere: it must stand in the chain.
+        files: for tests: the calls that touch the disk.
 
     Nothing that is found raises; the first problem is named in the result.
     """
@@ -63,23 +68,24 @@ def verify(folder: Path, key: bytes | None = None, *, head: str | None = None) -
 
     def walk() -> None:
         found.__dict__.update(Verification().__dict__)
-        _walk(folder, key, head, found)
+        _walk(Chain(folder, key, files=files), head, found)
 
     try:
         beside_upkeep(folder, walk)
     except AuditError as error:
         found.problem = str(error)
+    except OSError as error:
+        found.problem = f"{folder} cannot be read: {error.strerror or error}"
     return found
 
 
-def _walk(folder: Path, key: bytes | None, head: str | None, found: Verification) -> None:
-    chain = Chain(folder, key)
+def _walk(chain: Chain, head: str | None, found: Verification) -> None:
     notes: dict[str, str] = {}  # digest: what it is of
     vouched: set[str] = set()
     digests = {chain.end.digest.hex()}
     for frame in chain:
         if isinstance(frame, Note):
-            vouched |= _check_note(folder, frame, key, found)
+            vouched |= _check_note(chain, frame, found)
             notes[frame.digest] = f"the note of removed segments up to {frame.segment}"
             if not frame.removed:
                 notes[frame.digest] = f"the note of segment {frame.segment}"
@@ -89,7 +95,7 @@ def _walk(folder: Path, key: bytes | None, head: str | None, found: Verification
         found.segments += frame.kind == Kind.SEGMENT
         digests.add(frame.digest.hex()) if head else None
         vouched |= _count(frame, found)
-    found.closed, found.head = chain.head.closed, chain.end
+    found.closed, found.head = chain.closed, chain.end
     found.torn, found.torn_bytes, found.cut_bytes = chain.torn, chain.torn_bytes, chain.cut_bytes
     for digest, of in notes.items():
         if digest not in vouched:
@@ -111,14 +117,14 @@ def _count(frame: Frame, found: Verification) -> set[str]:
     return set()
 
 
-def _check_note(folder: Path, note: Note, key: bytes | None, found: Verification) -> set[str]:
+def _check_note(chain: Chain, note: Note, found: Verification) -> set[str]:
     if note.removed:
         found.removed.update(
             {name: note.totals.get(name, 0) for name in ("segments", "decisions", "outcomes", "refusals")}
         )
         return set()
     vouched = set()
-    for record in read_compacted(folder, note, key, events_only=True):
+    for record in read_compacted(chain.folder, note, chain.key, events_only=True, files=chain.files):
         if isinstance(record, dict):
             vouched.add(str(record.get("note")))
     found.segments += 1

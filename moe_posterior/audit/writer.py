@@ -37,6 +37,9 @@ class Writer:
         self._lock = threading.Lock()
         self._wake, self._progress = threading.Event(), threading.Condition()
         self._attempts = 0  # that failed
+        self._asked = self._checked = (
+            0  # how often somebody wanted to know whether all is in place, and up to which it is
+        )
         self._stopping = self._ended = False
         self._collector = Collector()
         self._segment = segments.position.segment
@@ -80,23 +83,25 @@ class Writer:
             raise self._error(f"its queue of {self.max_queue} bytes stayed full for {max_wait:g} s")
 
     def flush(self, timeout: float) -> None:
-        """Return once everything noted down before is on the disk.
+        """Return once everything noted down before is on the disk, in the log's folder.
 
         Raises:
-            AuditWriteError: it is not; it is kept, and written once the disk takes it.
+            AuditWriteError: it is not; it is kept, and written once the disk takes it, unless the folder is no longer the log's.
         """
-        goal = self._put_items
+        with self._lock:
+            goal = self._put_items
+            self._asked = ticket = self._asked + 1
         attempts = self._attempts
         self._wake.set()
         with self._progress:
             self._progress.wait_for(
                 lambda: (
-                    self._written_items >= goal
+                    (self._written_items >= goal and self._checked >= ticket)
                     or (self.failure is not None and (self._attempts > attempts or self._ended))
                 ),
                 timeout,
             )
-        if self._written_items < goal:
+        if self._written_items < goal or self._checked < ticket:
             raise self._error(f"it took longer than {timeout:g} s")
 
     def stop(self, timeout: float) -> None:
@@ -129,7 +134,9 @@ class Writer:
 
     def _error(self, otherwise: str) -> AuditWriteError:
         waiting = self._put_items - self._written_items
-        reason = f"the disk says: {self.failure}" if self.failure is not None else otherwise
+        reason = otherwise
+        if self.failure is not None:
+            reason = f"{'the disk says: ' if isinstance(self.failure, OSError) else ''}{self.failure}"
         return AuditWriteError(f"{self.segments.folder}: {waiting} records wait to be written; {reason}")
 
     def _run(self) -> None:
@@ -155,7 +162,10 @@ class Writer:
                 return
 
     def _write_all(self) -> None:
+        asked = self._asked
         self._commit()  # what an earlier attempt left
+        if asked > self._checked and not self._queue:
+            self.segments.require()
         while self._queue:
             items, size = [], 0
             while self._queue and size <= _LARGE:
@@ -165,9 +175,13 @@ class Writer:
             self._taken_items, self._taken_bytes = len(items), size
             self._unwritten = self._collector.frames(items)
             self._commit()
+        if asked > self._checked:
+            with self._progress:
+                self._checked = asked
+                self._progress.notify_all()
 
     def _commit(self) -> None:
-        if not self._unwritten:
+        if not self._unwritten and not self._taken_items:
             return
         try:
             self.segments.commit(self._unwritten)
@@ -177,6 +191,7 @@ class Writer:
         self._unwritten = []
         self._written_items += self._taken_items
         self._written_bytes += self._taken_bytes
+        self._taken_items = self._taken_bytes = 0
         if self.segments.position.segment != self._segment:
             self._segment = self.segments.position.segment
             self.on_rotate()

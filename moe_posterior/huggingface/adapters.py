@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_posterior.auxiliary import chosen_by, handed_on
 from moe_posterior.errors import InvalidArgumentError
 
 Decide = Callable[
@@ -27,6 +28,9 @@ class Adapter:
     """The common return: a tuple that begins with logits, weights (T, k), indices (T, k)."""
 
     kind = "swapped"  # what the report calls it
+    logits: int | None = (
+        0  # which part of the output is the logits, handed on for auxiliary losses; None if they come otherwise
+    )
     whole = True  # whether indices and weights are all of the output that depends on the logits and that the model computes with
 
     def num_experts(self, router: nn.Module) -> int:
@@ -104,6 +108,16 @@ class Adapter:
         """The output with another choice or other weights in it."""
         return (output[0], weights, indices, *output[3:])
 
+    def hand_on(self, output: Any, told: Callable[[], None]) -> Any:
+        """The output with its logits passed through :func:`~moe_posterior.auxiliary.handed_on`."""
+        place = self.logits
+        if place is None or not self.whole or not isinstance(output, tuple) or len(output) <= place:
+            return output
+        logits = output[place]
+        if not isinstance(logits, Tensor) or not logits.requires_grad:
+            return output
+        return (*output[:place], handed_on(logits, told), *output[place + 1 :])
+
 
 class SharedInside(Adapter):
     """Inkling, Zaya: the last of the logits belong to shared experts, or to the choice of none."""
@@ -139,6 +153,7 @@ class Dense(Adapter):
     """Llama 4: ``(scores (T, E), logits)``, scores 0 where an expert was not chosen."""
 
     kind = "special"
+    logits = 1
 
     def read(self, router: nn.Module, output: Any) -> tuple[Tensor, Tensor]:
         if not (
@@ -159,6 +174,7 @@ class Grouped(Adapter):
     """JetMoE: the weights lie sorted by expert, beside what sorts them."""
 
     kind = "special"
+    logits = 4
 
     def read(self, router: nn.Module, output: Any) -> tuple[Tensor, Tensor]:
         if not (isinstance(output, tuple) and len(output) == 5 and output[2].shape == output[0].shape):
@@ -179,6 +195,7 @@ class Capacity(Adapter):
     """Switch: ``(one-hot choice (B, S, E), probability (B, S, 1), logits)``; a token over capacity chose nothing."""
 
     kind = "special"
+    logits = 2
 
     def top_k(self, router: nn.Module) -> int:
         return 1
@@ -199,6 +216,7 @@ class Inside(Adapter):
     """DBRX: the mixture itself turns its router's logits into a choice, in ``route_tokens_to_experts``."""
 
     kind = "special"
+    logits = None
 
     def num_experts(self, router: nn.Module) -> int:
         return _projection(router.router)[0]  # type: ignore[arg-type]
@@ -220,7 +238,7 @@ class Inside(Adapter):
         own = router.route_tokens_to_experts
 
         def route(logits: Tensor) -> tuple[Tensor, Tensor]:
-            weights, indices = own(logits)  # type: ignore[operator]
+            weights, indices = own(chosen_by(logits) if logits.requires_grad else logits)  # type: ignore[operator]
             changed = decide(indices, weights)
             return (weights, indices) if changed is None else (changed[1], changed[0])
 

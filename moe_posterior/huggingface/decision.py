@@ -14,6 +14,7 @@ from moe_posterior.huggingface.adapters import UnknownRouterError
 from moe_posterior.huggingface.gates import Choice, HostedPosteriorGate, HostedPriorGate
 from moe_posterior.huggingface.host import Binding, SwappedRouter
 from moe_posterior.huggingface.intercept import LogitsInterceptor
+from moe_posterior.record import auxiliary_listener
 
 
 @torch.compiler.disable
@@ -51,7 +52,8 @@ def decide(router: SwappedRouter, args: tuple[Any, ...], kwargs: dict[str, Any])
         raise UnknownRouterError(
             f"{binding.original.__name__} must hand on a choice; got none (router {binding.name!r})"
         )
-    return output
+    listening = gate._forward_hooks and torch.is_grad_enabled()
+    return adapter.hand_on(output, auxiliary_listener(gate)) if listening else output
 
 
 def _validate_understood(binding: Binding, interceptor: LogitsInterceptor, num_tokens: int, num_routed: int) -> None:

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_posterior.audit import AuditError, AuditLog
-from moe_posterior.audit.chain import Chain, Head, Position, head_bytes
+from moe_posterior.audit.chain import Chain
 from moe_posterior.audit.files import HEAD, segment_name
 from moe_posterior.audit.frames import MAGIC, MAX_PAYLOAD, Frame, Kind, compress, genesis, pack
+from moe_posterior.audit.marks import Head, Position, head_bytes
 from moe_posterior.audit.replay import rebuild
 from moe_posterior.audit.state import decode_checkpoint, decode_json, encode_checkpoint, encode_json
 from moe_posterior.audit.stats import summarise

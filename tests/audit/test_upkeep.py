@@ -8,8 +8,8 @@ import pytest
 from audit.worlds import BELIEFS, flat_state, live, new_router
 
 from moe_posterior.audit import AuditLog, chain
-from moe_posterior.audit.chain import note_bytes, read_note
 from moe_posterior.audit.files import FileSystem
+from moe_posterior.audit.marks import note_bytes, read_note
 from moe_posterior.audit.replay import rebuild
 from moe_posterior.audit.verify import verify, verify_decisions
 
@@ -202,11 +202,11 @@ def test_a_reader_whose_segments_are_compacted_meanwhile_reads_on(
         expected = ways[read]()
         done = []
 
-        def note_after_compaction(path: Path, key: bytes | None) -> object:
+        def note_after_compaction(path: Path, key: bytes | None, files: FileSystem) -> object:
             if not done:  # the reader has listed the folder
                 done.append(-1)
                 done[0] = log.compact()
-            return read_note(path, key)
+            return read_note(path, key, files)
 
         monkeypatch.setattr(chain, "read_note", note_after_compaction)
         assert ways[read]() == expected

@@ -116,6 +116,8 @@ def test_a_killed_run_goes_on_and_ends_like_an_undisturbed_one(runs: Path, tmp_p
     undisturbed = weights(runs / "demo", "posterior")
     for name, value in weights(tmp_path / "demo", "posterior").items():
         torch.testing.assert_close(value, undisturbed[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    figures = [folder / "demo" / "posterior" / "csv" / "metrics.csv" for folder in (tmp_path, runs)]
+    assert figures[0].read_text() == figures[1].read_text()
 
 
 def test_two_processes_do_not_write_to_one_run(tmp_path: Path, refused) -> None:

@@ -17,6 +17,7 @@ from moe_posterior.calibrators import Outputs
 from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint
 from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.data.features import PassThrough
+from moe_posterior.training.divergence import StopWhereDiverged
 from moe_posterior.training.module import MoEClassifier
 from moe_posterior.training.study.plan import LR, WEIGHT_DECAY, Cell, Study
 
@@ -42,7 +43,10 @@ def train_cell(cell: Cell, study: Study, folder: Path) -> tuple[MoEClassifier, C
     place = folder / "warmup" / f"{cell.setting}-{cell.inner}-{cell.gate}-{cell.num_experts}-{cell.seed}"
     warmup = WarmupCheckpoint(place)
     branches = warmup.path.is_file()
-    callbacks = [CompetenceUpdates(warmup_epochs=1, refit_every=3, fit_rows=4000, seed=cell.seed)]
+    callbacks = [
+        StopWhereDiverged(f"cell {cell.key}"),
+        CompetenceUpdates(warmup_epochs=1, refit_every=3, fit_rows=4000, seed=cell.seed),
+    ]
     trainer = _trainer(study.epochs, [*callbacks, *([] if branches else [warmup])])
     trainer.fit(model, datamodule=data, ckpt_path=warmup.path if branches else None, weights_only=False)
     if trainer.interrupted:
