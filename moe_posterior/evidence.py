@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.validation import floats, number, tensor
 
 
 class Evidence(NamedTuple):
@@ -210,6 +211,11 @@ def read_outcomes(
         InvalidArgumentError: wrong shape, an index out of range, an outcome outside [0, 1], or such a threshold.
     """
     num_clusters, num_experts = shape
+    cluster_ids, outcome = tensor("cluster_ids", cluster_ids), floats("outcome", outcome)
+    if expert_indices is not None:
+        expert_indices = tensor("expert_indices", expert_indices)
+        if not expert_indices.ndim:
+            raise InvalidArgumentError("expert_indices must have shape (N, k); got one number")
     if cluster_ids.ndim != 1 or not _is_integer(cluster_ids):
         raise InvalidArgumentError(
             f"cluster_ids must be integers of shape (N,); got {cluster_ids.dtype} of shape {tuple(cluster_ids.shape)}"
@@ -226,8 +232,8 @@ def read_outcomes(
         raise InvalidArgumentError(f"expert_indices must be integers; got {expert_indices.dtype}")
     _require_range("expert_indices", expert_indices, num_experts)
     _require_range("cluster_ids", cluster_ids, num_clusters)
-    if threshold is not None and not 0.0 <= threshold <= 1.0:
-        raise InvalidArgumentError(f"threshold must lie in [0, 1] or be None; got {threshold}")
+    if threshold is not None:
+        threshold = number("threshold", threshold, least=0.0, most=1.0)
     wrong = (outcome < 0) | (outcome > 1)
     if wrong.any():
         row, column = wrong.nonzero()[0].tolist()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_posterior import beta as beta_functions
 from moe_posterior import evidence as evidence_functions
+from moe_posterior import validation
 from moe_posterior.churn import ChangingPool
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import Evidence, Observation, ProxyNoise
@@ -120,7 +121,7 @@ class BetaPosterior(ChangingPool):
 
     def parameters_of(self, cluster_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:  # (M,) -> 2 x (M, E)
         """Alpha and beta in the given clusters (None: in all C), with pooling and lost trust taken into account."""
-        rows = slice(None) if cluster_ids is None else cluster_ids
+        rows = slice(None) if cluster_ids is None else _as_index(cluster_ids)
         cells = [table[rows] for table in (self.prior_alpha, self.prior_beta, self.successes, self.failures)]
         return self._combined(cells, self.trust, self.odds)
 
@@ -184,6 +185,8 @@ class BetaPosterior(ChangingPool):
         mistake: InvalidArgumentError | None = None
         try:
             seen = self._observations(cluster_ids, outcome, expert_indices, threshold)
+            if keep is not None:
+                validation.number("keep", keep, least=0.0, most=1.0)
         except InvalidArgumentError as error:
             mistake = error
         if together:
@@ -193,7 +196,7 @@ class BetaPosterior(ChangingPool):
         fading = None if self.half_life is None else evidence_functions.retention(self.half_life)
         cells, sums = evidence_functions.total_by_cell(seen, self.noise, fading)  # (U,), (3, U)
         alarm = self._alarm(seen) if self.surprise is not None else None
-        touched: Tensor | None = cluster_ids
+        touched: Tensor | None = validation.integers("cluster_ids", cluster_ids)
         if together:
             cells, sums = self._over_ranks(cells, sums)
             if alarm is not None:
@@ -255,8 +258,8 @@ class BetaPosterior(ChangingPool):
 
         Source: *Bayesian Posterior Routing in Multi-Agent Systems*, "Calibration Objective".
         """
-        if strength is not None and not strength > 0:
-            raise InvalidArgumentError(f"strength must be positive; got {strength}")
+        if strength is not None:
+            strength = validation.number("strength", strength, above=0.0, finite=False)
         seen = self._observations(cluster_ids, outcome, expert_indices, threshold)
         cells, sums = evidence_functions.total_by_cell(seen, self.noise, None)
         successes, failures = torch.zeros_like(self.successes), torch.zeros_like(self.failures)
@@ -295,12 +298,21 @@ class BetaPosterior(ChangingPool):
         Raises:
             InvalidArgumentError: ``keep`` outside [0, 1].
         """
-        if not 0.0 <= keep <= 1.0:
-            raise InvalidArgumentError(f"keep must lie in [0, 1]; got {keep}")
-        columns = slice(None) if experts is None else experts
+        keep = validation.number("keep", keep, least=0.0, most=1.0)
+        columns = slice(None) if experts is None else self._columns(experts)
         self.successes[:, columns] *= keep
         self.failures[:, columns] *= keep
         self._changed()
+
+    def _columns(self, experts: Tensor) -> Tensor:
+        found = validation.tensor("experts", experts)
+        if found.dtype == torch.bool:
+            if tuple(found.shape) != (self.num_experts,):
+                raise InvalidArgumentError(
+                    f"experts must be bool of shape ({self.num_experts},); got {validation.described(found)}"
+                )
+            return found
+        return validation.integers("experts", experts, ("M",), low=0, high=self.num_experts - 1)
 
     def subscribe(self, listener: Callable[[Tensor | None], None]) -> None:
         """Call ``listener(cluster_ids)`` after every change of the belief; None instead of ids means any cluster changed."""
@@ -321,9 +333,13 @@ class BetaPosterior(ChangingPool):
         self, cluster_ids: Tensor, outcome: Tensor, expert_indices: Tensor | None, threshold: float | None
     ) -> Observation:
         device = self.successes.device
-        experts = None if expert_indices is None else expert_indices.to(device)
+        ids = validation.tensor("cluster_ids", cluster_ids).to(device)
+        signal = validation.tensor("outcome", outcome).to(device)
+        experts = None
+        if expert_indices is not None:
+            experts = validation.tensor("expert_indices", expert_indices).to(device)
         shape = (self.num_clusters, self.num_experts)
-        return evidence_functions.read_outcomes(cluster_ids.to(device), outcome.to(device), experts, shape, threshold)
+        return evidence_functions.read_outcomes(ids, signal, experts, shape, threshold)
 
     def _combined(self, cells: list[Tensor], trust: Tensor, odds: Tensor) -> tuple[Tensor, Tensor]:
         """Alpha and beta, elementwise, from prior alpha, prior beta, successes and failures."""
@@ -383,6 +399,13 @@ class BetaPosterior(ChangingPool):
     def _notify(self, cluster_ids: Tensor | None) -> None:
         for listener in self._listeners:
             listener(cluster_ids)
+
+
+def _as_index(cluster_ids: Tensor) -> Tensor:
+    """Ids of another width would index as a mask, or not at all."""
+    if isinstance(cluster_ids, Tensor) and cluster_ids.dtype == torch.int64:
+        return cluster_ids
+    return validation.integers("cluster_ids", cluster_ids)
 
 
 def _notify_after_load(module: torch.nn.Module, incompatible_keys: object) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moe_posterior import validation
 from moe_posterior.auxiliary import Apart
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
@@ -97,6 +98,7 @@ class Trace:
                 clusters. No gate has learned anything then.
         """
         self._require_routings()
+        outcome = validation.outcomes("outcome", outcome)
         flat = outcome.reshape(-1)
         for name, routing in self.routings:
             if len(flat) != len(routing.expert_indices):
@@ -104,8 +106,6 @@ class Trace:
                     f"outcome must hold one value for each of the {len(routing.expert_indices)} tokens of gate {name!r}; "
                     f"got shape {tuple(outcome.shape)}"
                 )
-        if ((flat < 0) | (flat > 1)).any():
-            raise InvalidArgumentError("outcome must lie in [0, 1] or be NaN (not observed)")
         self._require_observable()
         for name, routing in self.routings:
             slots = flat[:, None].expand(routing.expert_indices.shape)

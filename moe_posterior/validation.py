@@ -158,11 +158,8 @@ def number(
     else:
         inside = (above < found or above == -math.inf) and (found < below or below == math.inf)
     if found is None or not inside:
-        limits = [(f"at least {least:g}", least), (f"at most {most:g}", most)]
-        limits += [(f"above {above:g}", above), (f"below {below:g}", below)]
-        bounds = " and ".join(text for text, limit in limits if not math.isinf(limit))
-        kind = "a finite number" if finite else "a number"
-        raise InvalidArgumentError(f"{name} must be {kind}{bounds and ' ' + bounds}; got {described(value)}")
+        wanted = _range(least, most, above, below, finite)
+        raise InvalidArgumentError(f"{name} must {wanted}; got {described(value)}")
     return found
 
 
@@ -259,6 +256,17 @@ def _from_objects(name: str, array: np.ndarray, wanted: str) -> np.ndarray:
         kind = np.bool_ if all(isinstance(item, (bool, np.bool_)) for item in flat) else np.int64
         return np.array(flat, dtype=kind).reshape(array.shape)
     return np.array([float(item) for item in flat], dtype=np.float64).reshape(array.shape)
+
+
+def _range(least: float, most: float, above: float, below: float, finite: bool) -> str:
+    """In words: ``lie in [0, 1)``, ``be at least 0 and finite``, ``be positive and finite``."""
+    if max(least, above) > -math.inf and min(most, below) < math.inf:
+        low = f"({above:g}" if above >= least else f"[{least:g}"
+        return f"lie in {low}, {f'{below:g})' if below <= most else f'{most:g}]'}"
+    bounds = {f"at least {least:g}": least, f"at most {most:g}": most, f"below {below:g}": below}
+    bounds["positive" if above == 0 else f"above {above:g}"] = above
+    words = [text for text, bound in bounds.items() if not math.isinf(bound)]
+    return f"be {' and '.join([*words, *(['finite'] if finite else [])]) or 'a number'}"
 
 
 def _scalar(value: Any) -> float | None:

@@ -13,7 +13,7 @@ from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import Evidence, later_in_cell, read_outcomes
 from moe_posterior.gates.base import Gate, Routing
-from moe_posterior.gates.baselines import UNKNOWN, validate_labelled
+from moe_posterior.gates.baselines import UNKNOWN, read_labelled
 from moe_posterior.kernels import reference
 from moe_posterior.posterior import BetaPosterior
 from moe_posterior.precision import FixedPrecision
@@ -121,7 +121,7 @@ class BanditGate(Gate, FixedPrecision):
         Raises:
             InvalidArgumentError: a wrong shape, a value out of range, or a strength that is not positive; nothing has changed.
         """
-        validate_labelled(self, hidden, outcome)
+        hidden, outcome = read_labelled(self, hidden, outcome)
         if strength is not None and not strength > 0:
             raise InvalidArgumentError(f"strength must be positive; got {strength}")
         cluster_ids = self._assign(hidden).cluster_ids
@@ -153,8 +153,9 @@ class BanditGate(Gate, FixedPrecision):
         one at a time. Where torch.distributed is initialised this is a collective call, and the rows of different ranks
         do not age each other within the batch.
         """
+        routing, outcome = self.read(routing, outcome)
         slots = self.slots_of(routing, outcome, dense)
-        lost = torch.isinf(routing.distance).to(outcome.device)
+        lost = ~torch.isfinite(routing.distance).to(outcome.device)
         outcome = torch.where(lost[:, None], torch.nan, outcome)
         with torch.no_grad():
             counts = torch.stack(self._count(routing.cluster_ids, outcome, slots))

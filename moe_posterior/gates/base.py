@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe_posterior import validation
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.precision import require_all_loadable
 
@@ -81,9 +82,25 @@ class Gate(nn.Module, ABC):
         Raises:
             InvalidArgumentError: wrong shape, an outcome outside [0, 1], or k = E without ``dense``; nothing has changed.
         """
+        routing, outcome = self.read(routing, outcome)
         self.slots_of(routing, outcome, dense)
-        if ((outcome < 0) | (outcome > 1)).any():
-            raise InvalidArgumentError("outcome must lie in [0, 1] or be NaN (not observed)")
+        validation.outcomes("outcome", outcome)
+
+    def read(self, routing: Routing, outcome: Tensor) -> tuple[Routing, Tensor]:
+        """What :meth:`observe` is given, of whatever type, as the tensors it counts by: indices in int64, outcomes floating.
+
+        Whether the values are in range is for the belief to say: under torch.distributed all ranks must then hear of it.
+
+        Raises:
+            InvalidArgumentError: no Routing, or another type or shape.
+        """
+        if not isinstance(routing, Routing):
+            raise InvalidArgumentError(f"routing must be a Routing of this gate; got {validation.described(routing)}")
+        experts = validation.integers("routing.expert_indices", routing.expert_indices, ("N", "k"))
+        clusters = validation.integers("routing.cluster_ids", routing.cluster_ids, (len(experts),))
+        distance = validation.floats("routing.distance", routing.distance, (len(experts),))
+        outcome = validation.floats("outcome", outcome).detach()
+        return routing._replace(expert_indices=experts, cluster_ids=clusters, distance=distance), outcome
 
     def require_observable(self) -> None:
         """Raise NotFittedError where :meth:`observe` would, for want of clusters to hold the evidence."""
@@ -118,6 +135,10 @@ class Gate(nn.Module, ABC):
 
     def validate_hidden(self, hidden: Tensor) -> None:
         """Raise InvalidArgumentError unless ``hidden`` is a floating (N, D)."""
+        if not isinstance(hidden, Tensor):
+            raise InvalidArgumentError(
+                f"hidden must be a floating tensor of shape (N, {self.hidden_size}); got {validation.described(hidden)}"
+            )
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size or not hidden.is_floating_point():
             raise InvalidArgumentError(
                 f"hidden must be floating point of shape (N, {self.hidden_size}); got {hidden.dtype} of shape "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates.base import Gate, Routing
+from moe_posterior.validation import outcomes
 
 UNKNOWN = 0.5  # the estimate for an expert nobody has observed: the mean of a uniform prior
 
@@ -35,12 +36,13 @@ class SoftmaxGate(Gate):
     def __init__(self, hidden_size: int, num_experts: int, top_k: int = 2, *, router_width: int | None = None) -> None:
         super().__init__(hidden_size, num_experts, top_k)
         self.router: nn.Module
-        if router_width is None:
-            self.router = nn.Linear(hidden_size, num_experts, bias=False)
-        else:
-            self.router = nn.Sequential(
-                nn.Linear(hidden_size, router_width), nn.ReLU(), nn.Linear(router_width, num_experts)
-            )
+        with torch.inference_mode(False):  # weights that are to be trained outlive the block that they were made in
+            if router_width is None:
+                self.router = nn.Linear(hidden_size, num_experts, bias=False)
+            else:
+                self.router = nn.Sequential(
+                    nn.Linear(hidden_size, router_width), nn.ReLU(), nn.Linear(router_width, num_experts)
+                )
 
     def forward(self, hidden: Tensor) -> Routing:  # (N, D)
         """Choose by the largest router probabilities; a row that holds NaN or inf has NaN weights, as in any softmax router."""
@@ -91,7 +93,7 @@ class SoftmaxGate(Gate):
         >>> gate(hidden).expert_indices.flatten().tolist()
         [0, 1]
         """
-        validate_labelled(self, hidden, outcome)
+        hidden, outcome = read_labelled(self, hidden, outcome)
         for name, value in (("weight_decay", weight_decay), ("lr", lr)):
             if not 0.0 <= value < math.inf:
                 raise InvalidArgumentError(f"{name} must be at least 0 and finite; got {value}")
@@ -133,24 +135,17 @@ def soft_target_loss(logits: Tensor, outcome: Tensor) -> Tensor:  # (N, E), (N, 
     return -(target * log_probability.masked_fill(~observed, 0.0)).sum(dim=1).mean()
 
 
-def validate_labelled(gate: Gate, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
-    """Raise InvalidArgumentError unless these are finite rows with one outcome in [0, 1] or NaN for every expert."""
+def read_labelled(gate: Gate, hidden: Tensor, outcome: Tensor) -> tuple[Tensor, Tensor]:  # (N, D), (N, E)
+    """Finite rows with one outcome for every expert, in [0, 1] or NaN; outcomes of any type come out floating.
+
+    Raises:
+        InvalidArgumentError: a wrong shape or type, or a value out of range.
+    """
     gate.validate_hidden(hidden)
     broken = int((~torch.isfinite(hidden).all(dim=1)).sum())
     if broken:
         raise InvalidArgumentError(f"hidden must be finite; {broken} of {len(hidden)} rows hold NaN or inf")
-    expected = (len(hidden), gate.num_experts)
-    if tuple(outcome.shape) != expected or not outcome.is_floating_point():
-        raise InvalidArgumentError(
-            f"outcome must be floating point of shape {expected}, column e for expert e; got {outcome.dtype} of shape "
-            f"{tuple(outcome.shape)}"
-        )
-    wrong = (outcome < 0) | (outcome > 1)
-    if wrong.any():
-        row, column = wrong.nonzero()[0].tolist()
-        raise InvalidArgumentError(
-            f"outcome must lie in [0, 1] or be NaN (not observed); got {outcome[row, column].item():g} at ({row}, {column})"
-        )
+    return hidden, outcomes("outcome", outcome, (len(hidden), gate.num_experts)).to(hidden.device)
 
 
 @torch.no_grad()

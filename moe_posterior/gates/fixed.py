@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
 from moe_posterior.gates.bandits import validate_temperature
 from moe_posterior.gates.base import Gate, Routing
-from moe_posterior.gates.baselines import UNKNOWN, validate_labelled
+from moe_posterior.gates.baselines import UNKNOWN, read_labelled
 from moe_posterior.kernels import reference
 from moe_posterior.precision import FixedPrecision
 
@@ -56,7 +56,7 @@ class FixedGate(Gate, FixedPrecision):
         Raises:
             InvalidArgumentError: no rows, a wrong shape, or a value out of range; nothing has changed.
         """
-        validate_labelled(self, hidden, outcome)
+        hidden, outcome = read_labelled(self, hidden, outcome)
         if not len(outcome):
             raise InvalidArgumentError("outcome must hold at least one row; got none")
         self.mean_outcome.copy_(outcome.double().nanmean(dim=0).nan_to_num(UNKNOWN))

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
 from moe_posterior.gates.bandits import validate_temperature
 from moe_posterior.gates.base import Gate, Routing
-from moe_posterior.gates.baselines import UNKNOWN, validate_labelled
+from moe_posterior.gates.baselines import UNKNOWN, read_labelled
 from moe_posterior.kernels import reference
 from moe_posterior.precision import FixedPrecision
 
@@ -97,7 +97,7 @@ class NearestNeighbourGate(Gate, FixedPrecision):
         Raises:
             InvalidArgumentError: too few rows, a wrong shape, or a value out of range; nothing has changed.
         """
-        validate_labelled(self, hidden, outcome)
+        hidden, outcome = read_labelled(self, hidden, outcome)
         if len(hidden) < self.num_neighbours:
             raise InvalidArgumentError(
                 f"hidden must hold at least num_neighbours={self.num_neighbours} rows; got {len(hidden)}"
@@ -106,7 +106,7 @@ class NearestNeighbourGate(Gate, FixedPrecision):
 
     def remember(self, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
         """Add labelled rows to the memory; beyond ``capacity`` the oldest go. Arguments as :meth:`warm_start`, any number."""
-        validate_labelled(self, hidden, outcome)
+        hidden, outcome = read_labelled(self, hidden, outcome)
         self._keep(
             torch.cat([self.memory, hidden.to(self.memory)]),
             torch.cat([self.outcomes, outcome.nan_to_num(0.0).to(self.outcomes)]),
@@ -142,7 +142,8 @@ class NearestNeighbourGate(Gate, FixedPrecision):
 
     def _neighbours_mean(self, hidden: Tensor) -> Tensor:  # (n, D) -> (n, E)
         # The nearest by ‖x - m‖² are those with the largest x·m - ‖m‖²/2; by the cosine, with the largest x·m/‖m‖.
-        similarity = hidden.float() @ self.memory.T
+        with torch.autocast(hidden.device.type, enabled=False):  # which would round the memory
+            similarity = hidden.float() @ self.memory.T
         if self.metric == "euclidean":
             similarity = similarity - self.half_norms
         else:

@@ -241,8 +241,9 @@ class PosteriorGate(Gate, FixedPrecision):
 
     def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (N, k) or (N, E)
         """Add the outcomes to the belief and refresh the tables of the touched clusters; arguments as :meth:`Gate.observe`."""
+        routing, outcome = self.read(routing, outcome)
         slots = self.slots_of(routing, outcome, dense)
-        lost = torch.isinf(routing.distance).to(outcome.device)
+        lost = ~torch.isfinite(routing.distance).to(outcome.device)
         if lost.any():
             outcome = torch.where(lost[:, None], torch.nan, outcome)
         self.posterior.observe(routing.cluster_ids, outcome, slots, threshold=self.threshold)

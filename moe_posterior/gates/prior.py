@@ -91,7 +91,8 @@ class PriorGate(Gate, FixedPrecision):
                 raise InvalidArgumentError(f"{name} must be positive and finite; got {option}")
         self.penalty, self.confidence, self.strength = penalty, confidence, strength
         self.amnesty, self.pooling, self.innocent, self.backend = amnesty, pooling, innocent, backend
-        self.router = nn.Linear(hidden_size, num_experts, bias=False) if learned else None
+        with torch.inference_mode(False):  # weights that are to be trained outlive the block that they were made in
+            self.router = nn.Linear(hidden_size, num_experts, bias=False) if learned else None
         self.clusterer = Clusterer(num_clusters, hidden_size)
         half = strength / 2
         self.posterior = BetaPosterior(
@@ -215,6 +216,7 @@ class PriorGate(Gate, FixedPrecision):
         Raises:
             InvalidArgumentError: as :meth:`Gate.observe`. NotFittedError: before :meth:`fit`; nothing has changed in either case.
         """
+        routing, outcome = self.read(routing, outcome)
         slots = self.slots_of(routing, outcome, dense)
         self.require_observable()
         lost = ~torch.isfinite(routing.distance).to(outcome.device)

@@ -87,10 +87,9 @@ def make_gate(
 
 def without_idle(gate: Gate, routing: Routing, outcome: Tensor, dense: bool | None) -> Tensor:  # -> as outcome
     """NaN where a slot carried no weight."""
+    routing, outcome = gate.read(routing, outcome)
     if gate.slots_of(routing, outcome, dense) is None:
         return outcome
-    if not outcome.is_floating_point():
-        outcome = outcome.float()  # booleans and integers have no NaN
     return outcome.masked_fill(routing.routing_weights.detach().to(outcome.device) == 0, torch.nan)
 
 

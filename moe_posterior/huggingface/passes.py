@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_posterior import validation
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError, NotFittedError
 from moe_posterior.gates import Routing
 from moe_posterior.huggingface.gates import HostedGate, HostedPriorGate
@@ -144,6 +145,7 @@ def token_outcomes(
     >>> token_outcomes(logits, torch.tensor([[0, 0, 1]]))
     tensor([[1., 1., nan]])
     """
+    logits, labels = validation.floats("logits", logits), validation.integers("labels", labels)
     if logits.ndim != 3 or labels.shape != logits.shape[:2]:
         raise InvalidArgumentError(
             f"labels must have the shape of logits less its last, {tuple(logits.shape[:2])}; got {tuple(labels.shape)}"
@@ -154,6 +156,7 @@ def token_outcomes(
     if shift:
         truth = torch.cat([truth[:, 1:], torch.full_like(truth[:, :1], -100)], dim=1)
     known = truth != -100
+    sound = logits.amax(dim=-1).isfinite()  # a prediction that is broken is no failure, and no success, of the experts
     if bool(((truth < 0) | (truth >= logits.shape[-1]))[known].any()):
         raise InvalidArgumentError(f"labels must be -100 or lie in [0, {logits.shape[-1]})")
     truth = truth.clamp(min=0)
@@ -162,7 +165,7 @@ def token_outcomes(
     else:
         own = logits.gather(-1, truth[..., None]).squeeze(-1).float()
         outcome = (own - logits.float().logsumexp(dim=-1)).exp().clamp(max=1.0)
-    return outcome.detach().masked_fill(~known, torch.nan)
+    return outcome.detach().masked_fill(~(known & sound), torch.nan)
 
 
 def _on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

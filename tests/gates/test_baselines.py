@@ -118,8 +118,8 @@ def test_training_without_a_success_is_refused() -> None:
     [
         (torch.zeros(10, 3), torch.ones(10, 5), r"hidden must be floating point of shape \(N, 6\)"),
         (torch.full((10, 6), torch.nan), torch.ones(10, 5), "hidden must be finite; 10 of 10 rows"),
-        (torch.zeros(10, 6), torch.ones(9, 5), r"outcome must be floating point of shape \(10, 5\).*got.*\(9, 5\)"),
-        (torch.zeros(10, 6), torch.ones(10, 5).long(), "got torch.int64"),
+        (torch.zeros(10, 6), torch.ones(9, 5), r"outcome must be numbers of shape \(10, 5\).*got.*\(9, 5\)"),
+        (torch.zeros(10, 6), torch.ones(10, 5) * 1j, "got torch.complex64"),
         (torch.zeros(10, 6), torch.full((10, 5), 1.5), r"must lie in \[0, 1\].*got 1.5 at \(0, 0\)"),
         (torch.zeros(10, 6), torch.full((10, 5), -torch.inf), r"must lie in \[0, 1\].*got -inf"),
     ],
