@@ -13,7 +13,7 @@ from moe_posterior.audit.files import HEAD, FileSystem, FolderLock, identity, se
 from moe_posterior.audit.frames import Kind, compress, genesis, pack
 from moe_posterior.audit.marks import FORMAT, REMOVED, SEAL, Head, Position, head_bytes, read_note, seal_bytes
 from moe_posterior.audit.state import encode_json
-from moe_posterior.errors import AuditError
+from moe_posterior.errors import AuditError, AuditWriteError
 
 
 class Place:
@@ -138,11 +138,15 @@ class Segments:
 
     def _require_all_before(self, number: int) -> None:
         """No segment has gone that retention did not take; it takes the oldest, and says so first."""
-        numbers = segment_numbers(self.folder, self.files)
-        first = min(numbers, default=number)
-        if first:
-            removed = read_note(self.folder / REMOVED, self.place.key, self.files)
-            first = 0 if removed is None else min(first, removed.segment + 1)
+        try:
+            numbers = segment_numbers(self.folder, self.files)
+            first = min(numbers, default=number)
+            removed = read_note(self.folder / REMOVED, self.place.key, self.files) if first else None
+        except AuditError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            raise AuditWriteError(str(error)) from error  # of the disk, not of what is on it: tried again
+        first = 0 if removed is None else min(first, removed.segment + 1)
         for wanted in range(first, number):
             if wanted not in numbers:
                 raise AuditError(
