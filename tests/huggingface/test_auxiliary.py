@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from huggingface.models import batch, evidence, mixtral
+from model_survey.tiny import tiny_batch, tiny_model
 from torch import Tensor
 
 from moe_posterior import InvalidArgumentError, record, swap_gates
 from moe_posterior.huggingface.swap import swapped_gates
-from moe_posterior.huggingface.tiny import tiny_batch, tiny_model
 
 TYPES = [
     "mixtral",
