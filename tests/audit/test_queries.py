@@ -52,8 +52,7 @@ def ask(request: pytest.FixtureRequest, life, tmp_path: Path):
         export(log.read(), tmp_path)
         for name in ("decisions", "outcomes"):
             connection.execute(f"CREATE VIEW {name} AS SELECT * FROM '{tmp_path}/{name}.parquet'")
-    # By way of Arrow: DuckDB's own conversion of times wants yet another package.
-    return lambda query: [tuple(row.values()) for row in connection.sql(query).to_arrow_table().to_pylist()]
+    return lambda query: connection.sql(query).fetchall()
 
 
 def test_decisions_that_ignored_a_better_expert(life, ask) -> None:
