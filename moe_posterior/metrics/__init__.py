@@ -21,8 +21,16 @@ from moe_posterior.metrics.configurations import (
     shared_confidence,
 )
 from moe_posterior.metrics.decomposition import BrierDecomposition, brier_decomposition
+from moe_posterior.metrics.floor import noise_floor
 from moe_posterior.metrics.grouped import CalibrationError, GroupedCalibrationError
 from moe_posterior.metrics.human import HumanDivergence, human_divergence
+from moe_posterior.metrics.inference import (
+    CalibrationDifference,
+    CalibrationEstimate,
+    calibration_difference,
+    calibration_interval,
+    holm,
+)
 from moe_posterior.metrics.reliability import ReliabilityCurve, curve_from_sums, reliability_curve, wilson_interval
 from moe_posterior.metrics.reweighted import (
     RceCurve,
@@ -47,7 +55,9 @@ __all__ = [
     "ActionThreshold",
     "BinSums",
     "BrierDecomposition",
+    "CalibrationDifference",
     "CalibrationError",
+    "CalibrationEstimate",
     "ClasswiseCalibrationError",
     "ConfigurationCalibration",
     "Configurations",
@@ -66,8 +76,10 @@ __all__ = [
     "bin_sums",
     "brier_decomposition",
     "brier_score",
+    "calibration_difference",
     "calibration_error",
     "calibration_from_sums",
+    "calibration_interval",
     "centred_interval",
     "classwise_calibration_error",
     "configuration_calibration",
@@ -78,8 +90,10 @@ __all__ = [
     "equal_mass_bins",
     "excess_aurc",
     "grouped_calibration_error",
+    "holm",
     "human_divergence",
     "negative_log_likelihood",
+    "noise_floor",
     "paired_bootstrap",
     "rce_curve",
     "reliability_curve",

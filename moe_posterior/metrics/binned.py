@@ -57,9 +57,11 @@ def calibration_error(
         binning: ``"equal_width"`` or ``"equal_mass"`` (quantiles of the confidences, ties together); both hold their lower edge.
         debias: take off what sampling noise adds. Off by default: published numbers are plain. For l1 the estimate is
             2·ECE − E[ECE of redrawn bin accuracies], with the accuracy of a bin redrawn as N(p̂, p̂(1 − p̂)/n) and the
-            expectation in closed form; for l2, p̂(1 − p̂)/(n − 1) comes off each squared gap, and a bin of one prediction
-            counts as 0; grades take their own variance in place of p̂(1 − p̂). Both are at least 0. For l1 a bin that is all right or
-            all wrong shows no noise and keeps its gap, so prefer equal-mass bins. No such estimator is known for ``"max"``.
+            expectation in closed form; for l2, p̂(1 − p̂)/(n − 1) comes off each squared gap. Both are at least 0. A bin of one
+            prediction shows nothing of its noise and keeps its plain gap, so with as many bins as predictions the value is the
+            plain one: counted as 0, a dozen confident mistakes would be called calibrated. For l1 any bin that is all right or all
+            wrong keeps its gap, so prefer equal-mass bins. Grades take their own variance in place of p̂(1 − p̂). No such
+            estimator is known for ``"max"``.
 
     Raises:
         InvalidArgumentError: a shape, dtype, value or combination that does not fit, naming the argument.
@@ -102,5 +104,5 @@ def _debiased(sums: BinSums, norm: str, squares: Tensor) -> Tensor:  # (1, B) ea
     if norm == "l1":
         terms = 2 * gap.abs() - expected_absolute(gap, (variance / count).sqrt())
         return (share * terms).sum().clamp(min=0)
-    squares = torch.where(count > 1, gap.square() - variance / (count - 1).clamp(min=1), 0.0)
+    squares = gap.square() - torch.where(count > 1, variance / (count - 1).clamp(min=1), 0.0)
     return (share * squares).sum().clamp(min=0).sqrt()

@@ -34,8 +34,9 @@ def centred_interval(
 ) -> tuple[Tensor, Tensor]:  # (...), (...)
     """Percentile interval moved by the bootstrap's own estimate of bias; NaN wherever a resample is.
 
-    A binned calibration error is biased upwards, and more so on resampled rows: its plain percentile interval sits too high and
-    can exclude the value it belongs to. What remains is the bias of the value itself. An end may leave the range of the metric.
+    A biased metric is more so on resampled rows: its plain percentile interval can exclude the value it belongs to. What remains is the
+    bias of the value itself, so for a binned calibration error, where that is most of it, take
+    :func:`~moe_posterior.metrics.calibration_interval`. An end may leave the range of the metric.
 
     Args:
         value, statistics: the metric on the data, and on each resample.
@@ -68,6 +69,9 @@ def paired_bootstrap(
     level: float = 0.95,
 ) -> PairedBootstrap:
     """Intervals of a metric for every arm and of its differences from the reference, all arms on the same resampled rows.
+
+    Not for binned calibration errors: a difference of two rewards the sharper arm, whichever is calibrated; see
+    :func:`~moe_posterior.metrics.calibration_difference`.
 
     Args:
         metric_fn: called with an arm's tensors, rows drawn with replacement; returns a number, or a tensor of fixed shape.

@@ -34,7 +34,7 @@ def plain_loop(preds: Tensor, target: Tensor, bins: list[int], norm: str, debias
         worst = max(worst, abs(gap))
         if norm == "l2":
             correction = noise / (n - 1) if debias and n > 1 else 0.0
-            total += n / len(rows) * (0.0 if debias and n == 1 else gap**2 - correction)
+            total += n / len(rows) * (gap**2 - correction)
         elif debias and noise:
             std = math.sqrt(noise / n)
             total += n / len(rows) * (2 * abs(gap) - stats.foldnorm.mean(abs(gap) / std, scale=std))
@@ -144,6 +144,26 @@ def test_no_predictions_give_nan_and_one_prediction_its_gap() -> None:
             assert calibration_error(*empty, binning=binning, debias=debias).isnan()
         one = calibration_error(torch.tensor([0.75]), torch.tensor([1]), binning=binning)
         assert one.item() == 0.25
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("binning", ["equal_width", "equal_mass"])
+@pytest.mark.parametrize("rows", [1, 2, 12, 15])
+def test_where_every_bin_holds_one_row_the_debiased_value_is_the_plain_one(rows: int, binning: str, norm: str) -> None:
+    confidence = (torch.arange(rows, dtype=torch.float64) + 0.5) / 15  # also one in each bin of equal width
+    for correct in (torch.zeros(rows), torch.ones(rows), torch.arange(rows) % 2):
+        plain, debiased = (
+            calibration_error(confidence, correct.long(), binning=binning, norm=norm, debias=flag)
+            for flag in (False, True)
+        )
+        assert debiased.item() == pytest.approx(plain.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_a_dozen_confident_mistakes_are_not_called_calibrated(norm: str) -> None:
+    confidence, wrong = torch.linspace(0.95, 0.99, 12), torch.zeros(12, dtype=torch.int64)
+    for binning in ("equal_width", "equal_mass"):
+        assert calibration_error(confidence, wrong, binning=binning, norm=norm, debias=True) > 0.9
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,137 @@
+"""Binned calibration gaps of one or two arms, with what is needed to know how far chance moves them.
+
+Dimensions: N predictions of a set, K classes, n independent rows, J evaluation sets, A arms, M bins in use over all arms and sets.
+An interval of a calibration error depends on the predictions through a few sums per bin alone, so everything after one pass over the
+rows costs the same for a hundred rows as for a million.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_posterior.bins import bin_indices
+from moe_posterior.metrics.calibration import read_predictions, top_label
+from moe_posterior.validation import integers
+
+CHUNK = 2**21  # entries of a dense block of row sums: 16 MB, whatever the number of rows
+
+Sets = Sequence[tuple[Any, Any]]  # pairs of (N, K) probabilities or (N,) confidences, and (N,) labels
+
+
+@dataclass(frozen=True, eq=False)
+class GapSums:
+    """Sums over the bins in use; an arm's calibration error is the mean over its sets of the sum over their bins."""
+
+    rows: int  # n: rows that vary independently; predictions about one row count as one
+    arm: Tensor  # (M,) int64
+    weight: Tensor  # (M,) 1 / (J · N): makes a sum over predictions a part of the arm's mean error
+    count: Tensor  # (M,) predictions
+    confidence: Tensor  # (M,) sum of confidences
+    correct: Tensor  # (M,) correct predictions, or the sum of their grades
+    spread: Tensor  # (M,) sum of c(1 − c): the variance of ``correct`` if the confidences are right
+    inflation: Tensor  # (M,) variance over that of as many independent right-or-wrong answers
+    correlation: Tensor  # (M, M) of the gaps over rows
+
+    @property
+    def gap(self) -> Tensor:  # (M,)
+        """Confidence − accuracy of a bin times the bin's share: their absolute values add up to the plain error."""
+        return (self.confidence - self.correct) * self.weight
+
+    @property
+    def said(self) -> Tensor:  # (M,)
+        """Mean confidence of each bin."""
+        return self.confidence / self.count
+
+    def noise(self, accuracy: Tensor) -> Tensor:  # (M,) -> (M,)
+        """Standard deviation of each gap if its bin is right at this rate."""
+        return self.weight * (self.count * accuracy * (1 - accuracy)).clamp(min=0).sqrt() * self.inflation.sqrt()
+
+    @property
+    def share(self) -> Tensor:  # (M,) adds up to 1 in each arm
+        """Share of an arm's predictions in each bin, averaged over sets."""
+        return self.count * self.weight
+
+
+def gap_sums(arms: Sequence[Sets], n_bins: int, rows: Any = None) -> GapSums:
+    """The sums of each arm's evaluation sets, in bins of equal width.
+
+    Sets of equal size hold the same rows in the same order, whichever arm they are of; sets of another size hold other rows.
+
+    Args:
+        arms: the sets of each arm, at least one set each.
+        n_bins: bins on [0, 1].
+        rows: (N,) which row of the data a prediction is about, where sets hold copies of rows; by default all differ.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.
+    """
+    sets = [(arm, len(own), read_predictions(*one)) for arm, own in enumerate(arms) for one in own]
+    judged = [top_label(preds.cpu(), target.cpu()) for _, _, (preds, target) in sets]
+    sizes = [len(said) for said, _ in judged]
+    row, total = _numbered(sizes, rows)
+    confidence, correct = (torch.cat(parts) for parts in zip(*judged, strict=True))
+    place = torch.cat([bin_indices(said, n_bins) + n_bins * index for index, (said, _) in enumerate(judged)])
+    columns = [torch.ones_like(correct), confidence, correct, confidence * (1 - confidence), correct.square()]
+    columns.append((confidence - correct).square())
+    full = torch.zeros(len(columns), len(sets) * n_bins, dtype=torch.float64)
+    count, said, seen, spread, grades, alone = full.index_add_(1, place, torch.stack(columns))
+    used = count > 0
+    products = _products(confidence - correct, place, row, used, total, independent=len(sets) == 1 and rows is None)
+    binary = seen * (1 - seen / count)  # sum of squares about the mean, if every answer is right or wrong
+    graded = torch.where(binary > 1e-9, (grades - seen.square() / count) / binary, 1.0)[used]
+    diagonal = products.diagonal()
+    copies = torch.where(alone[used] > 1e-12, diagonal / alone[used], 1.0)
+    scale = diagonal.clamp(min=1e-300).sqrt()
+    correlation = (products / scale / scale[:, None]).fill_diagonal_(1.0)
+    which = torch.tensor([arm for arm, *_ in sets]).repeat_interleave(n_bins)[used]
+    weights = [1 / (own * max(size, 1)) for (_, own, *_), size in zip(sets, sizes, strict=True)]
+    weight = torch.tensor(weights, dtype=torch.float64).repeat_interleave(n_bins)[used]
+    kept = [part[used] for part in (count, said, seen, spread)]
+    return GapSums(total, which, weight, kept[0], kept[1], kept[2], kept[3], copies * graded, correlation)
+
+
+def _numbered(sizes: Sequence[int], rows: Any) -> tuple[Tensor, int]:  # (P,), and how many different ones
+    """The independent row of every prediction of all sets."""
+    if rows is None:
+        kinds = {size: torch.arange(size) for size in sizes}
+    else:
+        known = integers("rows", rows, (sizes[0],)).cpu().unique(return_inverse=True)[1]
+        kinds = dict.fromkeys(sizes, known)
+    starts, total = {}, 0
+    for size, own in kinds.items():
+        starts[size] = total
+        total += int(own.max()) + 1 if size else 0
+    return torch.cat([kinds[size] + starts[size] for size in sizes]), total
+
+
+def _products(
+    residual: Tensor,  # (P,) of all predictions of all sets
+    place: Tensor,  # (P,) bin among those of all sets
+    row: Tensor,  # (P,) in [0, rows)
+    used: Tensor,  # bool, one a bin
+    rows: int,
+    *,
+    independent: bool,
+) -> Tensor:  # (M, M) sums over rows of the products of their summed residuals
+    column = used.cumsum(0)[place] - 1
+    size = int(used.sum())
+    if independent:
+        return torch.zeros(size, dtype=torch.float64).index_add_(0, column, residual.square()).diag()
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for block in _dense_blocks(residual, column, row, rows, size):
+        total += block.T @ block
+    return total
+
+
+def _dense_blocks(residual: Tensor, column: Tensor, row: Tensor, rows: int, size: int) -> Iterator[Tensor]:
+    order = row.argsort(stable=True)
+    residual, column, row = residual[order], column[order], row[order]
+    step = max(1, CHUNK // max(size, 1))
+    for start in range(0, rows, step):
+        first, last = torch.searchsorted(row, torch.tensor([start, start + step])).tolist()
+        block = torch.zeros(min(step, rows - start) * size, dtype=torch.float64)
+        cell = (row[first:last] - start) * size + column[first:last]
+        yield block.index_add_(0, cell, residual[first:last]).view(-1, size)
