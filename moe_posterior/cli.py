@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from moe_posterior.errors import MissingDependencyError, MoEPosteriorError
+from moe_posterior.escape import lines
 
 
 class _Command(NamedTuple):
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return getattr(_load(command), command.function)(rest)
     except (MoEPosteriorError, OSError) as error:
-        print(f"moe-posterior {name}: {error}", file=sys.stderr)
+        print(f"moe-posterior {name}: {lines(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"moe-posterior {name}: interrupted; the same command goes on where it can", file=sys.stderr)

@@ -35,6 +35,7 @@ LEAVES = {
     "metrics",
     "calibrators",
     "page",
+    "escape",
 }  # may use the first row alone, and be used by any room after the gates
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Run and imported by each other alone: they time whole layers.

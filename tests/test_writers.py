@@ -316,7 +316,7 @@ BARE = {
     "symlink_to",
     "hardlink_to",
 }
-QUALIFIED = {"os.replace", "os.open", "os.link", "os.symlink", "torch.save", "json.dump", "np.save", "yaml.dump"}
+QUALIFIED = {"os.replace", "os.link", "os.symlink", "torch.save", "json.dump", "np.save", "yaml.dump"}
 STORAGE = {
     "atomic.py": "is the one place",
     "drafts.py": "is its other half",
@@ -348,7 +348,7 @@ from moe_posterior.atomic import replacing, write_text, copy
 write_text(path, "fine")
 file = io.BytesIO()
 torch.save(x, file)
-open(path), open(path, "rb"), text.replace("a", "b")
+open(path), open(path, "rb"), text.replace("a", "b"), os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 with replacing(path) as inner:
     figure.savefig(inner, format="png")
 """
@@ -362,6 +362,7 @@ with replacing(path) as inner:
         "torch.save(x, path)",
         "figure.savefig(path)",
         "os.replace(a, b)",
+        "os.open(a, os.O_WRONLY)",
         "a.replace(b)",
         "a.rename(b)",
         "with other(path) as inner: np.savez(inner)",
@@ -408,6 +409,9 @@ def writes(call: ast.Call) -> bool:
         return whole == "os.replace" or (
             isinstance(call.func, ast.Attribute) and len(call.args) == 1 and not call.keywords
         )
+    if whole == "os.open":
+        flags = ast.unparse(call.args[1]) if len(call.args) > 1 else ""
+        return "O_RDONLY" not in flags or "O_CREAT" in flags
     if isinstance(call.func, ast.Attribute) and last in BARE:
         return True
     return whole in QUALIFIED

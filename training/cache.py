@@ -12,6 +12,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch import Tensor, nn
 
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.escape import terminal
 from moe_posterior.training.data import manifest
 from moe_posterior.training.data.base import ClassificationData, Split
 from moe_posterior.training.runs import Run
@@ -64,7 +65,10 @@ def cache(arguments: list[str]) -> int:
         stored = open_cache(folder, data, backbone, _settings(options), overwrite=options.overwrite)
         fill(folder, stored, data, backbone.to(options.device), (shifts, options.severities), console)
     rows = ", ".join(f"{len(data.split(part))} {part}" for part in manifest.SPLITS)
-    console.print(f"Cached: {folder} ({rows} rows, {stored['features']} features). Read it with CachedFeatures.")
+    console.print(
+        terminal(f"Cached: {folder} ({rows} rows, {stored['features']} features). Read it with CachedFeatures."),
+        markup=False,
+    )
     return 0
 
 
@@ -174,13 +178,13 @@ def fill(
     names, severities = shifts
     wanted = [*manifest.SPLITS, *(manifest.shift_part(name, severity) for name in names for severity in severities)]
     missing = [part for part in wanted if not manifest.is_stored(folder, stored, part)]
-    columns = (TextColumn("{task.description:<28}"), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<28}", markup=False), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("caching", total=_batches(data, missing))
         for part in missing:
-            progress.update(task, description=part)
+            progress.update(task, description=terminal(part))
             if not console.is_terminal:  # a log file shows no bar
-                console.print(f"caching {part}")
+                console.print(terminal(f"caching {part}"), markup=False)
             batches = []
             for rows in _forward(data, part, backbone):
                 batches.append(rows)

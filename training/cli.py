@@ -19,6 +19,7 @@ from rich.console import Console
 
 from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.escape import terminal
 from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint, WholeCheckpoints
 from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.divergence import StopWhereDiverged, require_finite
@@ -131,7 +132,9 @@ def fit(arguments: list[str]) -> int:
         run.prepare(experiment, overwrite=options.overwrite, arms=options.arms)
         for name, origin in origins.items():
             train(run.arm(name), console, origin)
-    console.print(f"Trained: {run.folder}. Evaluate it with: moe-posterior evaluate --run {run.folder}")
+    console.print(
+        terminal(f"Trained: {run.folder}. Evaluate it with: moe-posterior evaluate --run {run.folder}"), markup=False
+    )
     return 0
 
 
@@ -147,12 +150,12 @@ def train(arm: Arm, console: Console, origin: Arm | None = None) -> None:
         InvalidArgumentError: the last checkpoint cannot be read. KeyboardInterrupt: training was stopped before its end.
     """
     if arm.finished:
-        console.print(f"{arm.folder} is trained already")
+        console.print(terminal(f"{arm.folder} is trained already"), markup=False)
         return
     args, done = ["fit", "--config", str(arm.config)], 0
     if arm.checkpoint.is_file():
         done = read_checkpoint(arm)["global_step"]
-        console.print(f"{arm.folder} goes on from {arm.checkpoint}")
+        console.print(terminal(f"{arm.folder} goes on from {arm.checkpoint}"), markup=False)
         args += ["--ckpt_path", str(arm.checkpoint)]
     elif origin is not None:
         if not origin.warmup.is_file():
@@ -160,10 +163,10 @@ def train(arm: Arm, console: Console, origin: Arm | None = None) -> None:
                 f"{arm.folder} branches from {origin.warmup}, which is not there: train {origin.name!r} first, its method "
                 "with the same warmup_epochs"
             )
-        console.print(f"{arm.folder} branches from {origin.warmup}")
+        console.print(terminal(f"{arm.folder} branches from {origin.warmup}"), markup=False)
         args += ["--ckpt_path", str(origin.warmup)]
     else:
-        console.print(f"{arm.folder} starts")
+        console.print(terminal(f"{arm.folder} starts"), markup=False)
     if not is_launched_rank():
         MetricsFile(str(arm.figures)).keep_before(done)
     started = time.monotonic()

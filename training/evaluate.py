@@ -20,6 +20,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from moe_posterior.atomic import copy, replacing_folder, write_text
 from moe_posterior.calibrators import Calibrator
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.escape import terminal
 from moe_posterior.gates import PosteriorGate
 from moe_posterior.tensorfile import save_plain
 from moe_posterior.training.cli import ExperimentCLI, chosen, read_checkpoint
@@ -84,9 +85,9 @@ def evaluate(arguments: list[str]) -> int:
             for item in data.evaluation_sets(options.shifts, options.severities):
                 for name, model in models.items():
                     what = " ".join(str(part) for part in (item.shift, item.severity or "", name) if part)
-                    progress.update(task, description=what)
+                    progress.update(task, description=terminal(what))
                     if not console.is_terminal:  # a log file shows no bar
-                        console.print(f"evaluating {what}")
+                        console.print(terminal(f"evaluating {what}"), markup=False)
                     predicted, outputs = predict(model, name, item)
                     acted[name].append(scored(item.shift, item.severity, outputs))
                     if panel := panel_of.get((item.shift, item.severity)):
@@ -115,14 +116,12 @@ def evaluate(arguments: list[str]) -> int:
         report["identity"] = _identity(arms, data, models, sets)
         folder = _write(run.folder / "report", report, models, calibrators)
     render_table(report, console)
-    console.print(
-        f"Report: {folder}/index.html  report.json  table.md  model_card.md  "
-        + "  ".join(p.name for p in sorted(folder.glob("*.png")))
-    )
+    written = ["index.html", "report.json", "table.md", "model_card.md", *sorted(p.name for p in folder.glob("*.png"))]
+    console.print(terminal(f"Report: {folder}/{'  '.join(written)}"), markup=False)
     if options.copy_to:
         not_copied = shutil.ignore_patterns("*.pt")
         shutil.copytree(folder, options.copy_to, dirs_exist_ok=True, ignore=not_copied, copy_function=copy)
-        console.print(f"Copied to {options.copy_to}")
+        console.print(terminal(f"Copied to {options.copy_to}"), markup=False)
     return 0
 
 
@@ -203,7 +202,7 @@ def _baseline(arms: list[str]) -> str:
 
 
 def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:<28}"), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<28}", markup=False), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True)
 
 

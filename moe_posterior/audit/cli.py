@@ -17,6 +17,7 @@ from moe_posterior.audit.stats import summarise
 from moe_posterior.audit.verify import Verification, verify, verify_decisions
 from moe_posterior.audit.watch import MOST_MINUTES, watch
 from moe_posterior.errors import AuditError, InvalidArgumentError
+from moe_posterior.escape import terminal
 
 _OVER_ALL, _ASKED = ("competence", "low", "high"), ("asked", "asked_low", "asked_high")
 EXAMPLES = """
@@ -30,15 +31,6 @@ examples:
   moe-posterior audit export runs/x/audit --html audit.html  a page for those who were not there
   moe-posterior audit watch runs/x/audit                     the last minutes, live
 """
-
-
-def printable(text: object) -> str:
-    """Text that does nothing to a terminal: whatever is not plainly printable stands as an escape.
-
-    >>> printable("a\\x1b[2Jb\\nc")
-    'a\\\\x1b[2Jb\\\\nc'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -119,7 +111,7 @@ def _show(log: AuditLog, given: argparse.Namespace) -> int:
         mean = "" if row["alpha"] is None else f"{row['alpha'][best] / (row['alpha'][best] + row['beta'][best]):.3f}"
         signal = "waits" if row["signal"] is None else " ".join(f"{value:g}" for value in row["signal"])
         notes = [word for word in ("abstain", "explored") if row[word]] + [f"also {e}" for e in row["experts"][1:]]
-        source = [] if row["source"] == "router" else [printable(row["source"])]
+        source = [] if row["source"] == "router" else [terminal(row["source"])]
         print(
             f"{row['id']:>12} {_when(row['time']):23} {row['cluster']:>7} {row['distance']:>8.3f} {best:>6} "
             f"{row['scores'][0]:>7.4f} {mean:>6}  {', '.join([signal, *notes, *source])}"
@@ -136,7 +128,7 @@ def _stats(log: AuditLog, given: argparse.Namespace) -> int:
     if found["first_time"] is not None:
         print(f"from {_when(found['first_time'])} to {_when(found['last_time'])} UTC")
     for source in found["sources"]:
-        print(f"\n{printable(source['source'])}")
+        print(f"\n{terminal(source['source'])}")
         for name in ("decisions", "outcomes", "refused"):
             print(f"  {name:<10} {source[name]:>12,}")
         for name in ("abstained", "explored"):
@@ -169,7 +161,7 @@ def _verify(given: argparse.Namespace, key: bytes | None) -> int:
         print(json.dumps(report))
         return 0 if good else 1
     if not found.sound:
-        print(f"ALTERED: {printable(found.problem)}")
+        print(f"ALTERED: {terminal(found.problem)}")
         return 1
     for name in ("segments", "records", "decisions", "outcomes", "refusals", "head"):
         print(f"{name:<10} {report[name]}")
@@ -186,7 +178,7 @@ def _verify(given: argparse.Namespace, key: bytes | None) -> int:
             f"choices    {choices.agree} recomputed alike, {choices.disagreements} not, {choices.skipped} not recomputable"
         )
         for wrong in choices.disagree[:10]:
-            print(f"  {printable(json.dumps(wrong))}")
+            print(f"  {terminal(json.dumps(wrong))}")
     print("sound" if good else "DISAGREES")
     return 0 if good else 1
 
@@ -211,7 +203,7 @@ def _replay(log: AuditLog, given: argparse.Namespace) -> int:
     try:
         router = rebuild(log.read(), given.name, check=True)
     except AuditError as error:
-        print(f"DISAGREES: {printable(error)}")
+        print(f"DISAGREES: {terminal(error)}")
         return 1
     belief = router.posterior
     observed = float((belief.successes + belief.failures).sum())
@@ -222,7 +214,7 @@ def _replay(log: AuditLog, given: argparse.Namespace) -> int:
     print(f"waiting    {waiting} decisions without an outcome")
     if given.out is not None:
         router.save(given.out)
-        print(f"saved      {given.out}")
+        print(f"saved      {terminal(given.out)}")
     print("the records lead to every checkpoint, bit for bit")
     return 0
 
@@ -238,8 +230,8 @@ def _watch(given: argparse.Namespace, key: bytes | None) -> int:
 def _export(log: AuditLog, given: argparse.Namespace) -> int:
     if given.html is not None:
         write_page(log.folder, given.html, log.key)
-        print(given.html)
+        print(terminal(given.html))
         return 0
     for path, rows in export(log.read(), given.out, given.format).items():
-        print(f"{rows:>12,} rows  {path}")
+        print(f"{rows:>12,} rows  {terminal(path)}")
     return 0

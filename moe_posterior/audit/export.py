@@ -7,8 +7,7 @@ from moe_posterior.atomic import replacing
 from moe_posterior.audit.arrow import parquet
 from moe_posterior.audit.arrow import pyarrow as pa
 from moe_posterior.audit.read import Reader
-
-_FORMULA = ("=", "+", "-", "@")  # what spreadsheets take for one at the start of a text
+from moe_posterior.escape import spreadsheet
 
 
 def export(reader: Reader, folder: Path, form: Literal["parquet", "csv"] = "parquet") -> dict[str, int]:
@@ -44,15 +43,8 @@ def _flat(table: Any) -> Any:
         if pa.types.is_list(field.type):
             texts = [None if row is None else ";".join(map(repr, row)) for row in table[field.name].to_pylist()]
         elif pa.types.is_string(field.type):
-            texts = [_harmless(text) for text in table[field.name].to_pylist()]
+            texts = [None if text is None else spreadsheet(text) for text in table[field.name].to_pylist()]
         else:
             continue
         table = table.set_column(index, field.name, pa.array(texts, pa.string()))
     return table
-
-
-def _harmless(text: str | None) -> str | None:
-    if text is None:
-        return None
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return f"'{text}" if text.startswith(_FORMULA) else text

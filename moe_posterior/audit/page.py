@@ -5,10 +5,10 @@ It is made in one pass over the log, with every hash checked, and stays small ho
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from html import escape
 from os import PathLike
 from pathlib import Path
 
+from moe_posterior import escape
 from moe_posterior.atomic import write_text
 from moe_posterior.audit import charts
 from moe_posterior.audit.belief import knobs
@@ -229,7 +229,7 @@ def _cell(one: Estimate | None) -> Cell:
 
 
 def _experts(name: str, source: SourceSurvey) -> str:
-    samples, head = source.samples(), f"<h3>{escape(source.name)}</h3>"
+    samples, head = source.samples(), f"<h3>{escape.html(source.name)}</h3>"
     if samples is None:
         return head + paragraph("This gate has no belief.", "absent")
     note = ""
@@ -241,7 +241,7 @@ def _experts(name: str, source: SourceSurvey) -> str:
 
 
 def _clusters(name: str, source: SourceSurvey) -> str:
-    samples, head = source.samples(), f"<h3>{escape(source.name)}</h3>"
+    samples, head = source.samples(), f"<h3>{escape.html(source.name)}</h3>"
     if samples is None or not source.traffic.any():
         return head + paragraph("Nothing was decided here yet.", "absent")
     note = f"The {charts.CLUSTERS} busiest clusters; in each the {charts.PANELS} experts that are flagged or were asked most."

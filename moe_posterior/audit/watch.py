@@ -26,21 +26,13 @@ from moe_posterior.audit.read import Record
 from moe_posterior.audit.survey import SourceSurvey, Survey
 from moe_posterior.audit.tables import ABSTAIN, EXPLORED, REFUSE, RESOLVE, ROUTE, Group
 from moe_posterior.errors import AuditError
+from moe_posterior.escape import ascii_line
 
 MOST_MINUTES = 24 * 60  # a row of counts a second is kept
 BAR, FLAGS, SOURCES = 20, 6, 8  # width of a bar; flags and routers shown, at most
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the terminal's other screen, its cursor hidden
 _LONGEST = 86_400.0  # seconds without another view, whatever was asked for
 _COUNTS = {"decisions": 0, "abstained": 1, "explored": 2, "outcomes": 3, "refused": 4}
-
-
-def ascii_only(text: object) -> str:
-    """Text that does nothing to a terminal: ASCII as it is, everything else as an escape.
-
-    >>> ascii_only("a\\x1b[2Jb\\né")
-    'a\\\\x1b[2Jb\\\\n\\\\xe9'
-    """
-    return "".join(c if c.isascii() and c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 class Window:
@@ -123,9 +115,9 @@ class View:
                 self._take(record)
                 if enough():
                     return
-            self.problem = "" if self.follower.restarts >= 0 else f"no log in {ascii_only(self.folder)} yet"
+            self.problem = "" if self.follower.restarts >= 0 else f"no log in {ascii_line(self.folder)} yet"
         except (AuditError, OSError) as error:
-            self.problem = f"the log cannot be read: {ascii_only(error)}"
+            self.problem = f"the log cannot be read: {ascii_line(error)}"
 
     def _take(self, record: Record) -> None:
         if self._restarts != self.follower.restarts:
@@ -136,7 +128,7 @@ class View:
 
     def lines(self, now: float, height: int = 1000) -> list[str]:
         """The view as lines of ASCII."""
-        shown = [f"audit log {ascii_only(self.folder)}   {when(int(now * 1e6))}   last {self.seconds / 60:g} min"]
+        shown = [f"audit log {ascii_line(self.folder)}   {when(int(now * 1e6))}   last {self.seconds / 60:g} min"]
         if self.problem:
             shown.append(f"! {self.problem}")
         numbers = sorted(self.survey.sources, key=lambda number: -self.survey.sources[number].decisions)
@@ -167,7 +159,7 @@ def _source_lines(source: SourceSurvey, window: Window, now: float, seconds: int
     decided = window.total("decisions", since)
     of = {name: f"{100 * window.total(name, since) / decided:.1f} %" if decided else "-" for name in _COUNTS}
     lines = [
-        f"{ascii_only(source.name)}: {window.rate('decisions', now - 10, now):,.0f} decisions/s, {decided:,} in the window, "
+        f"{ascii_line(source.name)}: {window.rate('decisions', now - 10, now):,.0f} decisions/s, {decided:,} in the window, "
         f"{source.decisions:,} since {when(source.first_time)}",
         f"  outcomes {of['outcomes']}, refused {window.total('refused', since):,}, abstained {of['abstained']}, "
         f"explored {of['explored']}",
@@ -195,7 +187,7 @@ def _flag_line(source: SourceSurvey, flag: Flag) -> str:
     place = "over all clusters" if flag.cluster is None else f"on cluster {flag.cluster}"
     below = "the pool's" if flag.against == "pool" else "its start of"
     return (
-        f"{ascii_only(source.name)}: expert {flag.expert} {place}, mean {flag.mean:.3f} below {below} {flag.level:.3f} since decision "
+        f"{ascii_line(source.name)}: expert {flag.expert} {place}, mean {flag.mean:.3f} below {below} {flag.level:.3f} since decision "
         f"{flag.decision}, {when(flag.time)}"
     )
 

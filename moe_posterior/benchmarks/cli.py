@@ -22,6 +22,7 @@ from moe_posterior.benchmarks.static import play_static
 from moe_posterior.benchmarks.suite import Plan, cases_of, run
 from moe_posterior.benchmarks.tables import Table, tables_of
 from moe_posterior.errors import InvalidArgumentError, MissingDataError, MissingDependencyError
+from moe_posterior.escape import terminal
 
 EXAMPLES = """
 examples:
@@ -126,13 +127,13 @@ def show(asked: argparse.Namespace, results: Results) -> int:
     render.print_tables(tables)
     if asked.markdown:
         write_text(asked.markdown, render.to_markdown(tables))
-        print(f"tables: {asked.markdown}")
+        print(f"tables: {terminal(asked.markdown)}")
     if asked.figures and asked.benchmark not in ("latency", "audit"):
         for path in render.draw(results.records, asked.figures):
-            print(f"figure: {path}")
+            print(f"figure: {terminal(path)}")
     about = results.about
-    print(f"torch {about.get('torch')}, Python {about.get('python')}, {about.get('processors')} processors")
-    print(f"again:  {about.get('command')}")
+    print(terminal(f"torch {about.get('torch')}, Python {about.get('python')}, {about.get('processors')} processors"))
+    print(f"again:  {terminal(about.get('command'))}")
     return 0
 
 
@@ -263,7 +264,7 @@ def _tune(asked: argparse.Namespace) -> int:
                     report=lambda name, value: advance(),
                 )
                 tune.write_knobs(found, path, environment)
-    print(f"knobs: {path}")
+    print(f"knobs: {terminal(path)}")
     return 0
 
 

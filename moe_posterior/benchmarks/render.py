@@ -14,6 +14,7 @@ from moe_posterior.benchmarks.records import Record
 from moe_posterior.benchmarks.stream import CHECKPOINTS
 from moe_posterior.benchmarks.tables import Block, Table, blocks_of
 from moe_posterior.errors import MissingDependencyError
+from moe_posterior.escape import label, markdown, terminal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,14 +49,16 @@ def print_tables(tables: Iterable[Table], console: "Console | None" = None) -> N
     if not console.is_terminal:
         console.width = max(console.width, FILE_WIDTH)  # a file has no width: do not break its tables at 80
     for table in tables:
-        grid = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+        grid = RichTable(
+            title=Text(terminal(table.title)), title_justify="left", title_style="bold", box=None, padding=(0, 1)
+        )
         for index, name in enumerate(table.header):
-            grid.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+            grid.add_column(Text(terminal(name)), justify="left" if index == 0 else "right", no_wrap=index == 0)
         for row in table.rows:
-            grid.add_row(*(Text(cell) for cell in row))
+            grid.add_row(*(Text(terminal(cell)) for cell in row))
         console.print(grid)
         if table.note:
-            console.print(Text(table.note, "dim italic"))
+            console.print(Text(terminal(table.note), "dim italic"))
         console.print()
 
 
@@ -73,14 +76,14 @@ def to_markdown(tables: Iterable[Table]) -> str:
     """
     parts = []
     for table in tables:
-        lines = [f"**{table.title}**", "", _row(table.header), "|---|" + "--:|" * (len(table.header) - 1)]
+        lines = [f"**{markdown(table.title)}**", "", _row(table.header), "|---|" + "--:|" * (len(table.header) - 1)]
         lines += [_row(row) for row in table.rows]
-        parts += ["\n".join([*lines, "", *([table.note, ""] if table.note else [])])]
+        parts += ["\n".join([*lines, "", *([markdown(table.note), ""] if table.note else [])])]
     return "\n".join(parts)
 
 
 def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(map(markdown, cells)) + " |"
 
 
 def draw(records: Iterable[Record], folder: str | os.PathLike[str]) -> list[Path]:
@@ -132,7 +135,7 @@ def _trajectories(block: Block) -> "Figure":
         for where, style in zip(("affected", "healthy"), STYLES, strict=False):
             lines = [block.numbers(gate, f"degraded_mean_{where}_{passed}") for passed in CHECKPOINTS]
             band(axes, list(CHECKPOINTS), [list(line.values()) for line in lines], where, style)
-        axes.set_title(gate, fontsize=10)
+        axes.set_title(label(gate), fontsize=10)
         axes.set_xlabel("queries since the failure")
     panels[0].set_ylabel("posterior mean of the degraded expert")
     panels[0].set_ylim(0, 1)
@@ -155,7 +158,7 @@ def _success(block: Block) -> "Figure":
     axes.axhline(0.85, color="0.8", linewidth=0.8, zorder=0)
     axes.set_xlabel("query")
     axes.set_ylabel("success of the next 50 queries (share)")
-    axes.set_title(block.title("routing along the stream"), fontsize=9)
+    axes.set_title(label(block.title("routing along the stream")), fontsize=9)
     axes.legend(frameon=False, fontsize=8, ncols=2)
     return figure
 

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
+from moe_posterior.escape import terminal
 from moe_posterior.huggingface.passes import Batches, fit_clusters, warm_start
 
 
@@ -87,10 +88,10 @@ class SwapReport:
         return self
 
     def __str__(self) -> str:
-        rows = [("layer", "router", "status", "experts", "top_k", "reason")]
+        rows = [["layer", "router", "status", "experts", "top_k", "reason"]]
         for layer in self.layers:
             counts = ("", "") if layer.status == "refused" else (str(layer.num_experts), str(layer.top_k))
-            rows.append((layer.name, layer.router, layer.status, *counts, layer.reason))
+            rows.append([terminal(cell) for cell in (layer.name, layer.router, layer.status, *counts, layer.reason)])
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = []
         for row in rows:

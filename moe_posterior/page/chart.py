@@ -7,7 +7,8 @@ a chart computes nothing.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from html import escape
+
+from moe_posterior import escape
 
 WIDTH, HEIGHT = 400, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 26, 46
@@ -76,7 +77,7 @@ def legend(series: Sequence[tuple[str, int]]) -> str:
     """Names beside their line and marker, as a list that wraps."""
     items = "".join(
         f'<li><svg viewBox="0 0 34 14" aria-hidden="true">{_path([(1, 7), (33, 7)], style)}{_mark(17, 7, style)}</svg>'
-        f"<span>{escape(name)}</span></li>"
+        f"<span>{escape.html(name)}</span></li>"
         for name, style in series
     )
     return f'<ul class="legend">{items}</ul>'
@@ -121,8 +122,8 @@ def line_chart(
         drawn.append(_strip(series, height - BOTTOM))
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{name}-title {name}-desc">'
-        f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
-        f'<text class="name" x="{LEFT}" y="16">{escape(_clip(title))}</text>{"".join(drawn)}</svg>'
+        f'<title id="{name}-title">{escape.html(title)}</title><desc id="{name}-desc">{escape.html(description)}</desc>'
+        f'<text class="name" x="{LEFT}" y="16">{escape.html(_clip(title))}</text>{"".join(drawn)}</svg>'
     )
 
 
@@ -149,7 +150,7 @@ def _axes(x_axis: Axis, y_axis: Axis, height: int, strip: bool) -> str:
         parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     middle_x, middle_y = (LEFT + right) / 2, (TOP + floor) / 2
     parts.append(
-        f'<text class="unit" x="{middle_x}" y="{height - 12}" text-anchor="middle">{escape(x_axis.label)}</text>'
+        f'<text class="unit" x="{middle_x}" y="{height - 12}" text-anchor="middle">{escape.html(x_axis.label)}</text>'
     )
     parts.append(_upright(middle_y, y_axis.label))
     if strip:
@@ -158,9 +159,7 @@ def _axes(x_axis: Axis, y_axis: Axis, height: int, strip: bool) -> str:
 
 
 def _upright(y: float, label: str) -> str:
-    return (
-        f'<text class="unit" text-anchor="middle" transform="translate(14 {y:.1f}) rotate(-90)">{escape(label)}</text>'
-    )
+    return f'<text class="unit" text-anchor="middle" transform="translate(14 {y:.1f}) rotate(-90)">{escape.html(label)}</text>'
 
 
 def _known(value: float | None) -> bool:
@@ -193,7 +192,7 @@ def _series(one: Series, place: Callable[[float, float], tuple[float, float]], w
     for position, (x, y, index) in enumerate(points):
         if not many or position % (len(points) // 10) == 0:
             parts.append(_mark(x, y, one.style, faint=index in faint))
-    return f'<g aria-label="{escape(one.name)}">{"".join(parts)}</g>'
+    return f'<g aria-label="{escape.html(one.name)}">{"".join(parts)}</g>'
 
 
 def _ends(

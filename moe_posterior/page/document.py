@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from html import escape
 from importlib.resources import files
+
+from moe_posterior import escape
 
 DASH = "–"
 LONG = 28  # characters, beyond which a cell's text wraps
@@ -84,12 +85,12 @@ def paragraph(text: str, kind: str = "") -> str:
     >>> paragraph("a < b")
     '<p>a &lt; b</p>'
     """
-    return f'<p class="{escape(kind)}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+    return f'<p class="{escape.html(kind)}">{escape.html(text)}</p>' if kind else f"<p>{escape.html(text)}</p>"
 
 
 def details(summary: str, body: str) -> str:
     """Markup that is folded away until asked for, and unfolded in print by the page's script."""
-    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+    return f"<details><summary>{escape.html(summary)}</summary>{body}</details>"
 
 
 def table(content: Table) -> str:
@@ -103,14 +104,14 @@ def table(content: Table) -> str:
     numeric = [_is_numeric(row[i] for row in content.rows) for i in range(len(content.columns))]
     marks = [' class="number"' if number else "" for number in numeric]
     head = "".join(
-        f'<th scope="col"{mark}>{escape(name)}</th>' for name, mark in zip(content.columns, marks, strict=True)
+        f'<th scope="col"{mark}>{escape.html(name)}</th>' for name, mark in zip(content.columns, marks, strict=True)
     )
     body = "\n".join(
         "<tr>" + "".join(_cell(value, mark) for value, mark in zip(row, marks, strict=True)) + "</tr>"
         for row in content.rows
     )
-    caption = f"<caption>{escape(content.caption)}</caption>" if content.caption else ""
-    label = escape(content.caption or ", ".join(content.columns))
+    caption = f"<caption>{escape.html(content.caption)}</caption>" if content.caption else ""
+    label = escape.html(content.caption or ", ".join(content.columns))
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table class="sortable">{caption}'
         f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
@@ -123,7 +124,7 @@ def figure(svg: Sequence[str], caption: str, legend: str = "", data: Table | Non
     numbers = details("The numbers behind this figure", table(data)) if data else ""
     return (
         f'<figure>{legend}<div class="panels">{panels}</div>'
-        f"<figcaption>{escape(caption)}</figcaption>{numbers}</figure>"
+        f"<figcaption>{escape.html(caption)}</figcaption>{numbers}</figure>"
     )
 
 
@@ -139,9 +140,12 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """
     style, script = _resource("style.css"), _resource("script.js")
     policy = f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'"
-    contents = "".join(f'<li><a href="#{escape(one.anchor)}">{escape(one.title)}</a></li>' for one in sections)
+    contents = "".join(
+        f'<li><a href="#{escape.html(one.anchor)}">{escape.html(one.title)}</a></li>' for one in sections
+    )
     parts = "\n".join(
-        f'<section id="{escape(one.anchor)}"><h2>{escape(one.title)}</h2>\n{one.html}\n</section>' for one in sections
+        f'<section id="{escape.html(one.anchor)}"><h2>{escape.html(one.title)}</h2>\n{one.html}\n</section>'
+        for one in sections
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -151,13 +155,13 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
-<title>{escape(title)}</title>
+<title>{escape.html(title)}</title>
 <style>{style}</style>
 </head>
 <body>
 <header>
-<h1>{escape(title)}</h1>
-<p>{escape(subtitle)}</p>
+<h1>{escape.html(title)}</h1>
+<p>{escape.html(subtitle)}</p>
 <button type="button" id="theme" hidden>Dark or light</button>
 </header>
 <nav aria-label="Contents"><ul>{contents}</ul></nav>
@@ -187,12 +191,12 @@ def _key(value: object) -> float | str | None:
 
 def _cell(value: object, mark: str) -> str:
     key = _key(value)
-    sort = "" if isinstance(value, str) else f' data-key="{"" if key is None else escape(str(key))}"'
-    text = escape(value.text if isinstance(value, Cell) else show(value))
+    sort = "" if isinstance(value, str) else f' data-key="{"" if key is None else escape.html(str(key))}"'
+    text = escape.html(value.text if isinstance(value, Cell) else show(value))
     if isinstance(value, Cell) and value.strong:
         text = f"<strong>{text}</strong>"
     if isinstance(value, Cell) and value.more:
-        text += f' <span class="more">{escape(value.more)}</span>'
+        text += f' <span class="more">{escape.html(value.more)}</span>'
     elif len(show(value)) > LONG:
         mark = ' class="long"'
     return f"<td{sort}{mark}>{text}</td>"

@@ -16,6 +16,7 @@ from model_survey.checks import CHECKS
 from model_survey.tiny import model_class, moe_model_types, tiny_model
 from moe_posterior.atomic import write_text
 from moe_posterior.errors import MissingDependencyError
+from moe_posterior.escape import lines, markdown
 from moe_posterior.huggingface.find import find_routers
 from moe_posterior.huggingface.host import SwappedRouter
 from moe_posterior.huggingface.swap import restore_gates
@@ -87,7 +88,8 @@ def as_markdown(rows: list[dict[str, Any]], version: str) -> str:
     for row in rows:
         checks = [marks[row["checks"].get(name)] for name in CHECKS]
         lines.append(
-            f"| {row['model_type']} | {', '.join(row['routers'])} | {row['status']} | {' | '.join(checks)} | {row['reason']} |"
+            f"| {markdown(row['model_type'])} | {markdown(', '.join(row['routers']))} | {row['status']} | "
+            f"{' | '.join(checks)} | {markdown(row['reason'])} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -105,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise MissingDependencyError("transformers", "hf") from error
     rows = survey(options.model_types or moe_model_types())
     table = as_markdown(rows, transformers.__version__)
-    print(table)
+    print(lines(table))
     if options.markdown:
         write_text(options.markdown, table)
     if options.json:

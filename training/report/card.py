@@ -1,15 +1,14 @@
 """The report as a fragment of a Hugging Face model card."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from moe_posterior.escape import markdown
 from moe_posterior.page import Cell, Table, show
 from moe_posterior.training.report import promise, tables
 from moe_posterior.training.report.checklist import ABSENT, checklist, standard, tally
 
 MOST_CONFIGURATIONS = 10
-SPECIAL = re.compile(r"([\\`*_\[\]|~$<>&])")
 
 
 def to_card(report: Mapping[str, Any]) -> str:
@@ -33,12 +32,12 @@ def to_card(report: Mapping[str, Any]) -> str:
     metric = tables.metric_settings(report)
     said = promise.sentence(tables.rows_of(report, "action"))
     parts = {
-        "Action threshold": (f"{escape(said)}\n\n" if said else "") + _section(tables.action(report, whole=True)),
-        "Governance standard": f"Held: {escape(tally(checklist(report)))}.\n\n{markdown_table(standard(report))}",
+        "Action threshold": (f"{markdown(said)}\n\n" if said else "") + _section(tables.action(report, whole=True)),
+        "Governance standard": f"Held: {markdown(tally(checklist(report)))}.\n\n{markdown_table(standard(report))}",
         "Results": _section(tables.main_rows(report)) + _note(report),
         "Shift scenarios": _section(tables.shifts(report))
         + (f"\n\n{markdown_table(pools)}" if (pools := tables.pools(report)) else "")
-        + (f"\n\nMetric: {escape(metric)}." if metric else ""),
+        + (f"\n\nMetric: {markdown(metric)}." if metric else ""),
         "Subgroups": _section(tables.subgroups(report)),
         f"Routing configurations with the largest gap (at most {MOST_CONFIGURATIONS})": _section(
             tables.configurations(report, MOST_CONFIGURATIONS)
@@ -50,19 +49,10 @@ def to_card(report: Mapping[str, Any]) -> str:
     return f"## Calibration of the routed aggregate\n\n{body}\n"
 
 
-def escape(text: str) -> str:
-    r"""Text that Markdown and HTML leave as it is, on one line.
-
-    >>> print(escape("a|b <script>"))
-    a\|b \<script\>
-    """
-    return SPECIAL.sub(r"\\\1", " ".join(text.split()))
-
-
 def markdown_table(content: Table) -> str:
     """A table of plain values; numbers to the right, strong cells in bold."""
     numeric = [all(_is_number(row[i]) for row in content.rows) for i in range(len(content.columns))]
-    lines = ["| " + " | ".join(map(escape, content.columns)) + " |"]
+    lines = ["| " + " | ".join(map(markdown, content.columns)) + " |"]
     lines.append("|" + "|".join("--:" if number else "---" for number in numeric) + "|")
     lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in content.rows]
     return "\n".join(lines)
@@ -74,7 +64,7 @@ def _is_number(value: object) -> bool:
 
 
 def _cell(value: object) -> str:
-    text = escape(show(value))
+    text = markdown(show(value))
     return f"**{text}**" if isinstance(value, Cell) and value.strong else text
 
 

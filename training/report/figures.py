@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_posterior.atomic import replacing
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+from moe_posterior.escape import label
 from moe_posterior.training.report.places import size
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def reliability_diagram(report: dict, path: str | os.PathLike[str]) -> None:
         curves.sort(key=lambda curve: report["arms"].index(curve["arm"]))
         _draw_curves(axes[0, column], curves)
         _draw_shares(axes[1, column], curves)
-        axes[0, column].set_title(f"{panel}\nn = {size(curves[0]['n'], curves[0]['sets']).text}", fontsize=9)
+        axes[0, column].set_title(f"{label(panel)}\nn = {size(curves[0]['n'], curves[0]['sets']).text}", fontsize=9)
         axes[1, column].set_xlabel("confidence of the top label (probability)")
     axes[0, 0].set_ylabel("accuracy (share correct)")
     axes[1, 0].set_ylabel("share of\npredictions (%)")
@@ -100,7 +101,13 @@ def posterior_heatmap(
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if expert_names is not None:
-        axes.set_xticks(range(num_experts), labels=expert_names, rotation=35, ha="right", rotation_mode="anchor")
+        axes.set_xticks(
+            range(num_experts),
+            labels=[label(name) for name in expert_names],
+            rotation=35,
+            ha="right",
+            rotation_mode="anchor",
+        )
     _mark_cells(axes, mean, count, annotate)
     save_figure(figure, path)
 
@@ -134,9 +141,9 @@ def _draw_curves(axes: "Axes", curves: list[dict]) -> None:
             below = [max(0, middle - end) for middle, end in zip(accuracy, low, strict=True)]
             above = [max(0, end - middle) for middle, end in zip(accuracy, high, strict=True)]
             look = style if solid else {**style, "linestyle": "none", "alpha": 0.3}
-            label = f"{curve['arm']} (ECE {curve['ece']:.3f})" if solid else None
+            shown = f"{label(curve['arm'])} (ECE {curve['ece']:.3f})" if solid else None
             axes.errorbar(
-                confidence, accuracy, [below, above], label=label, markersize=4, linewidth=1.2, capsize=2, **look
+                confidence, accuracy, [below, above], label=shown, markersize=4, linewidth=1.2, capsize=2, **look
             )
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+from moe_posterior.escape import markdown, terminal
 from moe_posterior.training.report import promise
 from moe_posterior.training.report.compute import METRICS, OVERALL
 from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of
@@ -59,19 +60,20 @@ def render_table(report: dict, console: "Console | None" = None) -> None:
         grid.add_column(width=arm_width, no_wrap=True)
         for _ in METRICS:
             grid.add_column(width=CELL_WIDTH, no_wrap=True)
-        grid.add_row(Text(first, style), *(Text(cell, style) for cell in cells))
+        grid.add_row(Text(terminal(first), style), *(Text(cell, style) for cell in cells))
         return grid
 
-    arm_width = max(len(arm) for arm in report["arms"])
+    arm_width = max(len(terminal(arm)) for arm in report["arms"])
     lines: list = [
-        Text(text, "bold" if text.startswith(f"  {promise.FAILED.upper()}") else "") for text in _promise_lines(report)
+        Text(terminal(text), "bold" if text.startswith(f"  {promise.FAILED.upper()}") else "")
+        for text in _promise_lines(report)
     ]
     lines += [Text(_title(report), "italic"), line("", (TITLES[metric] for metric in METRICS), "bold")]
     previous = None
     for row in _rows(report):
         if (row.evaluation, row.subset) != previous:
             previous = (row.evaluation, row.subset)
-            lines.append(Text(f"── {row.evaluation}, {row.subset} (n = {row.n})", "dim"))
+            lines.append(Text(terminal(f"── {row.evaluation}, {row.subset} (n = {row.n})"), "dim"))
         lines.append(line(row.arm, (text.replace(" ", TERMINAL_SIGNS[mark], 1) for text, mark in row.cells)))
     (console or Console()).print(Group(*lines, Text(f"*: better; {MEANING};\n{WHERE}", "italic")))
 
@@ -87,7 +89,11 @@ def to_markdown(report: dict) -> str:
     ]
     for row in _rows(report):
         cells = (_marked(text, mark) for text, mark in row.cells)
-        lines.append(f"| {row.evaluation} | {row.subset} | {row.n} | {row.arm} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {markdown(row.evaluation)} | {markdown(row.subset)} | {row.n} | {markdown(row.arm)} | "
+            + " | ".join(cells)
+            + " |"
+        )
     return "\n".join([*lines, "", f"Bold: better; {MEANING}; {WHERE}."]) + "\n"
 
 
@@ -146,15 +152,15 @@ def _promise_markdown(report: Mapping[str, Any]) -> Iterator[str]:
     if not said:
         return
     yield from (
-        f"**Action threshold.** {said}",
+        f"**Action threshold.** {markdown(said)}",
         "",
         "| arm | evaluation | promise | share wrong, and coverage |",
         "|---|---|---|---|",
     )
     for row in rows:
-        found = promise.verdict_text(row)
+        found = markdown(promise.verdict_text(row))
         found = f"**{found}**" if promise.verdict(row) == promise.FAILED else found
-        yield f"| {row.get('arm') or ''} | {promise.place(row)} | {found} | {_risk(row)} |"
+        yield f"| {markdown(row.get('arm') or '')} | {markdown(promise.place(row))} | {found} | {_risk(row)} |"
     yield ""
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.escape import lines
 from moe_posterior.training.outputs import outputs_of
 from moe_posterior.training.runs import Run
 from moe_posterior.training.study import measure
@@ -68,7 +69,7 @@ def study(arguments: list[str]) -> int:
         return 0
     tables = tables_of(content["records"])
     text = to_markdown(tables, content["about"])
-    console.print(text, markup=False, highlight=False)
+    console.print(lines(text), markup=False, highlight=False)
     if asked.markdown:
         Path(asked.markdown).parent.mkdir(parents=True, exist_ok=True)
         write_text(asked.markdown, text)

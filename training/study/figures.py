@@ -3,6 +3,7 @@
 import os
 from statistics import mean
 
+from moe_posterior.escape import label
 from moe_posterior.training.report.figures import STYLES, canvas, save_figure
 from moe_posterior.training.study.tables import Records, by_seed, half_width
 
@@ -36,14 +37,14 @@ def online_figure(records: Records, path: str | os.PathLike[str]) -> None:
                 places,
                 [mean(values) for _, values in found],
                 [half_width(values) for _, values in found],
-                label=f"{method}, {gate}",
+                label=label(f"{method}, {gate}"),
                 capsize=2,
                 linewidth=1.2,
                 markersize=4,
                 **style,
             )
         axis.set_xticks(range(len(delivered)), [str(m) for m in delivered])
-        axis.set_title(setting.replace("_", " "), fontsize=10)
+        axis.set_title(label(setting.replace("_", " ")), fontsize=10)
         axis.set_xlabel("outcomes delivered")
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("hard ECE")

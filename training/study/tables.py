@@ -11,6 +11,7 @@ from typing import Any
 
 import scipy.stats
 
+from moe_posterior.escape import code, markdown
 from moe_posterior.training.study.plan import PUBLISHED
 
 __all__ = ["Table", "paired", "tables_of", "to_markdown"]
@@ -298,11 +299,11 @@ def to_markdown(tables: Sequence[Table], about: Mapping[str, Any]) -> str:
     parts = []
     for table in tables:
         lines = [
-            f"**{table.title}**",
+            f"**{markdown(table.title)}**",
             "",
-            "| " + " | ".join(table.columns) + " |",
+            "| " + " | ".join(map(markdown, table.columns)) + " |",
             "|" + "---|" * len(table.columns),
-            *("| " + " | ".join(row) + " |" for row in table.rows),
+            *("| " + " | ".join(map(markdown, row)) + " |" for row in table.rows),
         ]
-        parts.append("\n".join(lines) + (f"\n\n{table.note}" if table.note else ""))
-    return "\n\n".join([*parts, f"`{about['command']}`"]) + "\n"
+        parts.append("\n".join(lines) + (f"\n\n{markdown(table.note)}" if table.note else ""))
+    return "\n\n".join([*parts, code(about["command"])]) + "\n"

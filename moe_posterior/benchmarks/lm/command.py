@@ -16,6 +16,7 @@ from moe_posterior.benchmarks.lm.stream import Plan
 from moe_posterior.benchmarks.lm.tables import tables_of
 from moe_posterior.benchmarks.records import Record, Results
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.escape import code, markdown, terminal
 
 EXAMPLES = """
 examples:
@@ -124,12 +125,12 @@ def _show(asked: argparse.Namespace, results: Results) -> int:
     about = results.about
     versions = f"torch {about.get('torch')}, Python {about.get('python')}, {about.get('processors')} processors"
     if asked.markdown:
-        again = f"\n`{about.get('command')}`\n\n{versions}\n"
+        again = f"\n{code(about.get('command'))}\n\n{markdown(versions)}\n"
         write_text(asked.markdown, render.to_markdown(tables) + again)
-        print(f"tables: {asked.markdown}")
+        print(f"tables: {terminal(asked.markdown)}")
     if asked.figures:
         for path in draw(found, asked.figures):
-            print(f"figure: {path}")
-    print(versions)
-    print(f"again:  {about.get('command')}")
+            print(f"figure: {terminal(path)}")
+    print(terminal(versions))
+    print(f"again:  {terminal(about.get('command'))}")
     return 0
