@@ -152,6 +152,20 @@ def open_lock(path: str | os.PathLike[str]) -> BinaryIO:
     return open(handle, "ab", buffering=0)
 
 
+def append(path: str | os.PathLike[str], text: str) -> None:
+    """Add a text to the end of a plain file, which is made where it is missing; no link is followed.
+
+    This is no write of all or nothing: a kill or a full disk can leave a part of the text, which readers must expect.
+
+    Raises:
+        UnwritableFileError: the file system refuses. InvalidArgumentError: ``path`` is no path.
+    """
+    with _explained(checked(path)), open_lock(path) as file:
+        data = memoryview(text.encode("utf-8", "backslashreplace"))
+        while data:
+            data = data[file.write(data) :]
+
+
 def checked(path: str | os.PathLike[str], name: str = "path") -> Path:
     """The path of a file that an argument names.
 

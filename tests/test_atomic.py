@@ -212,7 +212,13 @@ def test_a_lock_file_is_never_emptied_nor_a_link_followed(tmp_path: Path) -> Non
     lock.unlink()
     lock.write_bytes(b"kept")
     atomic.open_lock(lock).close()
-    assert (victim.read_bytes(), lock.read_bytes()) == (b"precious", b"kept")
+    atomic.append(lock, " and more")
+    assert (victim.read_bytes(), lock.read_bytes()) == (b"precious", b"kept and more")
+    lock.unlink()
+    lock.symlink_to(victim)
+    with pytest.raises(UnwritableFileError):
+        atomic.append(lock, "more")
+    assert victim.read_bytes() == b"precious"
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UnwritableFileError, match="not a plain file"):
         atomic.open_lock(tmp_path / "pipe")

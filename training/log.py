@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from moe_posterior.atomic import write_text
+from moe_posterior.atomic import append, write_text
 from moe_posterior.errors import DamagedFileError
 
 __all__ = ["MetricsFile"]
@@ -61,8 +61,7 @@ class MetricsFile(Logger):
             self._columns += sorted(new)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.path, _text(self._columns, rows, header=True))
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            file.write(_text(self._columns, [row], header=False))
+        append(self.path, _text(self._columns, [row], header=False))
 
     def keep_before(self, step: int) -> None:
         """Drop the lines from this step on, which will be written again, and a last one that a kill left unfinished.
