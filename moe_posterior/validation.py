@@ -152,7 +152,7 @@ def number(
     >>> number("threshold", np.float32(0.5), least=0, most=1)
     0.5
     """
-    found = _scalar(value)
+    found = real(value)
     if found is None or not (least <= found <= most and (finite is False or math.isfinite(found))):
         inside = False
     else:
@@ -184,6 +184,18 @@ def count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> 
 def is_empty_list(value: Any) -> bool:
     """Whether this is a list without values, which has no type of its own."""
     return isinstance(value, (list, tuple)) and all(is_empty_list(item) for item in value)
+
+
+def real(value: Any) -> float | None:
+    """One real number as a float; None for anything else, booleans included."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        value = value.item() if value.ndim == 0 else None
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # a Python integer beyond the largest float
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def fits(found: Tensor, shape: Shape | None) -> bool:
@@ -267,14 +279,3 @@ def _range(least: float, most: float, above: float, below: float, finite: bool) 
     bounds["positive" if above == 0 else f"above {above:g}"] = above
     words = [text for text, bound in bounds.items() if not math.isinf(bound)]
     return f"be {' and '.join([*words, *(['finite'] if finite else [])]) or 'a number'}"
-
-
-def _scalar(value: Any) -> float | None:
-    if isinstance(value, (Tensor, np.ndarray)):
-        value = value.item() if value.ndim == 0 else None
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        return None
-    try:
-        return float(value)
-    except OverflowError:  # a Python integer beyond the largest float
-        return math.inf if value > 0 else -math.inf  # type: ignore[operator]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.losses.arithmetic import root, top_label
-from moe_posterior.losses.checks import checked, require_above, require_at_least
+from moe_posterior.losses.checks import labelled, require_above, require_at_least
 
 
 def mmce(
@@ -41,7 +41,7 @@ def mmce(
     (0.5, 0.25)
     """
     require_above("width", width, 0.0)
-    return mmce_of(*top_label(checked(probs, target), target), width, weighted)
+    return mmce_of(*top_label(*labelled(probs, target)), width, weighted)
 
 
 def soft_ece(
@@ -76,7 +76,7 @@ def soft_ece(
         raise InvalidArgumentError(f"n_bins must be an integer of at least 1; got {n_bins!r}")
     require_above("temperature", temperature, 0.0)
     require_at_least("norm", norm, 1.0)
-    return soft_ece_of(*top_label(checked(probs, target), target), n_bins, temperature, norm)
+    return soft_ece_of(*top_label(*labelled(probs, target)), n_bins, temperature, norm)
 
 
 def soft_ece_of(confidence: Tensor, correct: Tensor, n_bins: int, temperature: float, norm: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.losses.arithmetic import group_means, mean_of, multiplied, top_label, true_class_nll
 from moe_posterior.losses.calibration import mmce_of, soft_ece_of
-from moe_posterior.losses.checks import checked, require_above, require_at_least, require_indices
+from moe_posterior.losses.checks import labelled, read_indices, require_above, require_at_least
 
 GAPS = ("confidence", "soft_ece", "mmce")
 LEAST_SHARE = 0.01  # of a uniform weight; see robust_config
@@ -86,8 +86,8 @@ def robust_config(
     >>> state.gaps.tolist(), state.counts.tolist()
     ([-0.25, 0.75], [1.0, 3.0])
     """
-    probs = checked(probs, target)
-    _check_configuration(configuration, state, len(target))
+    probs, target = labelled(probs, target)
+    configuration = _read_configuration(configuration, state, len(target))
     if gap not in GAPS:
         raise InvalidArgumentError(f"gap must be one of {GAPS}; got {gap!r}")
     for name, value in (("weight", weight), ("step", step), ("min_count", min_count)):
@@ -144,10 +144,10 @@ def _gaps(
     return torch.zeros_like(gaps).index_put((present,), torch.stack(values)), count
 
 
-def _check_configuration(configuration: Tensor, state: ConfigurationState, length: int) -> None:
+def _read_configuration(configuration: Tensor, state: ConfigurationState, length: int) -> Tensor:
     shapes = {tuple(part.shape) for part in state}
     if len(shapes) != 1 or state.weights.ndim != 1 or not all(part.is_floating_point() for part in state):
         raise InvalidArgumentError(
             f"state must hold three floating point tensors of one shape (G,); got {[tuple(p.shape) for p in state]}"
         )
-    require_indices("configuration", configuration, length, len(state.weights))
+    return read_indices("configuration", configuration, length, len(state.weights))

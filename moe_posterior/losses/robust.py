@@ -12,11 +12,13 @@ from moe_posterior.losses.arithmetic import group_means, mean_of, multiplied, ti
 from moe_posterior.losses.checks import (
     checked,
     checked_experts,
+    labelled,
+    read_floats,
+    read_indices,
     require_at_least,
-    require_floats,
-    require_indices,
     widened,
 )
+from moe_posterior.validation import described, number, real, tensor
 
 
 def nll_per_row(
@@ -33,7 +35,7 @@ def nll_per_row(
     >>> nll_per_row(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([0, 1]))
     tensor([ 0.6931, 27.6310])
     """
-    return true_class_nll(checked(probs, target), target)
+    return true_class_nll(*labelled(probs, target))
 
 
 def nll(
@@ -99,7 +101,7 @@ def mixture_regret(
     >>> mixture_regret(torch.tensor([[0.5, 0.5]]), torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([0]))
     tensor([0.6931])
     """
-    probs = checked(probs, target)
+    probs, target = labelled(probs, target)
     experts = checked_experts(expert_probs, probs)
     best = true_class_nll(experts.flatten(0, 1), target.repeat_interleave(experts.shape[1])).view(experts.shape[:2])
     return (true_class_nll(probs, target) - best.amin(1)).relu()
@@ -121,7 +123,7 @@ def expert_disagreement(
     """
     probs = checked(probs)
     experts = checked_experts(expert_probs, probs)
-    require_floats("routing_weights", routing_weights, experts.shape[:2])
+    routing_weights = read_floats("routing_weights", routing_weights, experts.shape[:2])
     return (widened(routing_weights) * (experts - probs[:, None]).square().sum(2)).sum(1)
 
 
@@ -159,13 +161,18 @@ def filter_mask(
     """
     regret = mixture_regret(probs, expert_probs, target)
     disagreement = expert_disagreement(probs, expert_probs, routing_weights)
+    thresholds = {"regret_threshold": regret_threshold, "disagreement_threshold": disagreement_threshold}
+    for name, threshold in thresholds.items():
+        number(name, threshold, finite=False)
     if quantile is None:
         return (regret > regret_threshold) | (disagreement > disagreement_threshold)
-    if not 0 <= quantile <= 1:
-        raise InvalidArgumentError(f"quantile must lie in [0, 1] or be None; got {quantile}")
+    level = real(quantile)
+    if level is None or not 0 <= level <= 1:
+        raise InvalidArgumentError(f"quantile must lie in [0, 1] or be None; got {described(quantile)}")
     if not len(regret):
         return torch.zeros_like(regret, dtype=torch.bool)
-    return (regret > regret.quantile(quantile)) | (disagreement > disagreement.quantile(quantile))
+    # A row that is not finite tells nothing of the others.
+    return (regret > regret.nanquantile(level)) | (disagreement > disagreement.nanquantile(level))
 
 
 def robust_filtered(
@@ -242,9 +249,10 @@ def group_dro(
     >>> weights, round(loss.item(), 4)
     (tensor([0.1192, 0.8808]), 2.7616)
     """
-    require_floats("loss_per_row", loss_per_row, (loss_per_row.numel(),))
-    require_floats("weights", weights, (weights.numel(),))
-    require_indices("groups", groups, len(loss_per_row), len(weights))
+    loss_per_row, weights = tensor("loss_per_row", loss_per_row), tensor("weights", weights)
+    loss_per_row = read_floats("loss_per_row", loss_per_row, (loss_per_row.numel(),))
+    weights = read_floats("weights", weights, (weights.numel(),))
+    groups = read_indices("groups", groups, len(loss_per_row), len(weights))
     require_at_least("step", step, 0.0)
     require_at_least("adjustment", adjustment, 0.0)
     weights = weights.detach()
@@ -254,7 +262,12 @@ def group_dro(
     group_loss, count = group_means(loss_per_row, groups, len(weights))
     gain = group_loss.detach()
     if adjustment:
-        if group_sizes is None or group_sizes.shape != weights.shape or not (group_sizes > 0).all():
+        group_sizes = None if group_sizes is None else tensor("group_sizes", group_sizes)
+        if (
+            group_sizes is None
+            or group_sizes.shape != weights.shape
+            or not ((group_sizes > 0) & (group_sizes < torch.inf)).all()
+        ):
             got = None if group_sizes is None else group_sizes.tolist()
             raise InvalidArgumentError(f"group_sizes must be {len(weights)} positive counts; got {got}")
         gain = gain + adjustment * group_sizes.to(gain).rsqrt()
