@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moe_posterior.audit.clock import now
 from moe_posterior.audit.collect import Event, Many, Marked, Resolved
 from moe_posterior.audit.limits import require_pool
-from moe_posterior.audit.recorder import BeliefTracker, knobs_of, now
+from moe_posterior.audit.recorder import BeliefTracker, knobs_of
 from moe_posterior.audit.state import Checkpoint, require_knobs
 from moe_posterior.errors import AuditError, InvalidArgumentError
 from moe_posterior.forking import ForkLock

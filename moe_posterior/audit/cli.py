@@ -3,12 +3,13 @@
 import argparse
 import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moe_posterior.audit.clock import when
 from moe_posterior.audit.export import export
 from moe_posterior.audit.log import AuditLog
 from moe_posterior.audit.page import write_page
@@ -91,8 +92,9 @@ def audit(arguments: Sequence[str]) -> int:
 
 
 def _when(time: Any) -> str:
-    moment = time if isinstance(time, datetime) else datetime.fromtimestamp(time / 1e6, UTC)
-    return moment.isoformat(sep=" ", timespec="milliseconds").removesuffix("+00:00")
+    if isinstance(time, datetime):
+        return time.isoformat(sep=" ", timespec="milliseconds").removesuffix("+00:00")
+    return when(time).removesuffix(" UTC")
 
 
 def _show(log: AuditLog, given: argparse.Namespace) -> int:

@@ -17,10 +17,14 @@ from moe_posterior.audit.arrow import pyarrow as pa
 from moe_posterior.audit.files import DISK, FileSystem, parquet_name
 from moe_posterior.audit.frames import MAX_PAYLOAD, Frame, Kind, keyed_hash
 from moe_posterior.audit.marks import Note
-from moe_posterior.audit.state import Checkpoint, decode_checkpoint, decode_event
+from moe_posterior.audit.state import MAX_TIME, Checkpoint, decode_checkpoint, decode_event, decode_json
 from moe_posterior.audit.tables import RESOLVE, ROUTE, TABLES, Group, check_calls, decode, empty_tables
 from moe_posterior.errors import AuditError
 
+BEGUN = (
+    "made",
+    "after",
+)  # by the clock, in seconds since 1970; seconds after the segment before, in one run of a writer
 _BLOCK = 1 << 20
 
 
@@ -34,6 +38,12 @@ def file_hash(path: Path, key: bytes | None, files: FileSystem = DISK) -> str:
     except OSError as error:
         raise AuditError(f"{path.name} cannot be read: {error.strerror}") from error
     return state.hexdigest()
+
+
+def begun_of(said: dict[str, Any]) -> dict[str, float]:
+    """When a segment was begun, from what its first frame says: see ``BEGUN``."""
+    found = {name: said.get(name) for name in BEGUN}
+    return {n: float(v) for n, v in found.items() if isinstance(v, int | float) and 0 <= v < MAX_TIME / 1e6}
 
 
 class SegmentTables:
@@ -56,6 +66,9 @@ class SegmentTables:
                     self.totals["last_time"] = int(times[-1])
         elif frame.kind in (Kind.CHECKPOINT, Kind.EVENT):
             self.others.append((frame.number, int(frame.kind), frame.payload()))
+        elif frame.kind == Kind.SEGMENT:
+            begun = begun_of(decode_json(frame.payload()))
+            self.totals.update({f"{name}_time": int(1e6 * seconds) for name, seconds in begun.items()})
 
     def write(self, folder: Path, number: int, key: bytes | None, files: FileSystem) -> dict[str, str]:
         """Write the tables; their names and hashes."""

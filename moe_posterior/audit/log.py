@@ -14,13 +14,14 @@ from torch import nn
 
 from moe_posterior.audit.attach import Attachment, attach
 from moe_posterior.audit.chain import Chain, beside_upkeep
+from moe_posterior.audit.clock import Drift, now
 from moe_posterior.audit.collect import Event, Item, Raw
 from moe_posterior.audit.files import HEAD, FileSystem, explained, segment_numbers
 from moe_posterior.audit.frames import Frame, Kind, check_key
 from moe_posterior.audit.limits import require_name, require_router
 from moe_posterior.audit.marks import Note, Position, read_head
 from moe_posterior.audit.read import Reader
-from moe_posterior.audit.recorder import RouterRecorder, now
+from moe_posterior.audit.recorder import RouterRecorder
 from moe_posterior.audit.replay import rebuild_from_end
 from moe_posterior.audit.segments import Place, Segments, Start, first_start, go_on_from
 from moe_posterior.audit.state import decode_checkpoint, decode_json, encode_json, require_text
@@ -53,7 +54,8 @@ class AuditLog:
         rotate_bytes, rotate_seconds: begin a new segment, with a checkpoint of the whole belief, after so much; 64 MiB and an hour.
         compact: turn sealed segments into Parquet in the background, for DuckDB and its like; False by default.
         retain_bytes, retain_seconds: remove the oldest sealed segments beyond so many bytes in all, or so old; None (default) keeps
-            all. A note keeps their totals and their place in the chain.
+            all. A note keeps their totals and their place in the chain. Age is time that passed while the log was written; of the time
+            between two runs of a writer, which its clock alone shows, a day at most is believed.
         files: for tests: the calls that touch the disk.
 
     Raises:
@@ -109,6 +111,7 @@ class AuditLog:
         if mode == "r":
             read_head(self.folder, self.key)
             return
+        self._drift = Drift()
         self._policy = (compact, retain_bytes, retain_seconds)
         self._background: threading.Thread | None = None
         self.folder = self.folder.absolute()  # wherever the process goes
@@ -244,8 +247,12 @@ class AuditLog:
     def retain(self, max_bytes: int | None = None, max_seconds: float | None = None) -> int:
         """Remove the oldest sealed segments beyond so many bytes in all, or older than so many seconds; how many were."""
         with self._keeping, explained(f"{self.folder}: old segments cannot be removed"):
-            self._require_writer().flush(60.0)
-            return self._upkeep.retain(max_bytes, max_seconds, time.time())
+            writer = self._require_writer()
+            self._note_clock()
+            writer.flush(60.0)
+            begun = writer.segments.opened
+            elapsed = 0.0 if begun is None else time.monotonic() - begun
+            return self._upkeep.retain(max_bytes, max_seconds, elapsed)
 
     def close(self, timeout: float = 60.0) -> None:
         """Write what is left, seal the log's end, let the folder go. A closed log can be opened again.
@@ -319,7 +326,19 @@ class AuditLog:
         self.put(Event(0, {**event, "time": now()}))
         self.flush()
 
+    def _note_clock(self) -> None:
+        """Record that the clock was set, or runs apart from the time that passes: times in the log then do not follow each other."""
+        step = self._drift.step()
+        if step and self._writer is not None:
+            self.put(Event(0, {"event": "clock stepped", "time": now(), "seconds": round(step, 3)}))
+            warnings.warn(
+                f"{self.folder}: the clock was set by {step:.0f} s; the age of segments goes by the time that passed",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _keep_up_in_background(self) -> None:
+        self._note_clock()
         compact, max_bytes, max_seconds = self._policy
         if not compact and max_bytes is None and max_seconds is None:
             return

@@ -4,7 +4,6 @@ It is made in one pass over the log, with every hash checked, and stays small ho
 """
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
 
@@ -12,10 +11,10 @@ from moe_posterior import escape
 from moe_posterior.atomic import write_text
 from moe_posterior.audit import charts
 from moe_posterior.audit.belief import knobs
+from moe_posterior.audit.clock import now, when
 from moe_posterior.audit.competence import Estimate, standings
 from moe_posterior.audit.flags import Flag
 from moe_posterior.audit.read import Reader
-from moe_posterior.audit.recorder import now
 from moe_posterior.audit.survey import SourceSurvey, Survey, require_sources, survey
 from moe_posterior.page import Cell, Section, Table, estimate, page, paragraph, show, table
 
@@ -102,18 +101,6 @@ def to_html(found: Survey, chain: Mapping[str, str]) -> str:
         Section("configuration", "Configuration, pool and log", _configuration(found, sources)),
         Section("notes", "How to read this", "".join(map(paragraph, DEFINITIONS))),
     ])  # fmt: skip
-
-
-def when(time: int) -> str:
-    """Microseconds since 1970 as a time in UTC.
-
-    >>> when(1_700_000_000_123_456)
-    '2023-11-14 22:13:20.123 UTC'
-    """
-    try:
-        return datetime.fromtimestamp(time / 1e6, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + " UTC"
-    except (OverflowError, ValueError, OSError):
-        return f"{time} µs"
 
 
 def _summary(found: Survey, sources: list[SourceSurvey], chain: Mapping[str, str]) -> str:

@@ -3,7 +3,6 @@
 Dimensions: N decisions, M outcomes, R posterior rows, C clusters, E experts, k experts per decision.
 """
 
-import time
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_posterior.audit.clock import now
 from moe_posterior.audit.collect import Event, Many, Marked, One, Refused, Resolved, Rows
 from moe_posterior.audit.limits import require_router
 from moe_posterior.audit.state import Checkpoint, require_knobs
@@ -26,11 +26,6 @@ MAX_REFUSALS = 1000  # rows of one refused call that are kept; its reason says h
 _ONE_SIZE = 400  # bytes of memory, about, that a single decision's item takes
 _deciding = attrgetter(*KNOBS, "threshold")
 Tables = tuple[NDArray, NDArray]  # 2 x (C, E)
-
-
-def now() -> int:
-    """Microseconds since 1970, UTC."""
-    return time.time_ns() // 1000
 
 
 def knobs_of(gate: PosteriorGate, abstain_below: float | None) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moe_posterior.audit.chain import Chain
+from moe_posterior.audit.clock import now
 from moe_posterior.audit.collect import Raw
 from moe_posterior.audit.files import HEAD, FileSystem, FolderLock, identity, segment_name, segment_numbers
 from moe_posterior.audit.frames import Kind, compress, genesis, pack
@@ -48,7 +49,7 @@ class Segments:
         self.place, self.folder, self.files, self.describe = place, place.folder, place.files, describe
         self.position = start.position  # the last synced frame
         self.size = 0  # bytes of the current file
-        self.opened = 0.0  # when it was made
+        self.opened: float | None = None  # when it was made, by the clock that only goes forward
         self.done = 0
         self._file: BinaryIO | None = None
         self._made: tuple[int, int] | None = None  # a file that was given up and not removed yet
@@ -129,9 +130,13 @@ class Segments:
             raise AuditError(
                 f"{self.folder}: {path.name} is there and not ours: another process writes here"
             ) from error
-        self.size, self.opened = 0, time.monotonic()
+        self.size, before, self.opened = 0, self.opened, time.monotonic()
         self._pending = Position(number, 0, self.position.digest)
-        said = {"format": FORMAT, "segment": number, "previous": self.position.digest.hex(), "made": time.time()}
+        said = {"format": FORMAT, "segment": number, "previous": self.position.digest.hex(), "made": now() / 1e6}
+        if (
+            before is not None
+        ):  # seconds that passed since this writer began the segment before, whatever the clock shows
+            said["after"] = self.opened - before
         if self._left_tail:
             said["tail"] = True
         return self._place(Kind.SEGMENT, encode_json(said | self.describe()))

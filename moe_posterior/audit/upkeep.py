@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_posterior.audit.chain import Chain
-from moe_posterior.audit.compact import SegmentTables, read_compacted
+from moe_posterior.audit.clock import believed
+from moe_posterior.audit.compact import BEGUN, SegmentTables, begun_of, read_compacted
 from moe_posterior.audit.files import note_name, segment_name, segment_numbers
-from moe_posterior.audit.frames import Kind, genesis
+from moe_posterior.audit.frames import Kind, genesis, read_frame
 from moe_posterior.audit.marks import REMOVED, Note, note_bytes, note_digest, read_note
 from moe_posterior.audit.segments import Place
 from moe_posterior.audit.state import Checkpoint, decode_json
@@ -51,9 +52,9 @@ class Upkeep:
             end = frame.digest
         return done
 
-    def retain(self, max_bytes: int | None, max_seconds: float | None, now: float) -> int:
-        """Remove the oldest sealed segments beyond a size or an age; how many were."""
-        sizes, ages = self._sizes_and_ages(now)
+    def retain(self, max_bytes: int | None, max_seconds: float | None, elapsed: float) -> int:
+        """Remove the oldest sealed segments beyond a size or an age; how many were. The last one was begun ``elapsed`` seconds ago."""
+        sizes, ages = self._sizes(), self._ages(elapsed) if max_seconds is not None else {}
         numbers, total, up_to = sorted(sizes), sum(sizes.values()), None
         for number in numbers[:-1]:
             too_large = max_bytes is not None and total > max_bytes
@@ -146,13 +147,39 @@ class Upkeep:
                 return frame.kind == Kind.CHECKPOINT
         return False
 
-    def _sizes_and_ages(self, now: float) -> tuple[dict[int, int], dict[int, float]]:
-        sizes, ages = {}, {}
+    def _sizes(self) -> dict[int, int]:
+        sizes = {}
         for number in self._numbers():
             names = [segment_name(number)]
             if (note := self._note(note_name(number))) is not None:
                 names += note.files
             found = [stat for name in names if (stat := self.files.stat(self.folder / name)) is not None]
             sizes[number] = sum(stat.st_size for stat in found)
-            ages[number] = now - max((stat.st_mtime for stat in found), default=now)
-        return sizes, ages
+        return sizes
+
+    def _ages(self, elapsed: float) -> dict[int, float]:
+        """Seconds since each segment was sealed, as far as the log shows that they passed; no clock alone can make one old."""
+        numbers = sorted(self._numbers())
+        begun = {number: self._begun(number) for number in numbers}
+        ages, age = {}, elapsed  # of the segment before the last: the last began when it was sealed
+        for number in reversed(numbers[:-1]):
+            ages[number] = age
+            made, (next_made, after) = begun[number][0], begun.get(number + 1, (0.0, 0.0))
+            age += believed(made, next_made, after)
+        return ages
+
+    def _begun(self, number: int) -> tuple[float, float | None]:
+        """When a segment was begun by the clock, and how long after the one before it, if the same run of the writer began both."""
+        path = self.folder / segment_name(number)
+        if self.files.stat(path) is None:
+            note = self._note(note_name(number))
+            said = (
+                {}
+                if note is None
+                else {name: note.totals[f"{name}_time"] / 1e6 for name in BEGUN if f"{name}_time" in note.totals}
+            )
+        else:
+            with self.files.read(path) as file:
+                frame = read_frame(file, number, 0, b"", self.key, unchecked=True)
+            said = {} if frame is None else begun_of(decode_json(frame.payload()))
+        return said.get("made", 0.0), said.get("after")

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_posterior.audit.clock import now as now_in_microseconds
+from moe_posterior.audit.clock import when
 from moe_posterior.audit.competence import standings
 from moe_posterior.audit.flags import Flag
 from moe_posterior.audit.follow import Follower
-from moe_posterior.audit.page import when
 from moe_posterior.audit.read import Record
 from moe_posterior.audit.survey import SourceSurvey, Survey
 from moe_posterior.audit.tables import ABSTAIN, EXPLORED, REFUSE, RESOLVE, ROUTE, Group
@@ -87,11 +87,11 @@ class Window:
         for second in np.unique(seconds).tolist():
             row = self.counts.setdefault(second, np.zeros(len(_COUNTS), dtype=np.int64))
             row[_COUNTS[name]] += int(rows[seconds == second].sum())
-            self.latest = max(self.latest, second)
+            self.latest = second
 
     def _forget(self) -> None:
         for table in (self.counts, self.chosen):
-            for second in [second for second in table if second < self.latest - self.seconds]:
+            for second in [second for second in table if abs(second - self.latest) > self.seconds]:
                 del table[second]
 
 
@@ -287,14 +287,14 @@ def watch(
     view = View(folder, key, minutes)
     if once:
         view.read()
-        _put(stream, "\n".join(view.lines(time.time())) + "\n")
+        _put(stream, "\n".join(view.lines(now_in_microseconds() / 1e6)) + "\n")
         return int(bool(view.problem))
     try:
         with _stoppable() as stop, _screen(stream) as paint:
             while not stop.asked:
                 view.read(lambda: stop.asked)
                 height = shutil.get_terminal_size().lines if stream.isatty() else 1000
-                lines = view.lines(time.time(), height)
+                lines = view.lines(now_in_microseconds() / 1e6, height)
                 stop.writing = True
                 if not stop.asked:
                     paint(lines)

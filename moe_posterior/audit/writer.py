@@ -205,6 +205,7 @@ class Writer:
         """A full or old segment is to end; so is one that had to be begun without a checkpoint."""
         if self._collector.generation < self.generation:
             return  # asked already
-        old = time.monotonic() - self.segments.opened > self.rotate_seconds
+        begun = self.segments.opened
+        old = begun is not None and time.monotonic() - begun > self.rotate_seconds
         if mended or old or self.segments.size > self.rotate_bytes:
             self.generation += 1
