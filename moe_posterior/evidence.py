@@ -81,18 +81,30 @@ def proxy_ece_bound(noise: ProxyNoise, uncertainty: float) -> float:
     return min(1.0, uncertainty / noise.contrast)
 
 
-def later_in_cell(cells: Tensor) -> Tensor:  # (M,) int64 -> (M,) int64
-    """For every observation, how many later ones in the batch fall into the same cell.
+def later_in_cell(
+    cells: Tensor, weight: Tensor | None = None
+) -> Tensor:  # (M,) int64, (M,) -> (M,) int64, or float64 by weight
+    """For every observation, how many later ones in the batch fall into the same cell; with a weight, what those weigh together.
 
     >>> later_in_cell(torch.tensor([3, 5, 3, 3])).tolist()
     [2, 0, 1, 0]
     """
     ordered, order = cells.sort(stable=True)
+    if weight is not None:
+        return _later_weight(ordered, order, weight)
     positions = torch.arange(len(cells), device=cells.device)
     last = torch.searchsorted(ordered, ordered, right=True) - 1  # where the run of equal cells ends
     ranks = torch.empty_like(cells)
     ranks[order] = last - positions
     return ranks
+
+
+def _later_weight(ordered: Tensor, order: Tensor, weight: Tensor) -> Tensor:  # 3 x (M,) -> (M,) float64
+    total = weight[order].cumsum(0)
+    last = torch.searchsorted(ordered, ordered, right=True) - 1
+    later = torch.empty_like(total)
+    later[order] = (total[last] - total).clamp(min=0)
+    return later
 
 
 def retention(half_life: float) -> float:
@@ -196,6 +208,7 @@ class Observation(NamedTuple):
 
     cells: Tensor  # (M,) int64
     signal: Tensor  # (M,) float64 in [0, 1]
+    weight: Tensor | None = None  # (M,) float64, the part of an observation that counts here; None: all of it
 
 
 def read_outcomes(
@@ -261,23 +274,51 @@ def _require_range(name: str, indices: Tensor, size: int) -> None:
         )
 
 
+def shared_outcomes(
+    members: Tensor,  # (N, J) int64
+    shares: Tensor,  # (N, J)
+    outcome: Tensor,  # (N, E), or (N, k) with expert_indices
+    expert_indices: Tensor | None,  # (N, k) int64
+    shape: tuple[int, int],  # C, E
+    threshold: float | None,
+) -> Observation:
+    """:func:`read_outcomes` of tokens in several clusters at once: each observation counts in all of them, by the token's shares.
+
+    Raises:
+        InvalidArgumentError: as there, or shares that are not of the members' shape or not in [0, 1].
+    """
+    if members.ndim != 2 or not members.shape[1] or shares.shape != members.shape:
+        raise InvalidArgumentError(
+            f"shares must have the shape of cluster_ids, (N, J); got {tuple(shares.shape)} and {tuple(members.shape)}"
+        )
+    if not bool(((shares >= 0) & (shares <= 1)).all()):
+        raise InvalidArgumentError("shares must lie in [0, 1]; got a value outside, or NaN")
+    parts = [read_outcomes(ids, outcome, expert_indices, shape, threshold) for ids in members.unbind(1)]
+    rows = (~torch.isnan(outcome)).nonzero()[:, 0]  # of every observation, in the order in which it was read
+    signal = parts[0].signal[:, None].expand(-1, len(parts))
+    cells = torch.stack([part.cells for part in parts], dim=1)
+    return Observation(cells.reshape(-1), signal.reshape(-1), shares.double()[rows].reshape(-1))
+
+
 def total_by_cell(
     seen: Observation,
     noise: ProxyNoise | None,
     fading: float | None,
 ) -> tuple[Tensor, Tensor]:  # (U,) int64, (3, U) float64
-    """The cells a batch touches, and for each its successes, failures and number of observations.
+    """The cells a batch touches, and for each its successes, failures and number of observations, by weight.
 
     With ``fading`` an observation is discounted for every later one of its cell in the batch.
     """
     success, failure = seen.signal, 1 - seen.signal
     if noise is not None:
         success, failure = debias(seen.signal, noise)
+    if seen.weight is not None:
+        success, failure = success * seen.weight, failure * seen.weight
     if fading is not None:
-        discount = fading ** later_in_cell(seen.cells).to(torch.float64)
+        discount = fading ** later_in_cell(seen.cells, seen.weight).to(torch.float64)
         success, failure = success * discount, failure * discount
     cells, place = seen.cells.unique(return_inverse=True)
-    columns = torch.stack([success, failure, torch.ones_like(success)])
+    columns = torch.stack([success, failure, torch.ones_like(success) if seen.weight is None else seen.weight])
     rows = torch.arange(3, device=columns.device)[:, None].expand_as(columns)
     totals = columns.new_zeros(3, len(cells))
     # Accumulating index_put_ counts duplicate cells and, unlike scatter_add_, sums in a fixed order on a GPU too.

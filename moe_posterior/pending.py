@@ -1,6 +1,6 @@
 """Decisions that wait for their outcome: a ring at id mod size, in constant time, that takes no more memory than decisions were made.
 
-Dimensions: N decisions, k experts per decision.
+Dimensions: N decisions, k experts per decision, J clusters of a query that belongs to several.
 """
 
 import numpy as np
@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 from moe_posterior.errors import InvalidArgumentError
 
 COLUMNS = ("id", "cluster", "experts", "tenure")
+MEMBERS = ("members", "shares")
+Members = tuple[NDArray, NDArray]  # clusters and shares of queries that belong to several: 2 x (N, J)
 _FIRST = 1 << 20  # bytes of a new ring
 
 
@@ -18,6 +20,7 @@ class Pending:
     Args:
         size: decisions that can wait; an older one gives way to the decision that comes to lie in its place.
         top_k: k.
+        width: J; 0 (default) where a query has one cluster alone.
 
     >>> ring = Pending(10**15, top_k=1)
     >>> ring.put(np.array([5, 7]), np.array([0, 1]), np.array([[2], [3]]), np.zeros((2, 1)))
@@ -26,25 +29,37 @@ class Pending:
     ([True, False, False], [3])
     """
 
-    def __init__(self, size: int, top_k: int) -> None:
-        self.size, self.top_k = size, top_k
-        rows = max(1, min(size, _FIRST // (12 + 8 * top_k)))
+    def __init__(self, size: int, top_k: int, width: int = 0) -> None:
+        self.size, self.top_k, self.width = size, top_k, width
+        self.names = COLUMNS + MEMBERS if width else COLUMNS
+        rows = max(1, min(size, _FIRST // row_size(top_k, width)))
         self._mark = np.zeros(rows, dtype=np.int64)  # id + 1, so that fresh memory says that nothing lies there
         self.cluster = np.zeros(rows, dtype=np.int32)  # -1: an embedding that was broken
         self.experts = np.zeros((rows, top_k), dtype=np.int32)
         self.tenure = np.zeros((rows, top_k), dtype=np.int32)
+        self.members = np.zeros((rows, width), dtype=np.int32)
+        self.shares = np.zeros((rows, width), dtype=np.float32)
 
-    def put_one(self, decision_id: int, cluster: int, experts: list[int], tenure: NDArray) -> None:
+    def put_one(
+        self, decision_id: int, cluster: int, experts: list[int], tenure: NDArray, members: Members | None = None
+    ) -> None:
         """Let one decision wait."""
         slot = decision_id % self.size
         if slot >= len(self._mark):
             self._grow(slot + 1)
         self._mark[slot], self.cluster[slot] = decision_id + 1, cluster
         self.experts[slot], self.tenure[slot] = experts, tenure
+        if members is not None:
+            self.members[slot], self.shares[slot] = members[0][0], members[1][0]
 
     def put(
-        self, ids: NDArray, clusters: ArrayLike, experts: ArrayLike, tenure: ArrayLike
-    ) -> None:  # (N,), (N,), 2 x (N, k)
+        self,
+        ids: NDArray,  # (N,)
+        clusters: ArrayLike,  # (N,)
+        experts: ArrayLike,  # (N, k)
+        tenure: ArrayLike,  # (N, k)
+        members: Members | None = None,
+    ) -> None:
         """Let decisions wait."""
         if not len(ids):
             return
@@ -53,6 +68,8 @@ class Pending:
             self._grow(last + 1)
         self._mark[slots], self.cluster[slots] = ids + 1, clusters
         self.experts[slots], self.tenure[slots] = experts, tenure
+        if members is not None:
+            self.members[slots], self.shares[slots] = members
 
     def find(self, ids: NDArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:  # (N,) -> (N,), (N,)
         """Where decisions lie, and whether they do; the place of one that does not is any."""
@@ -71,20 +88,30 @@ class Pending:
         self._mark[:] = 0
 
     def columns(self) -> dict[str, NDArray]:
-        """All that wait, in the order of their places: id (N,), cluster (N,), experts (N, k), tenure (N, k)."""
+        """All that wait, in the order of their places: id (N,), cluster (N,), experts and tenure (N, k), members and shares (N, J)."""
         waiting = np.flatnonzero(self._mark)
         found = {"id": self._mark[waiting] - 1}
-        return found | {name: getattr(self, name)[waiting] for name in COLUMNS[1:]}
+        return found | {name: getattr(self, name)[waiting] for name in self.names[1:]}
 
     def _grow(self, rows: int) -> None:
         rows = min(self.size, max(rows, 2 * len(self._mark)))
         try:
-            for name in ("_mark", "cluster", "experts", "tenure"):
+            for name in ("_mark", *COLUMNS[1:], *MEMBERS):
                 old = getattr(self, name)
                 grown = np.zeros((rows, *old.shape[1:]), dtype=old.dtype)
                 grown[: len(old)] = old
                 setattr(self, name, grown)
         except MemoryError as error:
             raise InvalidArgumentError(
-                f"max_pending={self.size}, top_k={self.top_k} needs {rows * (12 + 8 * self.top_k)} bytes by now, more than there are"
+                f"max_pending={self.size}, top_k={self.top_k} needs {rows * row_size(self.top_k, self.width)} bytes by now, "
+                "more than there are"
             ) from error
+
+
+def row_size(top_k: int, width: int) -> int:
+    """Bytes that a waiting decision takes.
+
+    >>> row_size(top_k=1, width=0)
+    20
+    """
+    return 12 + 8 * top_k + 8 * width

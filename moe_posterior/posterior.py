@@ -43,6 +43,8 @@ class BetaPosterior(ChangingPool):
             believed". When it is crossed, the expert keeps a tenth of its prior strength and evidence, so that what is seen
             from then on decides. About ln(observations between false alarms); None (default) never does this.
         noise: known error rates of the competence signal; counts are de-biased by them.
+        clusterings: M, if the C rows are M equal parts, each of which sees every observation whole: the clusters of M k-means runs
+            one after the other. 1 (default) is the paper's.
 
     Raises:
         InvalidArgumentError: sizes below one, a prior that is not positive and finite, an option out of range.
@@ -76,6 +78,7 @@ class BetaPosterior(ChangingPool):
         shrinkage: float | None = None,
         surprise: float | None = None,
         noise: ProxyNoise | None = None,
+        clusterings: int = 1,
     ) -> None:
         super().__init__()
         for name, size in (("num_clusters", num_clusters), ("num_experts", num_experts)):
@@ -89,9 +92,12 @@ class BetaPosterior(ChangingPool):
                 raise InvalidArgumentError(f"{name} must be positive and finite, or None; got {option}")
         if noise is not None:
             noise.validate()
+        if clusterings < 1 or num_clusters % clusterings:
+            raise InvalidArgumentError(f"clusterings must divide num_clusters={num_clusters}; got {clusterings}")
         self.num_clusters, self.num_experts = num_clusters, num_experts
         self.initial_prior = (float(prior_alpha), float(prior_beta))
         self.half_life, self.shrinkage, self.surprise, self.noise = half_life, shrinkage, surprise, noise
+        self.clusterings = clusterings
         cells, experts = (num_clusters, num_experts), (num_experts,)
         self.register_buffer("prior_alpha", torch.full(cells, prior_alpha, dtype=torch.float64))
         self.register_buffer("prior_beta", torch.full(cells, prior_beta, dtype=torch.float64))
@@ -154,10 +160,11 @@ class BetaPosterior(ChangingPool):
     @torch.no_grad()
     def observe(
         self,
-        cluster_ids: Tensor,  # (N,) int64
+        cluster_ids: Tensor,  # (N,) int64, or (N, J) with shares
         outcome: Tensor,  # (N, E), or (N, k) with expert_indices
         expert_indices: Tensor | None = None,  # (N, k) int64
         *,
+        shares: Tensor | None = None,  # (N, J)
         threshold: float | None = None,
         keep: Tensor | None = None,  # ()
         sync: bool = True,
@@ -165,10 +172,12 @@ class BetaPosterior(ChangingPool):
         """Add observed outcomes to the evidence; every (cluster, expert) pair counts as often as it occurs.
 
         Args:
-            cluster_ids: the cluster of each token.
+            cluster_ids: the cluster of each token, or, with ``shares``, its J clusters.
             outcome: competence signals in [0, 1]; NaN means not observed. Column e belongs to expert e, or, with
                 ``expert_indices``, column j to the expert in slot j.
             expert_indices: the experts the columns belong to; None if the outcome covers all E experts.
+            shares: by how much a token belongs to each of its clusters, 1 in all of a clustering: so much of an outcome counts there.
+                See :class:`~moe_posterior.memberships.Memberships`.
             threshold: None (default) counts fractionally, ``successes += r`` and ``failures += 1 - r``; a number τ counts
                 ``r >= τ`` as one success and anything below as one failure (the paper's binarisation).
             keep: share in [0, 1] of all evidence so far, of untouched cells too, to keep; alike on all ranks. None keeps it all.
@@ -184,7 +193,7 @@ class BetaPosterior(ChangingPool):
         together = sync and torch.distributed.is_available() and torch.distributed.is_initialized()
         mistake: InvalidArgumentError | None = None
         try:
-            seen = self._observations(cluster_ids, outcome, expert_indices, threshold)
+            seen = self._observations(cluster_ids, outcome, expert_indices, threshold, shares)
             if keep is not None:
                 validation.number("keep", keep, least=0.0, most=1.0)
         except InvalidArgumentError as error:
@@ -196,7 +205,7 @@ class BetaPosterior(ChangingPool):
         fading = None if self.half_life is None else evidence_functions.retention(self.half_life)
         cells, sums = evidence_functions.total_by_cell(seen, self.noise, fading)  # (U,), (3, U)
         alarm = self._alarm(seen) if self.surprise is not None else None
-        touched: Tensor | None = validation.integers("cluster_ids", cluster_ids)
+        touched: Tensor | None = validation.integers("cluster_ids", cluster_ids).reshape(-1)
         if together:
             cells, sums = self._over_ranks(cells, sums)
             if alarm is not None:
@@ -235,10 +244,11 @@ class BetaPosterior(ChangingPool):
     @torch.no_grad()
     def warm_start(
         self,
-        cluster_ids: Tensor,  # (N,) int64
+        cluster_ids: Tensor,  # (N,) int64, or (N, J) with shares
         outcome: Tensor,  # (N, E), or (N, k) with expert_indices
         expert_indices: Tensor | None = None,  # (N, k) int64
         *,
+        shares: Tensor | None = None,  # (N, J)
         strength: float | None = None,
         threshold: float | None = None,
     ) -> None:
@@ -249,7 +259,7 @@ class BetaPosterior(ChangingPool):
         its clusters are alike (:func:`~moe_posterior.evidence.between_cluster_strength`): rarely seen cells start there.
 
         Args:
-            cluster_ids, outcome, expert_indices, threshold: as in :meth:`observe`.
+            cluster_ids, outcome, expert_indices, shares, threshold: as in :meth:`observe`.
             strength: at most this many pseudo-observations a cell (α + β), at an unchanged mean; None keeps every count. A
                 small strength lets later evidence overrule the warm start quickly; a cell seen less often keeps less.
 
@@ -260,13 +270,16 @@ class BetaPosterior(ChangingPool):
         """
         if strength is not None:
             strength = validation.number("strength", strength, above=0.0, finite=False)
-        seen = self._observations(cluster_ids, outcome, expert_indices, threshold)
+        seen = self._observations(cluster_ids, outcome, expert_indices, threshold, shares)
         cells, sums = evidence_functions.total_by_cell(seen, self.noise, None)
         successes, failures = torch.zeros_like(self.successes), torch.zeros_like(self.failures)
         successes.view(-1)[cells], failures.view(-1)[cells] = sums[0].clamp(min=0), sums[1].clamp(min=0)
         alpha, beta = (torch.full_like(successes, value) for value in self.initial_prior)
         if self.shrinkage is not None:
-            pooled = beta_functions.mean(alpha[0] + successes.sum(0), beta[0] + failures.sum(0))
+            totals = (counts.sum(0) / self.clusterings for counts in (successes, failures))
+            pooled = beta_functions.mean(
+                *(prior + total for prior, total in zip((alpha[0], beta[0]), totals, strict=True))
+            )
             worth = evidence_functions.between_cluster_strength(successes, failures)
             alpha, beta = alpha + worth * pooled, beta + worth * (1 - pooled)
         alpha, beta = alpha + successes, beta + failures
@@ -326,11 +339,16 @@ class BetaPosterior(ChangingPool):
             "noise": self.noise,
         }
         given = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
-        observed = float((self.successes + self.failures).sum())
+        observed = float((self.successes + self.failures).sum()) / self.clusterings
         return f"num_clusters={self.num_clusters}, num_experts={self.num_experts}, observations={observed:g}{given}"
 
     def _observations(
-        self, cluster_ids: Tensor, outcome: Tensor, expert_indices: Tensor | None, threshold: float | None
+        self,
+        cluster_ids: Tensor,
+        outcome: Tensor,
+        expert_indices: Tensor | None,
+        threshold: float | None,
+        shares: Tensor | None,
     ) -> Observation:
         device = self.successes.device
         ids = validation.tensor("cluster_ids", cluster_ids).to(device)
@@ -339,7 +357,10 @@ class BetaPosterior(ChangingPool):
         if expert_indices is not None:
             experts = validation.tensor("expert_indices", expert_indices).to(device)
         shape = (self.num_clusters, self.num_experts)
-        return evidence_functions.read_outcomes(ids, signal, experts, shape, threshold)
+        if shares is None:
+            return evidence_functions.read_outcomes(ids, signal, experts, shape, threshold)
+        weights = validation.floats("shares", shares).to(device)
+        return evidence_functions.shared_outcomes(ids, weights, signal, experts, shape, threshold)
 
     def _combined(self, cells: list[Tensor], trust: Tensor, odds: Tensor) -> tuple[Tensor, Tensor]:
         """Alpha and beta, elementwise, from prior alpha, prior beta, successes and failures."""
@@ -358,6 +379,8 @@ class BetaPosterior(ChangingPool):
         cells, experts = seen.cells, seen.cells % self.num_experts
         believed = beta_functions.mean(*self.parameters_at(cells // self.num_experts, experts))
         step = evidence_functions.degraded_log_likelihood_ratio(seen.signal, believed, _DEGRADED_SHARE, self.noise)
+        if seen.weight is not None:
+            step = step * (seen.weight / self.clusterings)
         return torch.zeros_like(self.suspicion).index_put_((experts,), step, accumulate=True)
 
     def _suspect(self, alarm: Tensor) -> bool:  # (E,)
@@ -382,7 +405,8 @@ class BetaPosterior(ChangingPool):
         alpha, beta, successes, failures = (table.T[columns].contiguous() for table in tables)
         expected = beta_functions.mean(alpha, beta)
         # An expert whose prior has lost its weight is judged by its record sooner, by as much.
-        strength = self.shrinkage * self.trust[columns]
+        # Each clustering has seen everything: what they have seen in all is M times what happened.
+        strength = self.shrinkage * self.trust[columns] * self.clusterings
         self.odds[columns] = evidence_functions.pooled_odds(successes, failures, expected, strength)
 
     def _over_ranks(self, cells: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:

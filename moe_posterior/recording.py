@@ -12,9 +12,12 @@ from torch import Tensor
 
 from moe_posterior.errors import DamagedFileError
 from moe_posterior.gates import Gate, Routing
+from moe_posterior.gates.base import SharedRouting
+from moe_posterior.memberships import Memberships
 from moe_posterior.tensorfile import digest, load_tensors, save_tensors
 
 KIND, VERSION = "recorded routing", 1
+_MEMBERS = ("member_ids", "member_shares")  # beside the fields, of tokens in several clusters
 
 
 class GateMark(NamedTuple):
@@ -46,7 +49,7 @@ def mark(gate: Gate, *, with_state: bool = True) -> GateMark:
 
 def recording_of(gates: Mapping[str, Gate], routings: Sequence[tuple[str, Routing]]) -> Recording:
     """A recording apart from the autograd graph that the routings came from."""
-    calls = [(name, Routing(*(part.detach() for part in routing))) for name, routing in routings]
+    calls = [(name, routing.map(Tensor.detach)) for name, routing in routings]
     return Recording({name: mark(gate) for name, gate in gates.items()}, calls)
 
 
@@ -55,7 +58,7 @@ def save_recording(recording: Recording, path: str | os.PathLike[str]) -> None:
     tensors = {
         f"{place}.{field}": part.to(torch.int32) if part.dtype == torch.int64 else part
         for place, (_, routing) in enumerate(recording.calls)
-        for field, part in routing._asdict().items()
+        for field, part in _parts_of(routing).items()
     }
     header = {
         "kind": KIND,
@@ -79,12 +82,19 @@ def load_recording(path: str | os.PathLike[str]) -> Recording:
     gates = {name: GateMark(*sizes) for name, *sizes in header["gates"]}
     calls = []
     for place, name in enumerate(header["calls"]):
-        parts = {field: tensors[f"{place}.{field}"] for field in Routing._fields}
+        names = Routing._fields + (_MEMBERS if f"{place}.{_MEMBERS[0]}" in tensors else ())
+        parts = {field: tensors[f"{place}.{field}"] for field in names}
         indices = parts["expert_indices"]
         if indices.ndim != 2 or (indices < 0).any() or (indices >= gates[name].num_experts).any():
             raise DamagedFileError(
                 f"{path} must hold experts below {gates[name].num_experts} for gate {name!r}; call {place} does not"
             )
         parts = {field: part.long() if part.dtype == torch.int32 else part for field, part in parts.items()}
-        calls.append((name, Routing(**parts)))
+        members = [parts.pop(field) for field in _MEMBERS if field in parts]
+        routing = Routing(**parts)
+        calls.append((name, SharedRouting.of(routing, Memberships(*members)) if members else routing))
     return Recording(gates, calls)
+
+
+def _parts_of(routing: Routing) -> dict[str, Tensor]:
+    return routing._asdict() | dict(zip(_MEMBERS, routing.members or (), strict=False))

@@ -123,7 +123,7 @@ class Replay:
         if self._weights == "recorded":
             # Cloned: experts may scale their weights in place.
             weights = recorded.routing_weights.to(routing.routing_weights, copy=True)
-            return Routing(*(part.to(hidden.device) for part in recorded._replace(routing_weights=weights)))
+            return recorded._replace(routing_weights=weights).map(lambda part: part.to(hidden.device))
         if has_rule(gate):
             return reweigh(gate, hidden, routing, indices)
         if not torch.equal(routing.expert_indices, indices):

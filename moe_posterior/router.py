@@ -17,7 +17,7 @@ from moe_posterior import validation
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MoEPosteriorError
 from moe_posterior.forking import ForkLock
 from moe_posterior.gates import PosteriorGate, Routing
-from moe_posterior.pending import COLUMNS, Pending
+from moe_posterior.pending import COLUMNS, Members, Pending
 from moe_posterior.tensorfile import save_plain
 from moe_posterior.torchfile import load_plain, read_plain_file
 
@@ -101,12 +101,26 @@ class Recorder(Protocol):
         """Something is about to be decided or learned; an error here says that it must not be, for it could not be recorded."""
 
     def routed_one(
-        self, decision_id: int, cluster: int, distance: float, experts: list[int], scores: list[float], flags: int
+        self,
+        decision_id: int,
+        cluster: int,
+        distance: float,
+        experts: list[int],
+        scores: list[float],
+        flags: int,
+        members: Members | None = None,
     ) -> None:
-        """One decision; flags are 1 for abstained and 2 for explored."""
+        """One decision; flags are 1 for abstained and 2 for explored; of a query in several clusters, all of them, (1, J)."""
 
     def routed(
-        self, ids: NDArray, clusters: NDArray, distance: NDArray, experts: NDArray, scores: NDArray, flags: NDArray
+        self,
+        ids: NDArray,
+        clusters: NDArray,
+        distance: NDArray,
+        experts: NDArray,
+        scores: NDArray,
+        flags: NDArray,
+        members: Members | None = None,
     ) -> None:
         """A batch of decisions."""
 
@@ -127,8 +141,8 @@ class Audit(Protocol):
         """Record what this router does from now on."""
 
 
-# cluster, distance, experts, scores, weights, alpha and beta, explored
-_Choice = tuple[int, float, list[int], list[float], list[float], list[list[float]], bool]
+# cluster, distance, experts, scores, weights, alpha and beta, explored, members
+_Choice = tuple[int, float, list[int], list[float], list[float], list[list[float]], bool, Members | None]
 
 
 class PosteriorRouter:
@@ -188,7 +202,7 @@ class PosteriorRouter:
         self.max_pending = max_pending
         self._lock = ForkLock("this router")
         self._next_id = 0
-        self._pending = Pending(max_pending, top_k)
+        self._pending = Pending(max_pending, top_k, 0 if self.gate.members is None else self.gate.members.width)
         self._tenure = np.zeros(num_experts, dtype=np.int32)  # rises when an expert leaves or is replaced
         self._audit = None if audit is None else audit.follow(self)
 
@@ -235,14 +249,16 @@ class PosteriorRouter:
             if self._audit is not None:
                 self._audit.before()
             choose = self._choose_one_per_token if self.gate.chooses_per_token else self._choose_one_by_table
-            cluster, distance, experts, scores, weights, (alphas, betas), explored = choose(vector)
+            cluster, distance, experts, scores, weights, (alphas, betas), explored, members = choose(vector)
             decision_id = self._next_id
             self._next_id += 1
-            self._pending.put_one(decision_id, cluster if distance < np.inf else -1, experts, self._tenure[experts])
+            known = cluster if distance < np.inf else -1
+            self._pending.put_one(decision_id, known, experts, self._tenure[experts], members)
             below = self.abstain_below is not None and not scores[0] >= self.abstain_below
             abstain = below or distance == np.inf
             if self._audit is not None:
-                self._audit.routed_one(decision_id, cluster, distance, experts, scores, abstain + 2 * explored)
+                flags = abstain + 2 * explored
+                self._audit.routed_one(decision_id, cluster, distance, experts, scores, flags, members)
         why = (tuple(experts), tuple(weights), tuple(alphas), tuple(betas))
         return Decision(decision_id, experts[0], scores[0], cluster, distance, abstain, explored, *why)
 
@@ -264,12 +280,14 @@ class PosteriorRouter:
             explored = self._explored(routing)
             ids = np.arange(self._next_id, self._next_id + len(experts))
             self._next_id += len(experts)
-            self._remember(ids, clusters, experts, distance)
+            members = _members_of(routing)
+            self._remember(ids, clusters, experts, distance, members)
             abstain = np.isinf(distance)
             if self.abstain_below is not None:
                 abstain |= ~(scores[:, 0] >= self.abstain_below)
             if self._audit is not None:
-                self._audit.routed(ids, clusters, distance, experts, scores, abstain + 2 * explored.view(np.uint8))
+                flags = abstain + 2 * explored.view(np.uint8)
+                self._audit.routed(ids, clusters, distance, experts, scores, flags, members)
         why = (routing.routing_weights.numpy(), counts[:, 0], counts[:, 1])
         return Decisions(ids, experts, scores, clusters, distance, abstain, explored, *why)
 
@@ -386,7 +404,10 @@ class PosteriorRouter:
         router.gate.load_state_dict(state["gate"])
         router._next_id = state["next_id"]
         router._tenure = state["tenure"].numpy()
-        router._pending.put(*(state["pending"][name].numpy() for name in COLUMNS))
+        waiting = {name: column.numpy() for name, column in state["pending"].items()}
+        members = (waiting["members"], waiting["shares"]) if router._pending.width else None
+        ids, clusters, experts, tenure = (waiting[name] for name in COLUMNS)
+        router._pending.put(ids, clusters, experts, tenure, members)
         router._audit = None if audit is None else audit.follow(router)
         return router
 
@@ -429,33 +450,34 @@ class PosteriorRouter:
         if gate.lazy and gate.stale.numpy()[cluster]:
             gate.refresh_rows(torch.tensor([cluster]))
         experts, weights, scores, counts = (table[cluster, 0].tolist() for table in tables)
-        return cluster, distance, experts, scores, weights, counts, False
+        return cluster, distance, experts, scores, weights, counts, False, None
 
     def _choose_one_per_token(self, vector: NDArray) -> "_Choice":  # (D,)
         routing = self.gate(torch.from_numpy(vector[None]))
         counts = self.gate.counts_of(routing)[0].tolist()
         explored = bool(self._explored(routing)[0])
         cluster, distance = int(routing.cluster_ids), float(routing.distance)
-        experts, scores, weights = routing.expert_indices, routing.scores, routing.routing_weights
-        return cluster, distance, experts[0].tolist(), scores[0].tolist(), weights[0].tolist(), counts, explored
+        parts = (routing.expert_indices, routing.scores, routing.routing_weights)
+        experts, scores, weights = (part[0].tolist() for part in parts)
+        return cluster, distance, experts, scores, weights, counts, explored, _members_of(routing)
 
     def _explored(self, routing: Routing) -> NDArray[np.bool_]:  # -> (N,)
         gate = self.gate
         if gate.exploration == 0 and gate.score != "thompson":
             return np.zeros(len(routing.cluster_ids), dtype=np.bool_)
         gate.steps += 1  # the next draws are others, also before an outcome arrives
-        if gate.lazy:
-            gate.refresh_rows(routing.cluster_ids)
-        return (gate.topk_indices[routing.cluster_ids] != routing.expert_indices).any(dim=1).numpy()
+        return (gate.greedy(routing) != routing.expert_indices).any(dim=1).numpy()
 
     def _learn(self, ids: NDArray, signal: NDArray) -> None:  # (N,), (N, k)
         slots = self._require_pending(ids)
         pending = self._pending
         sound = pending.cluster[slots] >= 0
-        clusters = torch.from_numpy(pending.cluster[slots].clip(min=0).astype(np.int64))
+        clusters = pending.members[slots] if pending.width else pending.cluster[slots].clip(min=0)
+        shares = torch.from_numpy(pending.shares[slots]) if pending.width else None
         experts = torch.from_numpy(pending.experts[slots].astype(np.int64))
         signal = np.where(sound[:, None], signal, np.nan)
-        self.gate.posterior.observe(clusters, torch.from_numpy(signal), experts, threshold=self.gate.threshold)
+        rows, threshold = torch.from_numpy(clusters.astype(np.int64)), self.gate.threshold
+        self.gate.posterior.observe(rows, torch.from_numpy(signal), experts, shares=shares, threshold=threshold)
         self.gate.steps += 1
         pending.remove(ids)
 
@@ -467,8 +489,10 @@ class PosteriorRouter:
         if self._audit is not None:
             self._audit.changed(reason)
 
-    def _remember(self, ids: NDArray, clusters: NDArray, experts: NDArray, distance: NDArray) -> None:
-        self._pending.put(ids, np.where(np.isinf(distance), -1, clusters), experts, self._tenure[experts])
+    def _remember(
+        self, ids: NDArray, clusters: NDArray, experts: NDArray, distance: NDArray, members: Members | None
+    ) -> None:
+        self._pending.put(ids, np.where(np.isinf(distance), -1, clusters), experts, self._tenure[experts], members)
 
     def _require_pending(self, ids: NDArray) -> NDArray[np.int64]:  # (N,) -> (N,), where they lie
         slots, known = self._pending.find(ids)
@@ -488,11 +512,20 @@ class PosteriorRouter:
         return slots
 
 
+def _members_of(routing: Routing) -> Members | None:
+    return None if routing.members is None else (routing.members.ids.numpy(), routing.members.shares.numpy())
+
+
 def _require_sizes(options: Mapping[str, Any], gate: Mapping[str, torch.Tensor], tenure: torch.Tensor) -> None:
     """Raise DamagedFileError for options that speak of larger tables than the state holds: they would be allocated first."""
     clusters, experts = gate["posterior.successes"].shape  # novelty="class" has one cluster more than the options say
     dimensions = gate["clusterer.centroids"].shape[1]
     held = {"num_clusters": clusters, "num_experts": experts, "hidden_size": dimensions, "top_k": experts}
+    several = options.get("clusterings", 1)
+    if type(several) is not int or not 1 <= several * options["num_clusters"] <= clusters:
+        raise DamagedFileError(
+            f"a router's state speaks of clusterings={several!r}, but its tables hold {clusters} clusters"
+        )
     wrong = [name for name, most in held.items() if type(options[name]) is not int or not 1 <= options[name] <= most]
     if wrong or tenure.shape != (experts,):
         name = wrong[0] if wrong else "num_experts"

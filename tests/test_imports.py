@@ -19,6 +19,7 @@ ORDER = [
     ["beta", "evidence"],
     ["kernels"],
     ["churn", "posterior", "clustering"],
+    ["memberships"],
     ["gates"],
     ["dispatch", "experts"],
     ["layer", "router"],

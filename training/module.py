@@ -117,7 +117,7 @@ class MoEClassifier(lightning.LightningModule):
         correct = prediction.expert_probs[:count].detach().argmax(dim=-1) == target[:, None]
         routing = prediction.routing
         if routing is not None and len(inputs) > count:
-            routing = type(routing)(*(field[:count] for field in routing))
+            routing = routing.map(lambda field: field[:count])
         return {"loss": self._projected(terms), "routing": routing, "expert_correct": correct}
 
     def _projected(self, terms: Terms) -> Tensor:

@@ -18,10 +18,12 @@ from moe_posterior.audit.collect import Event, Many, Marked, Resolved
 from moe_posterior.audit.limits import require_pool
 from moe_posterior.audit.recorder import BeliefTracker, knobs_of
 from moe_posterior.audit.state import Checkpoint, require_knobs
+from moe_posterior.audit.tables import Columns
 from moe_posterior.errors import AuditError, InvalidArgumentError
 from moe_posterior.forking import ForkLock
 from moe_posterior.gates import Gate, PosteriorGate, Routing
 from moe_posterior.gates.posterior import KNOBS
+from moe_posterior.pending import Members
 
 if TYPE_CHECKING:
     from moe_posterior.audit.log import AuditLog
@@ -84,11 +86,16 @@ class GateRecorder:
     def _put(self, routing: Routing, rows: Tensor, first: int) -> None:
         clusters = routing.cluster_ids[rows].numpy(force=True)
         versions = np.zeros(len(clusters), dtype=np.uint32)
+        members: Members | None = None
+        if routing.members is not None:
+            members = routing.members.ids[rows].numpy(force=True), routing.members.shares[rows].numpy(force=True)
+        several: Columns | None = None
         if self._belief is not None:
-            captured = self._belief.capture(self.source, clusters)
+            captured = self._belief.capture(self.source, clusters if members is None else members[0].reshape(-1))
             if captured is not None:
                 self.log.put(captured, 400 + captured.alpha.nbytes + captured.beta.nbytes)
             versions = self._belief.versions[clusters]
+            several = None if members is None else self._belief.members(*members)
         columns = {
             "cluster": clusters.astype(np.uint32),
             "distance": routing.distance[rows].detach().float().numpy(force=True).copy(),
@@ -97,11 +104,14 @@ class GateRecorder:
             "scores": routing.scores[rows].detach().float().numpy(force=True).copy(),
             "flags": np.zeros(len(clusters), dtype=np.uint8),
         }
-        time = now()
-        for piece in _pieces(len(clusters), self.gate.top_k):
+        time, width = now(), 0 if members is None else members[0].shape[1]
+        for piece in _pieces(len(clusters), self.gate.top_k, width):
             part = {name: column[piece] for name, column in columns.items()}
-            item = Many(self.source, time, first + piece.start, 0, part)
-            self.log.put(item, 600 + sum(column.nbytes for column in part.values()))
+            theirs = slice(piece.start * width, piece.stop * width)
+            their = None if several is None else {name: column[theirs] for name, column in several.items()}
+            item = Many(self.source, time, first + piece.start, 0, part, their)
+            held = [*part.values(), *(() if their is None else their.values())]
+            self.log.put(item, 600 + sum(column.nbytes for column in held))
 
     def _observed(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:
         self._observe(routing, outcome, dense=dense)
@@ -117,7 +127,7 @@ class GateRecorder:
             if self.gate.slots_of(routing, outcome, dense) is None:
                 values = values.gather(1, experts)
             signal, time = values.detach().double().numpy(force=True).copy(), now()
-            for piece in _pieces(len(signal), signal.shape[1]):
+            for piece in _pieces(len(signal), signal.shape[1], 0):
                 part = Resolved(self.source, time, 0, sampled.ids[piece], signal[piece])
                 self.log.put(part, 400 + 2 * part.signal.nbytes)
 
@@ -166,14 +176,16 @@ class GateRecorder:
         if self._belief is not None and isinstance(gate, PosteriorGate):
             settings["num_clusters"] = gate.num_clusters
             settings["options"] = {"novelty": gate.novelty}
+            if gate.members is not None:
+                settings["options"] |= {name: getattr(gate.members, name) for name in ("clusterings", "neighbours")}
             arrays = self._belief.snapshot()
         size = 2000 + sum(array.nbytes for array in arrays.values())
         self.log.put(Marked(self.source, Checkpoint(settings, arrays), self._generation), size)
 
 
-def _pieces(rows: int, top_k: int) -> list[slice]:
+def _pieces(rows: int, top_k: int, width: int) -> list[slice]:
     """Rows of a forward in parts that fit a record each, however many tokens it had."""
-    step = max(1, _PIECE // (16 + 8 * top_k))
+    step = max(1, _PIECE // (16 + 8 * top_k + 12 * width))
     return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 

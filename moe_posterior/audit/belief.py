@@ -22,10 +22,25 @@ class RowsOfGroup(NamedTuple):
     keys: NDArray[np.int64]  # (R,) cluster * 2^32 + version
     alpha: NDArray[np.float64]  # (R, E)
     beta: NDArray[np.float64]  # (R, E)
+    clusterings: int = 1
 
     def places(self, decisions: Columns) -> NDArray[np.int64]:  # -> (N,)
         """The row of each decision."""
         return np.searchsorted(self.keys, _keys(decisions["cluster"], decisions["version"]), side="right") - 1
+
+    def believed(self, group: Group, kept: NDArray) -> tuple[NDArray, NDArray]:  # (n,) -> 2 x (n, E)
+        """What these decisions of the group rested on: their cluster's row, or their clusters' by share, added in the same steps."""
+        members = group.members()
+        if members is None:
+            places = self.places({name: group.tables["decisions"][name][kept] for name in ("cluster", "version")})
+            return self.alpha[places], self.beta[places]
+        members = {name: values[kept] for name, values in members.items()}
+        places, shares = self.places(members), members["share"].astype(np.float64)[:, :, None]
+        alpha, beta = (table[places[:, 0]] * shares[:, 0] for table in (self.alpha, self.beta))
+        for place in range(1, places.shape[1]):
+            alpha += self.alpha[places[:, place]] * shares[:, place]
+            beta += self.beta[places[:, place]] * shares[:, place]
+        return alpha / self.clusterings, beta / self.clusterings
 
 
 def _keys(clusters: NDArray, versions: NDArray) -> NDArray[np.int64]:
@@ -48,6 +63,15 @@ class BeliefState:
         if not sound or self.versions.shape != shape[:1] or self.active.shape != shape[1:]:
             raise AuditError("a checkpoint's posterior has arrays that do not fit each other")
         _require_sound({"alpha": self.alpha, "beta": self.beta})
+        options = checkpoint.settings.get("options")
+        self.clusterings = options.get("clusterings", 1) if isinstance(options, dict) else 1
+        if type(self.clusterings) is not int or self.clusterings < 1 or shape[0] % self.clusterings:
+            raise AuditError(f"a checkpoint's {shape[0]} clusters are not those of {self.clusterings!r} clusterings")
+
+    def shown(self) -> tuple[NDArray, NDArray]:  # 2 x (C, E)
+        """Alpha and beta of the first clustering, in which each decision has its cluster: it has seen all that the others have."""
+        rows = len(self.alpha) // self.clusterings
+        return self.alpha[:rows], self.beta[:rows]
 
     def advance(self, group: Group) -> RowsOfGroup:
         """Take in a group's changed cells, and give the rows its decisions rest on.
@@ -58,7 +82,8 @@ class BeliefState:
         cells, decisions = group.tables["posterior"], group.tables["decisions"]
         _require_sound(cells)
         num_experts = self.alpha.shape[1]
-        clusters = np.unique(np.concatenate([cells["cluster"], decisions["cluster"]])).astype(np.int64)
+        rested = (cells["cluster"], decisions["cluster"], group.tables["members"]["cluster"])
+        clusters = np.unique(np.concatenate(rested)).astype(np.int64)
         bases = (clusters << 32) + self.versions[clusters]
         cell_keys = _keys(cells["cluster"], cells["version"])
         keys = np.union1d(bases, cell_keys)
@@ -81,7 +106,7 @@ class BeliefState:
                 table[clusters] = rows[-1][ends]
         if len(keys):
             self.versions[clusters] = keys[np.append(base_places[1:], len(keys)) - 1] & 0xFFFFFFFF
-        return RowsOfGroup(keys, *rows)
+        return RowsOfGroup(keys, rows[0], rows[1], self.clusterings)
 
 
 def _require_sound(tables: Columns) -> None:

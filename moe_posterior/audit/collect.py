@@ -36,6 +36,7 @@ class Many(NamedTuple):
     first: int
     steps: int
     columns: Columns
+    members: Columns | None = None  # of queries in several clusters, J rows a decision
 
 
 class Rows(NamedTuple):
@@ -142,6 +143,7 @@ class _Gathering:
         self.calls: list[tuple[int, int, int, int, int]] = []  # kind, rows, time, first, steps
         self.ones: list[One] = []
         self.decisions: list[Columns] = []
+        self.members: list[Columns] = []
         self.rows: list[Rows] = []
         self.resolved: list[Resolved] = []
         self.refused: list[Refused] = []
@@ -154,6 +156,8 @@ class _Gathering:
             self._close_ones()
             self.calls.append((ROUTE, len(item.columns["cluster"]), item.time, item.first, item.steps))
             self.decisions.append(item.columns)
+            if item.members is not None:
+                self.members.append(item.members)
         elif isinstance(item, Rows):
             self.rows.append(item)
         elif isinstance(item, Resolved):
@@ -176,6 +180,10 @@ class _Gathering:
         if self.decisions:
             tables["decisions"] = {
                 name: np.concatenate([part[name] for part in self.decisions]) for name in tables["decisions"]
+            }
+        if self.members:
+            tables["members"] = {
+                name: np.concatenate([part[name] for part in self.members]) for name in tables["members"]
             }
         if self.rows and known is not None:
             clusters = np.concatenate([rows.clusters for rows in self.rows])

@@ -12,6 +12,7 @@ from moe_posterior.audit.frames import MAX_PAYLOAD
 from moe_posterior.audit.state import encode_json
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, PosteriorGate
+from moe_posterior.pending import row_size
 from moe_posterior.router import PosteriorRouter
 
 MAX_EXPERTS = 1 << 16  # an expert is 2 bytes in every record
@@ -39,12 +40,14 @@ def require_pool(gate: Gate, num_experts: int | None = None) -> None:
 
 def require_router(router: PosteriorRouter, num_experts: int | None = None) -> None:
     """Raise InvalidArgumentError for a router, with so many experts if given, of which not every checkpoint would fit one record."""
-    gate, waiting = router.gate, router.max_pending * (12 + 8 * router.gate.top_k)
+    gate, width = router.gate, 0 if router.gate.members is None else router.gate.members.width
+    waiting = router.max_pending * row_size(gate.top_k, width)
     require_pool(gate, num_experts)
     if waiting > MAX_PAYLOAD // 2:
         raise InvalidArgumentError(
-            f"an audited router's pending decisions must fit one record: max_pending * (12 + 8 top_k) must be at most "
-            f"{MAX_PAYLOAD // 2}; got max_pending={router.max_pending}, top_k={gate.top_k}"
+            f"an audited router's pending decisions must fit one record: max_pending * (12 + 8 top_k + 8 J) must be at most "
+            f"{MAX_PAYLOAD // 2}, J being clusterings * neighbours or, where a query has one cluster, 0; got "
+            f"max_pending={router.max_pending}, top_k={gate.top_k}, J={width}"
         )
     experts = gate.num_experts if num_experts is None else num_experts
     size = _BESIDE + belief_bytes(gate, experts) + 4 * experts + waiting

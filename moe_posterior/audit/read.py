@@ -123,11 +123,12 @@ class Reader:
     ) -> Any:
         """The paper's full entries, one row a decision.
 
-        Columns: source, id, time, cluster, distance, version (of the cluster's posterior row), mode (the score that ranked),
-        experts, scores and means (best first; the posterior mean competence of each, what the score is a bound of), abstain,
-        explored, alpha and beta (all E experts, as the decision saw them), signal (one a slot, null while there is no outcome) and
-        resolved (when it came). Means, alpha and beta are null where the source has no belief; means also where a far token was
-        given less than its cluster's (``novelty="discount"``).
+        Columns: source, id, time, cluster (where a query has several, the nearest of the first clustering), distance, version (of
+        that cluster's posterior row), mode (the score that ranked), experts, scores and means (best first; the posterior mean
+        competence of each, what the score is a bound of), abstain, explored, alpha and beta (all E experts, as the decision saw
+        them, of several clusters mixed by its shares), signal (one a slot, null while there is no outcome) and resolved (when it
+        came). Means, alpha and beta are null where the source has no belief; means also where a far token was given less than its
+        cluster's (``novelty="discount"``).
 
         Args:
             ids, expert, cluster: only these decisions; ``expert`` is one that was chosen.
@@ -181,6 +182,7 @@ def _check_fit(group: Group, checkpoint: Checkpoint) -> None:
     bounds = (
         ("decisions", "cluster", said["num_clusters"]),
         ("decisions", "experts", said["num_experts"]),
+        ("members", "cluster", said["num_clusters"]),
         ("posterior", "cluster", said["num_clusters"]),
         ("posterior", "expert", said["num_experts"]),
     )
@@ -290,11 +292,10 @@ def _decision_table(group: Group, source: Source | None, belief: RowsOfGroup | N
     }
     beliefs = dict.fromkeys(("alpha", "beta", "means"))
     if belief is not None:
-        places = belief.places(columns)
-        beliefs["alpha"], beliefs["beta"] = belief.alpha[places], belief.beta[places]
+        beliefs["alpha"], beliefs["beta"] = alpha, beta = belief.believed(group, kept)
         if source is not None and source.checkpoint.settings.get("options", {}).get("novelty") != "discount":
-            alpha, beta = (table[places[:, None], experts] for table in (belief.alpha, belief.beta))
-            beliefs["means"] = alpha / (alpha + beta)
+            won, lost = (np.take_along_axis(table, experts.astype(np.int64), axis=1) for table in (alpha, beta))
+            beliefs["means"] = won / (won + lost)
     for name, values in beliefs.items():
         kind = schema.field(name).type
         arrays[name] = pa.nulls(rows, kind) if values is None else _lists(values, kind)

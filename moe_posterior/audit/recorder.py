@@ -15,8 +15,10 @@ from moe_posterior.audit.clock import now
 from moe_posterior.audit.collect import Event, Many, Marked, One, Refused, Resolved, Rows
 from moe_posterior.audit.limits import require_router
 from moe_posterior.audit.state import Checkpoint, require_knobs
+from moe_posterior.audit.tables import Columns
 from moe_posterior.gates import PosteriorGate
 from moe_posterior.gates.posterior import KNOBS
+from moe_posterior.pending import Members
 from moe_posterior.router import PosteriorRouter
 
 if TYPE_CHECKING:
@@ -77,6 +79,15 @@ class BeliefTracker:
         version = self.versions[cluster] + 1
         self.versions[cluster] = version
         return Rows(source, [cluster], [version], *self._cells(slice(cluster, cluster + 1)))
+
+    def members(self, ids: NDArray, shares: NDArray) -> Columns:  # 2 x (N, J)
+        """What the log holds of queries in several clusters, whose rows were captured."""
+        flat = ids.reshape(-1)
+        return {
+            "cluster": flat.astype(np.uint32),
+            "version": self.versions[flat],
+            "share": shares.reshape(-1).astype(np.float32),
+        }
 
     def outdated(self) -> bool:
         """Whether prior, pool or place of the belief are others than at the last snapshot, so that no row can be captured."""
@@ -171,8 +182,19 @@ class RouterRecorder:
             self.checkpoint(reason)
 
     def routed_one(
-        self, decision_id: int, cluster: int, distance: float, experts: list[int], scores: list[float], flags: int
+        self,
+        decision_id: int,
+        cluster: int,
+        distance: float,
+        experts: list[int],
+        scores: list[float],
+        flags: int,
+        members: Members | None = None,
     ) -> None:
+        if members is not None:
+            ids, clusters, far = np.array([decision_id]), np.array([cluster]), np.array([distance])
+            self.routed(ids, clusters, far, np.array([experts]), np.array([scores]), np.array([flags]), members)
+            return
         if not self._open:
             self._drop("decisions", 1)
             return
@@ -187,12 +209,19 @@ class RouterRecorder:
         self.log.put(item, _ONE_SIZE)
 
     def routed(
-        self, ids: NDArray, clusters: NDArray, distance: NDArray, experts: NDArray, scores: NDArray, flags: NDArray
+        self,
+        ids: NDArray,
+        clusters: NDArray,
+        distance: NDArray,
+        experts: NDArray,
+        scores: NDArray,
+        flags: NDArray,
+        members: Members | None = None,
     ) -> None:
         if not self._open:
             self._drop("decisions", len(ids))
             return
-        rows = self._belief.capture(self.source, clusters)
+        rows = self._belief.capture(self.source, clusters if members is None else members[0].reshape(-1))
         if rows is not None:
             self.log.put(rows, 400 + rows.alpha.nbytes + rows.beta.nbytes)
         if self.router.gate.chooses_per_token:
@@ -207,8 +236,10 @@ class RouterRecorder:
         }
         first = int(ids[0]) if len(ids) else 0
         self.log.reached_id = max(self.log.reached_id, first + len(ids))
-        item = Many(self.source, now(), first, self._steps, columns)
-        self.log.put(item, 600 + sum(column.nbytes for column in columns.values()))
+        several = None if members is None else self._belief.members(*members)
+        item = Many(self.source, now(), first, self._steps, columns, several)
+        held = [*columns.values(), *(() if several is None else several.values())]
+        self.log.put(item, 600 + sum(column.nbytes for column in held))
 
     def resolved(self, ids: NDArray, outcomes: NDArray) -> None:  # (M,), (M, k)
         if not self._open:

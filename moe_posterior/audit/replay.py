@@ -16,6 +16,7 @@ from moe_posterior.audit.state import Checkpoint
 from moe_posterior.audit.tables import RESOLVE, Group
 from moe_posterior.errors import AuditError, InvalidArgumentError, MoEPosteriorError
 from moe_posterior.gates.posterior import KNOBS
+from moe_posterior.pending import Members
 from moe_posterior.router import PosteriorRouter
 
 _FOLDED = ("rotated", "configured", "recovered")  # reasons of checkpoints that only outcomes lead to
@@ -56,7 +57,7 @@ class Fold:
         self.router = router
         belief = router.gate.posterior
         self._plain = belief.half_life is None and belief.surprise is None and belief.noise is None
-        self._plain = self._plain and belief.shrinkage is None
+        self._plain = self._plain and belief.shrinkage is None and router.gate.members is None
         self._listeners, belief._listeners = belief._listeners, []  # nobody reads the tables meanwhile
 
     def advance(self, group: Group) -> None:
@@ -72,13 +73,16 @@ class Fold:
         beyond = len(ids) and (
             int(experts.max()) >= router.gate.num_experts or int(clusters.max()) >= router.gate.num_clusters
         )
-        if group.top_k != router.gate.top_k or beyond:
+        members = _members_of(group)
+        width = 0 if members is None else members[0].shape[1]
+        if group.top_k != router.gate.top_k or beyond or (len(ids) and width != router._pending.width):
             raise AuditError("a group does not fit the router of the checkpoint before it")
         if group.rows("outcomes"):
-            self._learn(group, ids, clusters, experts)
+            self._learn(group, ids, clusters, experts, members)
         if len(ids):
             latest = slice(-router.max_pending, None)  # ids grow by one within a call: the last ones win their places
-            router._pending.put(ids[latest], clusters[latest], experts[latest], router._tenure[experts[latest]])
+            waiting = ids[latest], clusters[latest], experts[latest], router._tenure[experts[latest]]
+            router._pending.put(*waiting, None if members is None else (members[0][latest], members[1][latest]))
             router._next_id = int(ids[-1]) + 1
         router._pending.remove(group.tables["outcomes"]["id"])
         steps = group.tables["calls"]["steps"][group.tables["calls"]["kind"] <= RESOLVE]
@@ -92,9 +96,11 @@ class Fold:
         self.router.gate.load_state_dict(self.router.gate.state_dict())
         return self.router
 
-    def _learn(self, group: Group, ids: NDArray, clusters: NDArray, experts: NDArray) -> None:
-        outcomes = group.tables["outcomes"]
-        their_clusters, their_experts = self._looked_up(outcomes["id"], ids, clusters, experts)
+    def _learn(self, group: Group, ids: NDArray, clusters: NDArray, experts: NDArray, members: Members | None) -> None:
+        outcomes, pending = group.tables["outcomes"], self.router._pending
+        own = [clusters, experts, *(() if members is None else members)]
+        held = [pending.cluster, pending.experts, *((pending.members, pending.shares) if pending.width else ())]
+        their_clusters, their_experts, *theirs = self._looked_up(outcomes["id"], ids, own, held)
         signal = np.where(their_clusters[:, None] >= 0, outcomes["signal"], np.nan)
         their_clusters = their_clusters.clip(min=0).astype(np.int64)
         calls = group.tables["calls"]
@@ -103,17 +109,19 @@ class Fold:
             self._add_plainly(np.repeat(np.arange(len(sizes)), sizes), their_clusters, their_experts, signal)
             return
         belief, threshold = self.router.gate.posterior, self.router.gate.threshold
-        parts = [torch.from_numpy(a) for a in (their_clusters, signal, their_experts.astype(np.int64))]
-        for cluster, outcome, chosen in zip(*(p.split(sizes.tolist()) for p in parts), strict=True):
+        rows = theirs[0].astype(np.int64) if theirs else their_clusters
+        parts = [torch.from_numpy(a) for a in (rows, signal, their_experts.astype(np.int64), *theirs[1:])]
+        for cluster, outcome, chosen, *share in zip(*(p.split(sizes.tolist()) for p in parts), strict=True):
             try:
-                belief.observe(cluster, outcome, chosen, threshold=threshold, sync=False)
+                shares = share[0] if share else None
+                belief.observe(cluster, outcome, chosen, shares=shares, threshold=threshold, sync=False)
             except InvalidArgumentError as error:
                 raise AuditError(f"the log holds outcomes that no router takes: {error}") from error
 
     def _looked_up(
-        self, wanted: NDArray, ids: NDArray, clusters: NDArray, experts: NDArray
-    ) -> tuple[NDArray, NDArray]:  # (M,), (M, k)
-        """Cluster and experts of the decisions that outcomes belong to: of this group, or pending before it."""
+        self, wanted: NDArray, ids: NDArray, own: list[NDArray], held: list[NDArray]
+    ) -> list[NDArray]:  # (M,) and (N,); (N, ...) each, (P, ...) each -> (M, ...) each
+        """Columns of the decisions that outcomes belong to: from this group's own, or from the pending ones that are held."""
         router = self.router
         slots, waiting = router._pending.find(wanted)
         places = np.searchsorted(ids, wanted).clip(max=max(len(ids) - 1, 0))
@@ -121,9 +129,10 @@ class Fold:
         known = here | waiting
         if not known.all():
             raise AuditError(f"the log holds an outcome of decision {int(wanted[~known][0])}, but not the decision")
-        their_clusters, their_experts = router._pending.cluster[slots], router._pending.experts[slots]
-        their_clusters[here], their_experts[here] = clusters[places[here]], experts[places[here]]
-        return their_clusters, their_experts
+        found = [column[slots] for column in held]
+        for column, of_group in zip(found, own if here.any() else [], strict=bool(here.any())):
+            column[here] = of_group[places[here]]
+        return found
 
     def _add_plainly(self, batch: NDArray, clusters: NDArray, experts: NDArray, signal: NDArray) -> None:
         """What ``observe`` does call by call, in one go: sums by cell within a call, calls in order; the same additions."""
@@ -139,6 +148,11 @@ class Fold:
             sums = np.zeros(len(kept))
             np.add.at(sums, place, added)
             np.add.at(counts.numpy().reshape(-1), kept % counts.numel(), sums)
+
+
+def _members_of(group: Group) -> Members | None:
+    members = group.members()
+    return None if members is None else (members["cluster"].astype(np.int32), members["share"])
 
 
 def rebuild(reader: Reader, name: str = "router", *, check: bool = False) -> PosteriorRouter:

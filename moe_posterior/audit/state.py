@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from moe_posterior.audit.frames import MAX_PAYLOAD
 from moe_posterior.errors import AuditError, InvalidArgumentError
+from moe_posterior.pending import row_size
 
 MAX_TIME = 253_402_300_800_000_000  # the year 10000, in microseconds
 _LARGE = 1e18  # no knob goes there
@@ -171,14 +172,31 @@ def _check_options(
     _require("checkpoint", all(type(options.get(name)) is int for name in names))
     clusters, experts, hidden_size, chosen, pending = (int(options[name]) for name in names)
     centroids = arrays.get("gate.clusterer.centroids", np.zeros(0))
-    _require("checkpoint", clusters in (num_clusters, num_clusters - 1) and chosen == top_k and experts <= num_experts)
+    clusterings, neighbours = (options.get(name, 1) for name in ("clusterings", "neighbours"))
+    _require("checkpoint", type(clusterings) is type(neighbours) is int and clusterings >= 1 and neighbours >= 1)
+    width = clusterings * neighbours if clusterings * neighbours > 1 else 0
+    rows = clusters * clusterings
+    _require("checkpoint", rows in (num_clusters, num_clusters - 1) and chosen == top_k and experts <= num_experts)
     _require("checkpoint", centroids.shape == (clusters, hidden_size))
-    _require("checkpoint", pending >= 1 and pending * (12 + 8 * top_k) <= MAX_PAYLOAD // 2)
+    _require("checkpoint", pending >= 1 and pending * row_size(top_k, width) <= MAX_PAYLOAD // 2)
+    _check_pending(arrays, num_experts, top_k, width, num_clusters)
+
+
+def _check_pending(
+    arrays: dict[str, NDArray[Any]], num_experts: int, top_k: int, width: int, num_clusters: int
+) -> None:
     rows = {name: array for name, array in arrays.items() if name.startswith("pending.")}
     shapes = {"pending.id": 1, "pending.cluster": 1, "pending.experts": 2, "pending.tenure": 2}
+    if width:
+        shapes |= {"pending.members": 2, "pending.shares": 2}
     _require("checkpoint", {name: array.ndim for name, array in rows.items()} == shapes)
     _require("checkpoint", len({len(array) for array in rows.values()}) == 1)
     _require("checkpoint", rows["pending.experts"].shape[1] == rows["pending.tenure"].shape[1] == top_k)
     within = rows["pending.experts"]
     _require("checkpoint", not within.size or (int(within.min()) >= 0 and int(within.max()) < num_experts))
     _require("checkpoint", not len(rows["pending.id"]) or int(rows["pending.id"].min()) >= 0)
+    if width:
+        members, shares = rows["pending.members"], rows["pending.shares"]
+        _require("checkpoint", members.shape[1] == shares.shape[1] == width)
+        _require("checkpoint", bool(((members >= 0) & (members < num_clusters)).all()))
+        _require("checkpoint", bool(((shares >= 0) & (shares <= 1)).all()))

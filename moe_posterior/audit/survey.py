@@ -78,18 +78,19 @@ class SourceSurvey:
         self.by_cluster = _widened(self.by_cluster, int(checkpoint.settings["num_clusters"]))
         reason, time = str(checkpoint.settings.get("reason")), _integer(checkpoint.settings.get("time"))
         if belief is not None:
+            alpha, beta = belief.shown()
             old_shape = (0, 0) if self.sampler is None else self.sampler.alpha.shape
-            fresh = reason == _NEW_CLUSTERS or len(belief.alpha) != old_shape[0] or belief.alpha.shape[1] < old_shape[1]
+            fresh = reason == _NEW_CLUSTERS or len(alpha) != old_shape[0] or alpha.shape[1] < old_shape[1]
             if fresh or self.sampler is None or self.flagging is None:
-                self.sampler = Sampler(belief.alpha, belief.beta, time)
-                self.flagging = Flagging(belief.alpha, belief.beta, belief.active)
-                self.earlier, self.traffic = self.decisions, np.zeros(belief.alpha.shape, dtype=np.int64)
+                self.sampler = Sampler(alpha, beta, time)
+                self.flagging = Flagging(alpha, beta, belief.active)
+                self.earlier, self.traffic = self.decisions, np.zeros(alpha.shape, dtype=np.int64)
             else:
-                self.sampler.told(belief.alpha, belief.beta, time)
+                self.sampler.told(alpha, beta, time)
                 next_id = _integer(checkpoint.settings.get("next_id"))
                 experts = _begun_anew(reason, len(belief.active))
-                self.flagging.told(belief.alpha, belief.beta, belief.active, experts, next_id, time)
-                new = belief.alpha.shape[1] - self.traffic.shape[1]
+                self.flagging.told(alpha, beta, belief.active, experts, next_id, time)
+                new = alpha.shape[1] - self.traffic.shape[1]
                 self.traffic = np.pad(self.traffic, ((0, 0), (0, new)))
         if reason == "rotated":
             return None

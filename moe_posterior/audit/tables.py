@@ -59,6 +59,11 @@ TABLES: dict[str, tuple[_Column, ...]] = {
         _Column("alpha", np.float64),
         _Column("beta", np.float64),
     ),
+    "members": (  # of decisions on queries in several clusters: all of them, J rows a decision
+        _Column("cluster", np.uint32),
+        _Column("version", np.uint32),  # of that cluster's posterior row
+        _Column("share", np.float32),
+    ),
 }
 _NAMES = tuple(TABLES)
 _MOST = {"time": MAX_TIME, "first": 1 << 62, "steps": 1 << 62}
@@ -89,6 +94,11 @@ class Group(NamedTuple):
         rows = calls["rows"][routed].astype(np.int64)
         starts = np.cumsum(rows) - rows
         return np.repeat(calls["first"][routed] - starts, rows) + np.arange(int(rows.sum()))
+
+    def members(self) -> Columns | None:
+        """The columns of ``members``, each (N, J), where queries belong to several clusters."""
+        rows, count = self.rows("members"), self.rows("decisions")
+        return {n: v.reshape(count, -1) for n, v in self.tables["members"].items()} if rows and count else None
 
 
 def empty_tables(top_k: int) -> dict[str, Columns]:
@@ -137,6 +147,12 @@ def check_calls(group: Group) -> None:
     for kind, table in _CALLED.items():
         if int(calls["rows"][calls["kind"] == kind].sum()) != group.rows(table):
             raise AuditError(f"a group's calls do not add up to its {table}")
+    count = group.rows("members")
+    if count and (not group.rows("decisions") or count % group.rows("decisions")):
+        raise AuditError("a group's members do not add up to its decisions")
+    shares = group.tables["members"]["share"]
+    if not bool(((shares >= 0) & (shares <= 1)).all()):
+        raise AuditError("a group's members have shares outside [0, 1]")
     if len(calls["kind"]) and int(calls["kind"].max()) > REFUSE:
         raise AuditError("a group holds a call of an unknown kind")
     for column in ("time", "first", "steps"):

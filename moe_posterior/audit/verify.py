@@ -25,6 +25,7 @@ from moe_posterior.audit.state import decode_json
 from moe_posterior.audit.tables import ROUTE, Group, split
 from moe_posterior.errors import AuditError
 from moe_posterior.kernels import reference
+from moe_posterior.memberships import Memberships
 from moe_posterior.router import PosteriorRouter
 
 _SLACK = 1e-6  # of a score that is no plain arithmetic: a quantile's last bits depend on how many are computed together
@@ -156,19 +157,20 @@ def verify_decisions(reader: Reader) -> Recomputed:
         count = group.rows("decisions")
         if not count:
             continue
-        drawn = source is not None and not _by_table(source)
+        drawn = source is not None and not _undrawn(source)
         if source is None or rows is None or (drawn and source.checkpoint.settings["kind"] != "router"):
             found.skipped += count
             continue
         try:
-            choices = (_drawn_choices if drawn else table_choices)(group, source, rows)
+            undrawn = table_choices if group.members() is None else _mixed_choices
+            choices = (_drawn_choices if drawn else undrawn)(group, source, rows)
         except (ValueError, ArithmeticError, KeyError, TypeError, IndexError, RuntimeError) as error:
             raise AuditError(f"choices of {source.name!r} do not fit the checkpoint before them: {error}") from error
         _compare(group, source, found, *choices)
     return found
 
 
-def _by_table(source: Source) -> bool:
+def _undrawn(source: Source) -> bool:
     said = knobs(source.checkpoint)
     options = source.checkpoint.settings.get("options") or {}
     return said.get("score") != "thompson" and not said.get("exploration") and options.get("novelty") != "discount"
@@ -187,6 +189,17 @@ def table_choices(
     clusters = torch.from_numpy((rows.keys[used] >> 32).astype(np.int64))
     selection = reference.select(scores, clusters, group.top_k)
     return selection.expert_indices.numpy()[place], selection.scores.float().numpy()[place]
+
+
+def _mixed_choices(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """As :func:`table_choices`, of queries that belong to several clusters."""
+    assert source.belief is not None
+    decisions = group.tables["decisions"]
+    alpha, beta = (torch.from_numpy(part) for part in rows.believed(group, np.arange(group.rows("decisions"))))
+    scores = _scores(alpha, beta, knobs(source.checkpoint))
+    scores = scores.masked_fill(~torch.from_numpy(source.belief.active), -torch.inf)
+    selection = reference.select(scores, torch.from_numpy(decisions["cluster"].astype(np.int64)), group.top_k)
+    return selection.expert_indices.numpy(), selection.scores.float().numpy()
 
 
 def _scores(alpha: Tensor, beta: Tensor, said: dict[str, Any]) -> Tensor:  # (R, E)
@@ -211,6 +224,17 @@ class _Replayed(torch.nn.Module):
         return self.assignment
 
 
+class _ReplayedMembers(torch.nn.Module):
+    """In place of a gate's memberships: those that the log holds."""
+
+    def __init__(self, assignment: reference.Assignment, members: Memberships) -> None:
+        super().__init__()
+        self.assignment, self.members = assignment, members
+
+    def forward(self, clusterer: object, hidden: Tensor) -> tuple[reference.Assignment, Memberships]:
+        return self.assignment, self.members
+
+
 def _drawn_choices(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDArray, NDArray]:  # (N, k), (N, k)
     """Call by call, with a gate whose belief is the recorded rows and whose draws start where they did."""
     assert source.belief is not None
@@ -222,7 +246,9 @@ def _drawn_choices(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDA
     gate.configure(**{name: said[name] for name in ("score", "risk_aversion", "temperature", "exploration")})
     belief, decisions, calls = gate.posterior, group.tables["decisions"], group.tables["calls"]
     belief.active.copy_(torch.from_numpy(source.belief.active))
-    places, routed = rows.places(decisions), calls["kind"] == ROUTE
+    members = group.members()
+    resting = decisions if members is None else members  # what each decision rests on: one row, or J
+    places, routed = rows.places(resting), calls["kind"] == ROUTE
     bumps = said["score"] == "thompson" or said["exploration"] > 0
     radius = torch.from_numpy(source.checkpoint.arrays["radius"])
     ends = np.cumsum(calls["rows"][routed].astype(np.int64))
@@ -232,12 +258,16 @@ def _drawn_choices(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDA
         ends.tolist(), calls["rows"][routed].tolist(), calls["steps"][routed].tolist(), strict=True
     ):
         here = slice(end - size, end)
-        alpha, beta = tables(places[here], decisions["cluster"][here])
+        alpha, beta = tables(places[here].reshape(-1), resting["cluster"][here].reshape(-1))
         belief.prior_alpha.copy_(torch.from_numpy(alpha))
         belief.prior_beta.copy_(torch.from_numpy(beta))
         clusters = torch.from_numpy(decisions["cluster"][here].astype(np.int64))
         assignment = reference.Assignment(clusters, torch.from_numpy(decisions["distance"][here].copy()))
         gate.clusterer = _Replayed(assignment, radius)  # type: ignore[assignment]
+        if members is not None:
+            parts = members["cluster"][here].astype(np.int64), members["share"][here].copy()
+            several = Memberships(*(torch.from_numpy(part) for part in parts))
+            gate.members = _ReplayedMembers(assignment, several)  # type: ignore[assignment]
         gate.steps.fill_(steps - bumps)
         routing = gate(torch.zeros(1).expand(size, gate.hidden_size))
         experts.append(routing.expert_indices.numpy())

@@ -4,6 +4,7 @@ Dimensions: N tokens, D hidden size, E experts, k experts per token.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_posterior import validation
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.memberships import Memberships
 from moe_posterior.precision import require_all_loadable
 
 
@@ -26,12 +28,48 @@ class Routing(NamedTuple):
     scores: Tensor  # (N, k) what the gate ranked the experts by
     distance: Tensor  # (N,) to the centroid; 0 for gates without clusters, inf for a row that holds NaN or inf
 
+    @property
+    def members(self) -> Memberships | None:
+        """The clusters of tokens that belong to several, of which ``cluster_ids`` is one; None where each has that one alone."""
+        return None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Routing":
+        """The routing with every tensor changed alike, as moved to a device or reduced to some rows."""
+        return Routing(*(change(part) for part in self))
+
     def abstain(self, threshold: float) -> Tensor:  # -> (N,) bool
         """Which tokens to escalate rather than answer: those whose best score stays below the threshold, or is NaN.
 
         Source: *Bayesian Posterior Routing in Multi-Agent Systems*, tiered invocation.
         """
         return ~(self.scores[:, 0] >= threshold)
+
+
+class SharedRouting(Routing):
+    """A :class:`Routing` of tokens that belong to several clusters. The five fields are as ever; the memberships come beside them.
+
+    They go with :meth:`Routing.map`, ``_replace``, copies and pickles; a routing put together from the five fields alone has lost
+    them, and its gate refuses to observe it.
+    """
+
+    @property
+    def members(self) -> Memberships | None:
+        return self.__dict__.get("_members")
+
+    @staticmethod
+    def of(routing: Routing, members: Memberships) -> "SharedRouting":
+        """The routing with these memberships."""
+        shared = SharedRouting(*routing)
+        shared.__dict__["_members"] = members
+        return shared
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Routing:
+        mapped = Routing(*self).map(change)
+        return mapped if self.members is None else SharedRouting.of(mapped, Memberships(*map(change, self.members)))
+
+    def _replace(self, **changes: Any) -> Routing:  # type: ignore[override]
+        replaced = Routing(*self)._replace(**changes)
+        return replaced if self.members is None else SharedRouting.of(replaced, self.members)
 
 
 class Gate(nn.Module, ABC):

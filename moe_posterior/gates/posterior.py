@@ -15,8 +15,9 @@ from moe_posterior import beta as beta_functions
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import ProxyNoise, novelty_weight
-from moe_posterior.gates.base import Gate, Routing
+from moe_posterior.gates.base import Gate, Routing, SharedRouting
 from moe_posterior.kernels import cpu, dispatch, reference
+from moe_posterior.memberships import Memberships, SeveralClusters, mixed, mixed_at
 from moe_posterior.posterior import BetaPosterior
 from moe_posterior.precision import FixedPrecision
 
@@ -52,6 +53,14 @@ class PosteriorGate(Gate, FixedPrecision):
         false_positive_rate, false_negative_rate: known error rates of the outcomes; counts are de-biased by them.
         lazy: where a change of the belief touches every cluster, as under ``shrinkage``, refresh a row of the tables when it is next
             needed: for many clusters and experts and few tokens at a time. Such a gate cannot be compiled to one graph.
+        clusterings: M, how many k-means runs of ``num_clusters`` each speak for a token, from different draws; the pseudo-counts that
+            they give it are averaged. 1 (default) is the paper's. 4 move single accidents of a run out of the way: the scores rank
+            better for abstention, at M times the rows and a slower single query.
+        neighbours: H, how many of the nearest clusters of each run a token belongs to; 1 (default) is the nearest alone. With more,
+            outcomes are shared among them, see :class:`~moe_posterior.memberships.SeveralClusters`. Neither goes with
+            ``novelty="class"`` or ``levels=2``; with either, choices depend on the token and take the per-token path.
+        softness: how far the shares spread over the ``neighbours``; positive, in units of a token's mean squared distance to its
+            centroid. Default 0.1.
         levels: 2 looks for the nearest of many clusters in two steps, faster and approximately, see :class:`Clusterer`.
         seed: start of the draws. They depend on (seed, number of ``observe`` calls) alone: a forward run twice, as under
             activation checkpointing, draws the same.
@@ -104,6 +113,9 @@ class PosteriorGate(Gate, FixedPrecision):
         surprise: float | None = None,
         false_positive_rate: float = 0.0,
         false_negative_rate: float = 0.0,
+        clusterings: int = 1,
+        neighbours: int = 1,
+        softness: float = 0.1,
         lazy: bool = False,
         levels: int = 1,
         seed: int = 0,
@@ -114,8 +126,14 @@ class PosteriorGate(Gate, FixedPrecision):
         if novelty not in get_args(Novelty):
             raise InvalidArgumentError(f"novelty must be one of {list(get_args(Novelty))}; got {novelty!r}")
         self.clusterer = Clusterer(num_clusters, hidden_size, outliers=novelty == "class", levels=levels)
+        members = SeveralClusters(num_clusters, hidden_size, clusterings, neighbours, softness)
+        self.members = members if members.width > 1 else None
+        if self.members is not None and (novelty == "class" or levels != 1):
+            raise InvalidArgumentError(
+                f"clusterings and neighbours must be 1 with novelty='class' or levels=2; got {clusterings} and {neighbours}"
+            )
         self.posterior = BetaPosterior(
-            self.clusterer.num_classes,
+            clusterings * self.clusterer.num_classes,
             num_experts,
             prior_alpha=prior_alpha,
             prior_beta=prior_beta,
@@ -123,13 +141,14 @@ class PosteriorGate(Gate, FixedPrecision):
             shrinkage=shrinkage,
             surprise=surprise,
             noise=ProxyNoise(false_positive_rate, false_negative_rate) if noisy else None,
+            clusterings=clusterings,
         )
         if threshold is not None and not 0.0 <= threshold <= 1.0:
             raise InvalidArgumentError(f"threshold must lie in [0, 1] or be None; got {threshold}")
         self.novelty = novelty
         self.threshold, self.lazy, self.seed, self.backend = threshold, lazy, seed, backend
         self._views = cpu.Views()
-        table = (self.clusterer.num_classes, top_k)
+        table = (self.posterior.num_clusters, top_k)
         self.register_buffer("topk_indices", torch.zeros(table, dtype=torch.int64), persistent=False)
         self.register_buffer("topk_weights", torch.zeros(table, dtype=torch.float32), persistent=False)
         self.register_buffer("topk_scores", torch.zeros(table, dtype=torch.float32), persistent=False)
@@ -179,18 +198,20 @@ class PosteriorGate(Gate, FixedPrecision):
 
     @property
     def num_clusters(self) -> int:
-        """How many rows the belief has, C and one more for the outlier class with ``novelty="class"``."""
-        return self.clusterer.num_classes
+        """How many rows the belief has, C in each clustering, and one more for the outlier class with ``novelty="class"``."""
+        return self.posterior.num_clusters
 
     @property
     def chooses_per_token(self) -> bool:
         """Whether a choice depends on more than the cluster, so that the tables cannot answer it."""
-        return self.score == "thompson" or self.exploration > 0 or self.novelty == "discount"
+        return (
+            self.score == "thompson" or self.exploration > 0 or self.novelty == "discount" or self.members is not None
+        )
 
     @property
     def fitted(self) -> bool:
         """Whether there are centroids."""
-        return self.clusterer.fitted
+        return self.clusterer.fitted and (self.members is None or self.members.fitted)
 
     def fit(self, hidden: Tensor, *, generator: torch.Generator | None = None) -> None:  # (..., D)
         """Find the clusters by k-means and forget all evidence and any warm start: they spoke of other clusters.
@@ -198,6 +219,8 @@ class PosteriorGate(Gate, FixedPrecision):
         A Routing made before a fit must not be observed after it. Errors as :meth:`Clusterer.fit`.
         """
         self.clusterer.fit(hidden, generator=generator)
+        if self.members is not None:
+            self.members.fit(self.clusterer, hidden, generator)
         self.posterior.reset(prior=True)
 
     def warm_start(
@@ -209,8 +232,9 @@ class PosteriorGate(Gate, FixedPrecision):
     ) -> None:
         """Turn held-out outcomes of all experts into the prior; NaN = not observed. See :meth:`BetaPosterior.warm_start`."""
         self.validate_hidden(hidden)
-        ids = self.clusterer(hidden).cluster_ids
-        self.posterior.warm_start(ids, outcome, strength=strength, threshold=self.threshold)
+        assignment, members = self.assign(hidden)
+        ids, shares = (assignment.cluster_ids, None) if members is None else members
+        self.posterior.warm_start(ids, outcome, shares=shares, strength=strength, threshold=self.threshold)
 
     def forward(self, hidden: Tensor) -> Routing:  # (N, D)
         """Choose experts for every token; changes no state.
@@ -246,15 +270,18 @@ class PosteriorGate(Gate, FixedPrecision):
         lost = ~torch.isfinite(routing.distance).to(outcome.device)
         if lost.any():
             outcome = torch.where(lost[:, None], torch.nan, outcome)
-        self.posterior.observe(routing.cluster_ids, outcome, slots, threshold=self.threshold)
+        members = self._members_of(routing)
+        ids, shares = (routing.cluster_ids, None) if members is None else members
+        self.posterior.observe(ids, outcome, slots, shares=shares, threshold=self.threshold)
         self.steps += 1
 
     @torch.no_grad()
     def shadow(self, routing: Routing, rate: float) -> Tensor:  # -> (N,) int64
         """Draw for a share of tokens an expert that was not chosen, to be tried beside the answer; -1 for the others.
 
-        Its outcome is observed through ``posterior.observe(cluster_ids, outcome[:, None], experts[:, None])`` and the output of
-        the layer stays untouched: exploration without risk, at the cost of the extra evaluation.
+        Its outcome is observed through ``posterior.observe(cluster_ids, outcome[:, None], experts[:, None])``, with
+        ``routing.members`` in place of the ids where a token has several clusters, ``observe(ids, ..., shares=shares)``, and the
+        output of the layer stays untouched: exploration without risk, at the cost of the extra evaluation.
 
         Raises:
             InvalidArgumentError: ``rate`` outside [0, 1].
@@ -337,9 +364,9 @@ class PosteriorGate(Gate, FixedPrecision):
 
     @torch.no_grad()
     def _forward_per_token(self, hidden: Tensor) -> Routing:
-        assignment = self.clusterer(hidden)
+        assignment, members = self.assign(hidden)
         generator = self._generator(hidden.device, "route")
-        scores = self._scores(*self._believed(assignment), generator)
+        scores = self._scores(*self._believed(assignment, members), generator)
         selection = reference.select(scores, assignment.cluster_ids, self.top_k)
         indices, chosen = selection.expert_indices, selection.scores
         if self.exploration > 0 and int(self.posterior.active.sum()) > self.top_k:
@@ -349,16 +376,35 @@ class PosteriorGate(Gate, FixedPrecision):
             indices = torch.cat([indices[:, :-1], last[:, None]], dim=1)
             chosen = scores.gather(1, indices)
         weights = reference.weigh(chosen, self.temperature).float()
-        return Routing(indices, weights, assignment.cluster_ids, chosen.float(), assignment.distance)
+        routing = Routing(indices, weights, assignment.cluster_ids, chosen.float(), assignment.distance)
+        return routing if members is None else SharedRouting.of(routing, members)
 
-    def _with_novelty(self, assignment: reference.Assignment) -> tuple[Tensor, Tensor]:  # -> 2 x (N, E)
+    def assign(self, hidden: Tensor) -> tuple[reference.Assignment, Memberships | None]:  # (N, D)
+        """Cluster and distance of each token, and its memberships where it has several."""
+        if self.members is None:
+            return self.clusterer(hidden), None
+        return self.members(self.clusterer, hidden)
+
+    def _members_of(self, routing: Routing) -> Memberships | None:
+        if self.members is None:
+            return None
+        if routing.members is None:
+            raise InvalidArgumentError(
+                "routing must be this gate's, in which a token has several clusters; it holds no members"
+            )
+        return routing.members
+
+    def _with_novelty(
+        self, assignment: reference.Assignment, members: Memberships | None
+    ) -> tuple[Tensor, Tensor]:  # -> 2 x (N, E)
         """A far token keeps part of its cluster's pseudo-counts; in their place stand two of the expert's pooled record."""
         alpha, beta = self.posterior.parameters_of()
         ids = assignment.cluster_ids
         weight = novelty_weight(assignment.distance, self.clusterer.radius[ids]).to(alpha.dtype)[:, None]
         pooled = 2 * beta_functions.mean(alpha.sum(dim=0), beta.sum(dim=0))  # (E,)
         far = 1 - weight
-        return weight * alpha[ids] + far * pooled, weight * beta[ids] + far * (2 - pooled)
+        near = (alpha[ids], beta[ids]) if members is None else mixed(self.posterior, members)
+        return weight * near[0] + far * pooled, weight * near[1] + far * (2 - pooled)
 
     def _random_others(self, chosen: Tensor, generator: torch.Generator) -> Tensor:  # (N, k) -> (N,)
         """A uniformly drawn active expert that is not among the chosen; the last chosen one where there is no other."""
@@ -375,7 +421,9 @@ class PosteriorGate(Gate, FixedPrecision):
     def _refresh(self, cluster_ids: Tensor | None) -> None:
         """Rewrite the tables of the given clusters (None: of all, or, if lazy, mark all to be rewritten)."""
         device = self.posterior.successes.device
-        if device.type == "meta":
+        if (
+            device.type == "meta" or self.members is not None
+        ):  # a token of several clusters has no row that could answer it
             return
         if self.topk_indices.device != device:  # a load with assign=True leaves derived buffers where they were
             for name in ("topk_indices", "topk_weights", "topk_scores", "topk_counts", "stale"):
@@ -401,6 +449,9 @@ class PosteriorGate(Gate, FixedPrecision):
 
     def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
         """Posterior mean competence of the chosen experts as of now."""
+        members = self._members_of(routing)
+        if members is not None:
+            return beta_functions.mean(*mixed_at(self.posterior, members, routing.expert_indices)).float()
         alpha, beta = self.posterior.parameters_of(routing.cluster_ids)
         return beta_functions.mean(alpha, beta).gather(1, routing.expert_indices).float()
 
@@ -410,15 +461,33 @@ class PosteriorGate(Gate, FixedPrecision):
 
         With ``novelty="discount"`` those that the token was given, far from its cluster fewer than the cluster has.
         """
+        members = self._members_of(routing)
         if self.novelty == "discount":
-            believed = self._with_novelty(reference.Assignment(routing.cluster_ids, routing.distance))
+            believed = self._with_novelty(reference.Assignment(routing.cluster_ids, routing.distance), members)
             return _chosen(*believed, routing.expert_indices)
+        if members is not None:
+            return torch.stack(mixed_at(self.posterior, members, routing.expert_indices), dim=1)
         return torch.stack(self.posterior.parameters_at(routing.cluster_ids[:, None], routing.expert_indices), dim=1)
 
-    def _believed(self, assignment: reference.Assignment) -> tuple[Tensor, Tensor]:  # -> 2 x (N, E)
+    def greedy(self, routing: Routing) -> Tensor:  # -> (N, k) int64
+        """The experts that the belief, as of now, would choose for these tokens without drawing."""
+        members = self._members_of(routing)
+        if members is None:
+            if self.lazy:
+                self.refresh_rows(routing.cluster_ids)
+            return self.topk_indices[routing.cluster_ids]
+        assignment = reference.Assignment(routing.cluster_ids, routing.distance)
+        scores = self._scores(*self._believed(assignment, members), None)
+        return reference.select(scores, routing.cluster_ids, self.top_k).expert_indices
+
+    def _believed(
+        self, assignment: reference.Assignment, members: Memberships | None
+    ) -> tuple[Tensor, Tensor]:  # -> 2 x (N, E)
         """What is believed of every expert, for each token."""
         if self.novelty == "discount":
-            return self._with_novelty(assignment)
+            return self._with_novelty(assignment, members)
+        if members is not None:
+            return mixed(self.posterior, members)
         return self.posterior.parameters_of(assignment.cluster_ids)
 
     def _write_rows(self, clusters: Tensor) -> None:  # (M,)

@@ -3,7 +3,7 @@
 Dimensions: T tokens, D hidden size, E experts, k experts per token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,13 @@ class HostedPriorGate(PriorGate):
 class HostedPosteriorGate(PosteriorGate):
     """A :class:`PosteriorGate` in a router's place: it chooses; its weights add up to what the host's own would have."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.members is not None:
+            raise InvalidArgumentError(
+                "clusterings and neighbours must be 1 for a gate in a host's router: its passes count by one cluster a token"
+            )
+
     def forward(self, hidden: Tensor, choice: Choice | None = None) -> Routing:  # (T, D)
         """This gate's choice, weighted to the sum of the host's weights for that token, in the host's dtype."""
         routing = super().forward(hidden)
@@ -48,7 +55,10 @@ class HostedPosteriorGate(PosteriorGate):
             return routing
         if choice.stands:
             distance = _far(routing.distance, choice.real)
-            return Routing(choice.indices, choice.weights, routing.cluster_ids, choice.weights.detach(), distance)
+            weights = choice.weights
+            return routing._replace(
+                expert_indices=choice.indices, routing_weights=weights, scores=weights.detach(), distance=distance
+            )
         total = choice.weights.sum(dim=-1, keepdim=True)
         weights = (routing.routing_weights * total).to(choice.weights.dtype)
         return routing._replace(routing_weights=weights, distance=_far(routing.distance, choice.real))

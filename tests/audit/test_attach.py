@@ -24,8 +24,9 @@ def model(**options) -> nn.Sequential:
     return nn.Sequential(first, nn.ReLU(), MixtureOfExperts(experts(4), SoftmaxGate(8, 4, 1)))
 
 
-def test_all_gates_of_a_model_are_recorded_with_gradient_outcomes(tmp_path: Path) -> None:
-    layers = model()
+@pytest.mark.parametrize("options", [{}, {"clusterings": 2, "neighbours": 2}], ids=["one cluster", "several"])
+def test_all_gates_of_a_model_are_recorded_with_gradient_outcomes(tmp_path: Path, options: dict) -> None:
+    layers = model(**options)
     seen = []
     with AuditLog(tmp_path) as log, log.attach(layers):
         for _ in range(3):

@@ -25,6 +25,20 @@ BELIEFS: dict[str, dict[str, Any]] = {
     },
     "thompson": {"score": "thompson", "novelty": "class", "half_life": 50.0},
     "quantile": {"score": "quantile", "max_pending": 60},
+    "several clusters": {"clusterings": 2, "neighbours": 2, "max_pending": 60},
+    "several clusters and everything": {
+        "clusterings": 2,
+        "neighbours": 2,
+        "softness": 1.0,
+        "half_life": 30.0,
+        "shrinkage": 8.0,
+        "surprise": 3.0,
+        "exploration": 0.2,
+        "false_positive_rate": 0.1,
+        "top_k": 2,
+        "novelty": "discount",
+    },
+    "several clusters, drawn": {"score": "thompson", "clusterings": 3, "threshold": 0.5},
 }
 
 
