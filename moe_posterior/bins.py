@@ -9,6 +9,9 @@ the float32 nearest to 0.7 lies below 0.7.
 import torch
 from torch import Tensor
 
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.validation import floats
+
 
 def place(values: Tensor, edges: Tensor) -> Tensor:  # (...), (B − 1,) rising inner edges -> (...) int64 in [0, B)
     """Bin of each value between inner edges; a value on an edge belongs to the bin above it.
@@ -34,7 +37,8 @@ def bin_indices(confidence: Tensor, n_bins: int) -> Tensor:  # (...) -> (...) in
     >>> bin_indices(torch.tensor([0.0, 0.24, 0.25, 1.0]), 4).tolist()
     [0, 0, 1, 3]
     """
-    return place(confidence, bin_edges(n_bins)[1:-1].to(confidence.device))
+    found = _confidences(confidence)
+    return place(found, bin_edges(n_bins)[1:-1].to(found.device))
 
 
 def equal_mass_bins(confidence: Tensor, n_bins: int) -> Tensor:  # (N,) -> (N,) int64 in [0, n_bins)
@@ -46,8 +50,16 @@ def equal_mass_bins(confidence: Tensor, n_bins: int) -> Tensor:  # (N,) -> (N,) 
     >>> equal_mass_bins(torch.tensor([0.9, 0.1, 0.2, 0.8]), 2).tolist()
     [1, 0, 0, 1]
     """
+    confidence = _confidences(confidence)
     if not len(confidence):
         return torch.zeros(0, dtype=torch.int64, device=confidence.device)
     chunks = confidence.double().sort().values.tensor_split(min(n_bins, len(confidence)))
     firsts = [chunk[0] for chunk in chunks[1:]]
     return place(confidence, torch.stack(firsts) if firsts else confidence.new_zeros(0))
+
+
+def _confidences(confidence: Tensor) -> Tensor:
+    found = floats("confidence", confidence)
+    if bool(found.isnan().any()):
+        raise InvalidArgumentError("confidence must be a number to belong to a bin; got NaN")
+    return found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_posterior.bins import bin_indices
+from moe_posterior.bins import bin_edges, place
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.validation import floats, is_empty_list, tensor
 
@@ -178,19 +178,21 @@ def bin_sums(
     n_bins: int,
 ) -> BinSums:
     """Sums of one batch; a prediction counts once in every group it belongs to."""
-    bins = bin_indices(confidence, n_bins)
+    confidence, correct, groups = tensor("confidence", confidence), tensor("correct", correct), tensor("groups", groups)
+    bins = place(confidence, bin_edges(n_bins)[1:-1].to(confidence.device))
     if groups.ndim == 2:
         rows, groups = groups.nonzero(as_tuple=True)  # (P,), (P,)
         confidence, correct, bins = confidence[rows], correct[rows], bins[rows]
     values = torch.stack([confidence.double(), correct.double(), torch.ones_like(confidence, dtype=torch.float64)])
-    sums = values.new_zeros(3, num_groups * n_bins).index_add_(1, groups * n_bins + bins, values)
+    sums = values.new_zeros(3, num_groups * n_bins).index_add_(1, groups.to(torch.int64) * n_bins + bins, values)
     return BinSums(*sums.view(3, num_groups, n_bins).unbind())
 
 
 def calibration_from_sums(sums: BinSums, norm: str = "l1", min_count: int = 1) -> GroupedCalibration:
     """Calibration error, accuracy and mean confidence of each group from its sums."""
     total = sums.count.sum(1)  # (G,)
-    gap = torch.nan_to_num((sums.correct - sums.confidence).abs() / sums.count)  # (G, B), 0 in empty bins
+    gap = (sums.correct - sums.confidence).abs() / sums.count
+    gap = torch.where(sums.count == 0, 0.0, gap)  # (G, B), 0 in empty bins; NaN where a confidence was
     share = sums.count / total[:, None]
     if norm == "l1":
         error = (gap * share).sum(1)

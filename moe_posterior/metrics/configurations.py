@@ -152,8 +152,7 @@ def shared_confidence(
     preds = tensor("preds", preds)
     preds, _ = read_predictions(preds, torch.zeros(preds.shape[:1], dtype=torch.int64, device=preds.device))
     configurations = read_configurations(configurations, len(preds), 1)
-    if not 0 <= decimals <= 12:
-        raise InvalidArgumentError(f"decimals must lie in [0, 12]; got {decimals!r}")
+    decimals = read_count("decimals", decimals, least=0, most=12)
     confidence = (preds if preds.ndim == 1 else preds.amax(1)).double().clamp(0, 1)
     steps = (confidence * 10**decimals).round().long()
     displayed, place, inputs = steps.unique(return_inverse=True, return_counts=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import read_predictions
-from moe_posterior.validation import tensor
+from moe_posterior.validation import number, tensor
 
 
 class HumanDivergence(NamedTuple):
@@ -50,8 +50,7 @@ def human_divergence(
         )
     if reduction not in ("mean", "none"):
         raise InvalidArgumentError(f"reduction must be 'mean' or 'none'; got {reduction!r}")
-    if not 0 < eps < 1:
-        raise InvalidArgumentError(f"eps must lie in (0, 1); got {eps!r}")
+    eps = number("eps", eps, above=0.0, below=1.0)
     anything = torch.zeros(len(preds), dtype=torch.int64, device=preds.device)
     preds, _ = read_predictions(preds, anything)
     try:

@@ -8,6 +8,7 @@ from torch import Tensor
 from moe_posterior.bins import bin_edges
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import BinSums, bin_sums, read_predictions, top_label, validate_arguments
+from moe_posterior.validation import floats, number
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +41,10 @@ def wilson_interval(
     >>> round(low.item(), 3), round(high.item(), 3)
     (0.49, 0.943)
     """
-    if not 0 < level < 1:
-        raise InvalidArgumentError(f"level must lie in (0, 1); got {level!r}")
-    trials = trials.double()
+    level = number("level", level, above=0.0, below=1.0)
+    successes, trials = floats("successes", successes), floats("trials", trials).double()
+    if bool(((successes < 0) | (successes > trials)).any()):
+        raise InvalidArgumentError("successes must be counts of at least 0 and at most trials; got others")
     z = torch.special.ndtri(torch.tensor(0.5 + level / 2, dtype=torch.float64, device=trials.device))
     share = successes.double() / trials
     shrunk = 1 + z**2 / trials

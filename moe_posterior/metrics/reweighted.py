@@ -20,6 +20,7 @@ from moe_posterior.metrics.configurations import (
     configuration_calibration,
     read_configurations,
 )
+from moe_posterior.validation import floats, number
 
 BISECTIONS = 60  # halvings of the tilt: more than a float64 has bits
 
@@ -57,6 +58,7 @@ def reweighted_calibration_error(
     >>> round(value.item(), 4), round(worst[1].item(), 4)
     (0.2283, 0.4567)
     """
+    gap, share = floats("gap", gap), floats("share", share)
     if gap.ndim != 1 or gap.shape != share.shape:
         raise InvalidArgumentError(
             f"gap and share must have one shape (G,); got {tuple(gap.shape)} and {tuple(share.shape)}"
@@ -64,8 +66,7 @@ def reweighted_calibration_error(
     share = share.double()
     if not ((share >= 0).all() and 0 < share.sum() < math.inf):
         raise InvalidArgumentError(f"share must be non-negative and finite with a positive sum; got {share.tolist()}")
-    if not rho >= 0:
-        raise InvalidArgumentError(f"rho must be at least 0; got {rho!r}")
+    rho = number("rho", rho, least=0.0, finite=False)
     support = share > 0
     size = gap.double().abs()[support]
     if not size.isfinite().all():
@@ -119,7 +120,7 @@ def debiased_gap(
     >>> [round(value, 3) for value in debiased_gap(gap, accuracy, torch.tensor([20, 2000])).tolist()]
     [0.086, 0.1]
     """
-    count = count.double()
+    gap, accuracy, count = floats("gap", gap), floats("accuracy", accuracy), floats("count", count).double()
     smoothed = (count * accuracy + 1) / (count + 2)
     noise = (smoothed * (1 - smoothed) / count).sqrt()
     gap = gap.double()

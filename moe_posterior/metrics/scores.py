@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import read_predictions
+from moe_posterior.validation import number
 
 
 def brier_score(
@@ -66,8 +67,7 @@ def negative_log_likelihood(
     1.3863
     """
     preds, target = _read(preds, target, reduction)
-    if not 0 < eps < 1:
-        raise InvalidArgumentError(f"eps must lie in (0, 1); got {eps!r}")
+    eps = number("eps", eps, above=0.0, below=1.0)
     if preds.ndim == 1:
         right = target.double()
         rows = -right * preds.double().clamp(eps, 1).log() - (1 - right) * (1 - preds.double()).clamp(eps, 1).log()

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.reading import read_ranking
+from moe_posterior.validation import number
 
 
 class ActionThreshold(NamedTuple):
@@ -98,8 +98,7 @@ def action_threshold(confidence: Tensor, correct: Tensor, max_risk: float) -> Ac
     >>> action_threshold(torch.tensor([0.75, 0.5, 0.25]), torch.tensor([1, 1, 0]), max_risk=0.1)[0]
     0.5
     """
-    if not 0 <= max_risk <= 1:
-        raise InvalidArgumentError(f"max_risk must lie in [0, 1]; got {max_risk!r}")
+    max_risk = number("max_risk", max_risk, least=0.0, most=1.0)
     confidence, correct = read_ranking(confidence, correct)
     _, risk = risk_coverage(confidence, correct)
     ordered = confidence.sort(descending=True).values
@@ -126,6 +125,7 @@ def selective_risk(confidence: Tensor, correct: Tensor, threshold: float) -> Act
     0.5
     """
     confidence, correct = read_ranking(confidence, correct)
+    threshold = number("threshold", threshold, finite=False)
     acted = confidence >= threshold
     coverage = float(acted.double().mean()) if len(acted) else math.nan
     return ActionThreshold(threshold, coverage, float((1 - correct[acted].double()).mean()))

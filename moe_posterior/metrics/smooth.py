@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import read_predictions, top_label
+from moe_posterior.validation import real
 
 GRID = 4096  # cells on [0, 1]; residuals are split linearly between the two nearest points
 BISECTIONS = 30
@@ -40,7 +41,7 @@ def smooth_calibration_error(
     0.25
     """
     preds, target = read_predictions(preds, target)
-    if bandwidth is not None and not bandwidth > 0:
+    if bandwidth is not None and not 0 < (real(bandwidth) or 0.0) < math.inf:
         raise InvalidArgumentError(f"bandwidth must be positive, or None; got {bandwidth!r}")
     confidence, correct = top_label(preds, target)
     if not len(confidence):

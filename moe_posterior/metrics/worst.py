@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.validation import floats, real
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ def worst_group(
     >>> worst_group(torch.tensor([0.5, 0.25, 0.125]), torch.tensor([3, 200, 100]), min_count=20)
     WorstGroup(index=1, value=0.25, count=200)
     """
+    values, count = floats("values", values), floats("count", count)
     if values.ndim != 1 or values.shape != count.shape:
         raise InvalidArgumentError(
             f"values and count must have one shape (G,); got {tuple(values.shape)} and {tuple(count.shape)}"
         )
-    if min_count < 1:
+    if not (real(min_count) or 0) >= 1:
         raise InvalidArgumentError(f"min_count must be at least 1; got {min_count!r}")
     judged = ((count >= min_count) & ~values.isnan()).nonzero()[:, 0]
     if not len(judged):

@@ -124,5 +124,5 @@ def test_configurations_of_other_predictions_are_refused() -> None:
         configuration_calibration(preds[1:], target[1:], configurations)
     with pytest.raises(InvalidArgumentError, match="min_count must be an integer of at least 1; got 0"):
         configuration_calibration(preds, target, configurations, min_count=0)
-    with pytest.raises(InvalidArgumentError, match="decimals must lie in"):
+    with pytest.raises(InvalidArgumentError, match="decimals must be an integer in"):
         shared_confidence(preds, configurations, decimals=-1)

@@ -219,3 +219,59 @@ def test_a_metric_survives_casts_copies_pickles_and_inference_mode(name: str) ->
     same(flat(metric.compute()), flat(expected.compute()))
     metric.reset()
     metric.update(**kept)
+
+
+def test_every_torchmetrics_metric_of_ours_has_state_names_of_its_own() -> None:
+    made = {
+        kind: kind(n_bins=3) if kind is M.CalibrationError else kind(3)
+        for kind in (M.CalibrationError, M.GroupedCalibrationError, M.ClasswiseCalibrationError)
+    }
+    assert set(made) == {
+        kind
+        for kind in map(M.__dict__.get, M.__all__)
+        if isinstance(kind, type) and issubclass(kind, torchmetrics.Metric)
+    }
+    for one, other in itertools.combinations(made.values(), 2):
+        assert not set(one._defaults) & set(other._defaults)
+
+
+def test_a_broken_confidence_is_never_a_number_where_checks_are_off() -> None:
+    metric = M.GroupedCalibrationError(1, validate_args=False)
+    metric.update(torch.tensor([0.5, torch.nan]), torch.tensor([1, 0]), torch.tensor([0, 0]))
+    assert metric.compute()["calibration_error"].isnan().all()
+    for bins in (M.bin_indices, M.equal_mass_bins):
+        with pytest.raises(InvalidArgumentError, match="confidence must"):
+            bins(torch.tensor([0.5, torch.nan]), 4)
+        with pytest.raises(InvalidArgumentError, match="confidence must"):
+            bins("abc", 4)
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_sums_by_group_ids_of_every_integer_type_do_not_overflow(kind: torch.dtype) -> None:
+    groups = torch.tensor([0, 99])
+    sums = M.bin_sums(torch.tensor([0.5, 0.5]), torch.tensor([1, 0]), groups.to(kind), 100, 15)
+    assert sums.count.sum(1).nonzero()[:, 0].tolist() == [0, 99]
+
+
+FIGURES: dict[str, Callable[[Any], Any]] = {
+    "wilson successes": lambda x: M.wilson_interval(x, torch.tensor([4.0]))[0],
+    "wilson level": lambda x: M.wilson_interval(torch.tensor([1.0]), torch.tensor([4.0]), x)[0],
+    "worst": lambda x: M.worst_group(x, torch.tensor([4.0])).value,
+    "max_risk": lambda x: M.action_threshold(CONFIDENCE, CORRECT, x).risk,
+    "threshold": lambda x: M.selective_risk(CONFIDENCE, CORRECT, x).risk,
+    "rho": lambda x: M.reweighted_calibration_error(torch.tensor([0.1, 0.2]), torch.tensor([0.5, 0.5]), x)[0],
+    "gap": lambda x: M.reweighted_calibration_error(x, torch.tensor([1.0]), 0.1)[0],
+    "eps": lambda x: M.negative_log_likelihood(PREDS, TARGET, eps=x),
+    "bandwidth": lambda x: M.smooth_calibration_error(PREDS, TARGET, bandwidth=x),
+    "decimals": lambda x: M.shared_confidence(PREDS, configured(), decimals=x).shared,
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("wrong", [math.nan, torch.tensor([math.nan]), "big", [None], 1j], ids=repr)
+def test_a_figure_from_what_is_no_number_is_refused_or_nan(name: str, wrong: Any) -> None:
+    try:
+        value = FIGURES[name](wrong)
+    except InvalidArgumentError:
+        return
+    assert torch.as_tensor(value).isnan().all()
