@@ -104,5 +104,5 @@ def _debiased(sums: BinSums, norm: str, squares: Tensor) -> Tensor:  # (1, B) ea
     if norm == "l1":
         terms = 2 * gap.abs() - expected_absolute(gap, (variance / count).sqrt())
         return (share * terms).sum().clamp(min=0)
-    squares = gap.square() - torch.where(count > 1, variance / (count - 1).clamp(min=1), 0.0)
-    return (share * squares).sum().clamp(min=0).sqrt()
+    parts = gap.square() - torch.where(count > 1, variance / (count - 1).clamp(min=1), 0.0)
+    return (share * parts).sum().clamp(min=0).sqrt()

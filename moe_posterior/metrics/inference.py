@@ -191,6 +191,8 @@ def difference_of_sums(
     """The first arm's error less the second's, from their joint sums; see :func:`calibration_difference`."""
     if not len(sums.count):
         return CalibrationDifference(*[float("nan")] * 4)
+    if _same(sums):
+        return CalibrationDifference(0.0, 0.0, 0.0, 1.0)
     test = GapTest.start(sums, draws, seed)
     statistic = float(test.statistic(sums.gap) @ torch.tensor([1.0, -1.0], dtype=torch.float64))
     size = sums.gap.abs()
@@ -212,6 +214,15 @@ def difference_of_sums(
     none = below(0.0)
     p_value = min(1.0, float(2 * torch.minimum(none, 1 - none).amax()))
     return CalibrationDifference(value, min(low, value), max(high, value), p_value)
+
+
+def _same(sums: GapSums) -> bool:
+    """Whether both arms say the same of every row: then nothing is left to chance."""
+    first, second = sums.arm == 0, sums.arm == 1
+    if int(first.sum()) != int(second.sum()):
+        return False
+    alike = sums.correlation[first][:, second].diagonal()
+    return torch.equal(sums.gap[first], sums.gap[second]) and bool((alike > 1 - 1e-12).all())
 
 
 def _plug_in(sums: GapSums) -> Tensor:  # (A,)

@@ -39,7 +39,10 @@ class GapTest:
     @classmethod
     def start(cls, sums: GapSums, draws: int, seed: int) -> "GapTest":
         """From sums; the draws are the same for the same seed and number of bins."""
-        mixed = (sums.correct + 2 * sums.said) / (sums.count + 2)  # a bin that is all right is not free of noise
+        count = sums.count / sums.inflation.clamp(min=1e-12)
+        mixed = (sums.correct / sums.count * count + 2 * sums.said) / (
+            count + 2
+        )  # a bin that is all right is not free of noise
         values, vectors = torch.linalg.eigh(sums.correlation)
         kept = values.clamp(min=0).sqrt()
         back = torch.where(kept > 1e-6, 1 / kept, 0.0)
@@ -60,7 +63,9 @@ class GapTest:
         square = binary + gap.square()  # of confidence − correct
         std = sums.weight * (sums.count * square * sums.inflation).sqrt()
         cube = gap * (gap.square() + 3 * binary) + binary * (2 * accuracy - 1)
-        skew = (cube / (square.pow(1.5) * sums.count.sqrt()).clamp(min=1e-300)).clamp(-1, 1)
+        skew = (
+            cube / (square.pow(1.5) * (sums.count / sums.inflation.clamp(min=1e-12)).sqrt()).clamp(min=1e-300)
+        ).clamp(-1, 1)
         mean = gap * sums.share
         normal = self.draws @ self.root
         lean = (mean / std.clamp(min=1e-300)) @ self.inverse / max(sums.rows, 1) ** 0.5  # (Q, M)

@@ -14,7 +14,13 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from moe_posterior import InvalidArgumentError
-from moe_posterior.metrics import centred_interval
+from moe_posterior.metrics import (
+    calibration_difference,
+    calibration_error,
+    calibration_interval,
+    centred_interval,
+    noise_floor,
+)
 from moe_posterior.training.report import (
     Predictions,
     bootstrap_sums,
@@ -22,10 +28,13 @@ from moe_posterior.training.report import (
     posterior_heatmap,
     reliability_diagram,
     render_table,
+    to_card,
+    to_html,
     to_markdown,
     write_json,
 )
 from moe_posterior.training.report.bootstrap import MAX_COUNTS, resample_counts
+from moe_posterior.training.report.marks import verdict
 
 DIGITS = load_digits()
 TRAIN, TEST = slice(0, 800), slice(800, 1797)
@@ -69,7 +78,8 @@ def test_values_match_independent_computations(report: dict, subset: str) -> Non
         }
         for metric, wanted in expected.items():
             record = value(report, metric=metric, **where)
-            assert record["value"] == pytest.approx(float(wanted), abs=1e-5)  # torchmetrics sums in float32
+            found = record["plain" if metric == "ece" else "value"]
+            assert found == pytest.approx(float(wanted), abs=1e-5)  # torchmetrics sums in float32
             assert record["n"] == int(mask.sum())
 
 
@@ -169,21 +179,76 @@ def centred(value: float, drawn: list[float]) -> list[float]:
     return (np.percentile(drawn, [2.5, 97.5]) - (np.mean(drawn) - value)).tolist()
 
 
-def test_ece_intervals_and_paired_differences_match_resampling_the_rows_one_by_one(report: dict) -> None:
-    arms = [item for item in predictions() if (item.shift, item.severity) == ("noise", 1)]
-
-    def ece(rows: Tensor) -> list[float]:
-        return [multiclass_calibration_error(one.probs[rows], one.target[rows], 10, 15).item() for one in arms]
-
-    softmax, posterior = ece(torch.arange(len(HARD)))
-    drawn = [ece(rows) for rows in explicit_resamples(len(HARD), 200)]
-    where = {"arm": "posterior", "shift": "noise", "severity": 1, "subset": "overall", "metric": "ece"}
+def test_an_ece_is_debiased_with_the_interval_comparison_and_noise_floor_of_the_metrics(report: dict) -> None:
+    softmax, posterior = (item for item in predictions() if (item.shift, item.severity) == ("noise", 1))
+    where = {"arm": "posterior", "shift": "noise", "severity": 1, "subset": "hard", "metric": "ece"}
     record = value(report, **where)
-    assert [record["low"], record["high"]] == pytest.approx(centred(posterior, [pair[1] for pair in drawn]), abs=1e-5)
+    pairs = [(item.probs[HARD], item.target[HARD]) for item in (posterior, softmax)]
+    expected = calibration_interval(*pairs[0])._asdict()
+    assert {name: record[name] for name in expected} == pytest.approx(expected)
+    assert record["value"] == pytest.approx(calibration_error(*pairs[0], debias=True).item())
+    assert record["floor"] == pytest.approx(noise_floor(pairs[0][0]).item())
     [pair] = [r for r in report["paired"] if all(r[name] == wanted for name, wanted in where.items())]
-    expected = centred(posterior - softmax, [pair[1] - pair[0] for pair in drawn])
-    assert [pair["low"], pair["high"]] == pytest.approx(expected, abs=1e-5)
+    expected = calibration_difference(*pairs)._asdict()
+    assert {name: pair[name] for name in expected} == pytest.approx(expected)
     assert pair["baseline"] == "softmax"
+
+
+def test_nll_intervals_match_resampling_the_rows_one_by_one(report: dict) -> None:
+    [arm] = [item for item in predictions() if (item.arm, item.shift, item.severity) == ("posterior", "noise", 1)]
+    losses = -arm.probs[torch.arange(len(HARD)), arm.target].clamp(min=1e-12).log()
+    drawn = [losses[rows].mean().item() for rows in explicit_resamples(len(HARD), 200)]
+    record = value(report, arm="posterior", shift="noise", severity=1, subset="overall", metric="nll")
+    assert [record["low"], record["high"]] == pytest.approx(centred(losses.mean().item(), drawn), abs=1e-9)
+
+
+def test_marks_allow_for_all_comparisons_of_their_family(report: dict) -> None:
+    main = [
+        pair
+        for pair in report["paired"]
+        if pair["severity"] == 0 or (pair["shift"] == "all shifts" and pair["severity"] is None)
+    ]
+    rest = [pair for pair in report["paired"] if pair not in main]
+    for family in (main, rest):
+        assert {pair["comparisons"] for pair in family} == {len(family)}
+        ordered = sorted(family, key=lambda pair: pair["p_value"])
+        worst = 0.0
+        for rank, pair in enumerate(ordered):
+            worst = max(worst, min(1.0, pair["p_value"] * (len(family) - rank)))
+            assert pair["p_holm"] == pytest.approx(worst)
+    said = f"Holm's correction for the {len(main)} comparisons of the main table and for the {len(rest)} of all further places"
+    assert said in " ".join(rendered(report)[-4:]).replace("  ", " ")
+    assert said in to_markdown(report)
+    pair = {"metric": "ece", "low": -0.03, "high": -0.01, "p_holm": 0.2}
+    assert verdict(pair) is None
+    assert verdict({**pair, "p_holm": 0.01}) == "better"
+
+
+def test_calibrated_arms_of_unlike_spread_are_seldom_marked_in_ece() -> None:
+    marked = 0
+    for seed in range(15):
+        generator = torch.Generator().manual_seed(seed)
+        found = []
+        for arm, power in (("softmax", 0.03), ("posterior", 1.0)):  # sharp, and spread
+            confidence = 0.5 + 0.5 * torch.rand(400, generator=generator, dtype=torch.float64) ** power
+            right = torch.bernoulli(confidence, generator=generator).bool()
+            probs = torch.stack([confidence, 1 - confidence], dim=1)
+            target = torch.zeros(400, dtype=torch.int64)  # correct or not: swap the columns
+            probs = torch.where(right[:, None], probs, probs.flip(1))
+            found.append(Predictions(probs, target, arm, "clean", 0))
+        [pair] = [p for p in evaluate_predictions(found, {}, resamples=20)["paired"] if p["metric"] == "ece"]
+        marked += verdict(pair) is not None
+    assert marked <= 2
+
+
+def test_every_rendering_shows_the_noise_floor_beside_an_ece(report: dict) -> None:
+    record = value(report, arm="posterior", shift="clean", severity=0, subset="hard", metric="ece")
+    short, long = f"{record['floor']:.3f}".removeprefix("0"), f"noise {record['floor']:.3f}"
+    [head] = [i for i, line in enumerate(rendered(report)) if line.startswith("── clean, hard")]
+    assert f"posterior {short}" in rendered(report)[head + 1]
+    assert f", noise {short} |" in to_markdown(report)
+    assert long in to_html(report)
+    assert long in to_card(report)
 
 
 def test_means_over_shifts_resample_each_row_jointly_over_the_shifts(report: dict) -> None:

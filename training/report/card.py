@@ -75,4 +75,4 @@ def _section(content: Table | None) -> str:
 def _note(report: Mapping[str, Any]) -> str:
     if not report.get("paired"):
         return ""
-    return f"\n\n{tables.MARKED}"
+    return f"\n\n{tables.marked(report)}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_posterior.page import Axis, Series, Table, estimate, figure, legend, line_chart, nice_ticks
 from moe_posterior.training.report.compute import OVERALL
-from moe_posterior.training.report.places import ALL_SHIFTS, base_of, sets_of, size
+from moe_posterior.training.report.places import ALL_SHIFTS, base_of, ece_text, sets_of, size
 from moe_posterior.training.report.tables import rows_of
 
 FEW = 10  # predictions in a bin, below which its accuracy is drawn faint
@@ -27,7 +27,7 @@ def reliability(report: Mapping[str, Any]) -> str:
     drawings, rows = [], []
     for number, (place, members) in enumerate(_grouped(curves, ("panel", "subset")).items()):
         title = f"{', '.join(place)} (n = {size(members[0]['n'], members[0].get('sets', 1)).text})"
-        errors = "; ".join(f"{one['arm']}: ECE {one['ece']:.3f}" for one in members if one.get("ece") is not None)
+        errors = "; ".join(f"{one['arm']}: ECE {ece_text(one)}" for one in members if one.get("ece") is not None)
         series = [_bins_series(one, arms.index(str(one["arm"]))) for one in members]
         about = f"Accuracy against confidence in {len(members[0]['bins']['count'])} bins. {errors}."
         drawings.append(
@@ -94,7 +94,8 @@ def risk_coverage(report: Mapping[str, Any]) -> str:
 def rce(report: Mapping[str, Any]) -> str:
     """Worst calibration error over reweightings of configurations, per calibrator."""
     caption = (
-        "RCE(ρ): the largest calibration error under any reweighting of configurations within a KL divergence of ρ."
+        "RCE(ρ): the largest calibration error under any reweighting of configurations within a KL divergence of ρ. Noise floor: its "
+        "mean if the confidences were right, because picking the worst of many gaps picks noise too."
     )
     return _curves(report, "rce", ("ρ (KL divergence, nats)", "calibration error"), caption)
 
@@ -102,7 +103,7 @@ def rce(report: Mapping[str, Any]) -> str:
 def online(report: Mapping[str, Any]) -> str:
     """Calibration error against the number of outcomes delivered."""
     caption = "Each prediction is made before its own outcome is delivered (prequential). Lower is better."
-    return _curves(report, "online", ("outcomes delivered", "ECE"), caption, log=True)
+    return _curves(report, "online", ("outcomes delivered", "debiased ECE"), caption, log=True)
 
 
 def _curves(

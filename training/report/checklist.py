@@ -70,12 +70,20 @@ def checklist(report: Mapping[str, Any]) -> list[Item]:
 def _aggregate(report: Mapping[str, Any]) -> str | None:
     sets = sets_of(report)
     found = [
-        f"{record['arm']}, {place_name(sets, record['shift'], record['severity'])}: ECE {show(record['value'])}"
+        f"{record['arm']}, {place_name(sets, record['shift'], record['severity'])}: "
+        f"ECE {_with_floor({'ece': record['value'], **record})}"
         for record in report.get("records") or []
         if record["subset"] == OVERALL and record["metric"] == "ece"
         if record["severity"] == 0 or (record["shift"], record["severity"]) == (ALL_SHIFTS, None)
     ]
     return "; ".join(found)
+
+
+def _with_floor(one: Mapping[str, Any]) -> str:
+    """``0.050 [0.031, 0.070], noise floor 0.024``, as far as it is known."""
+    low, high = one.get("interval") or (one.get("low"), one.get("high"))
+    text = show(estimate(one.get("ece"), low, high))
+    return text if one.get("floor") is None else f"{text}, noise floor {show(one['floor'])}"
 
 
 def _identity(prefix: str) -> Finder:
@@ -110,7 +118,7 @@ def _subgroups(report: Mapping[str, Any]) -> str:
     groups = list(dict.fromkeys(str(one.get("group")) for one in tables.rows_of(report, "subgroups")))
     worst = [one for one in tables.rows_of(report, "subgroups") if one.get("worst")]
     if groups:
-        named = "; ".join(f"worst{tables.of_arm(one)}: {one.get('group')}, ECE {show(one.get('ece'))}" for one in worst)
+        named = "; ".join(f"{tables.worst(one)}: {one.get('group')}, ECE {_with_floor(one)}" for one in worst)
         return f"{len(groups)} groups" + (f"; {named}" if named else "")
     sizes = {name: n for name, n in (report.get("subsets") or {}).items() if name != OVERALL}
     return "subsets " + ", ".join(f"{name} (n = {show(n)})" for name, n in sizes.items()) if sizes else ""
@@ -157,7 +165,10 @@ def _monitoring(report: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     widest = f", widest gap {max(gaps):.3f} among those with {tables.FEW} predictions or more" if gaps else ""
-    return f"{len(rows):,} configurations measured{widest}"
+    ends = [one["interval"] for one in rows if one.get("floor") is not None and one.get("interval")]
+    beyond = sum(low is not None and high is not None and not low <= 0 <= high for low, high in ends)
+    certain = f"; the gap is beyond noise in {beyond:,} of {len(ends):,}, all at once at 95 %" if ends else ""
+    return f"{len(rows):,} configurations measured{widest}{certain}"
 
 
 def _operation(key: str) -> Finder:

@@ -15,10 +15,8 @@ from torch import Tensor
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics import (
     BinSums,
-    bin_indices,
     bin_sums,
     brier_score,
-    calibration_from_sums,
     centred_interval,
     curve_from_sums,
     negative_log_likelihood,
@@ -26,15 +24,29 @@ from moe_posterior.metrics import (
 )
 from moe_posterior.metrics.calibration import validate_arguments, validate_predictions
 from moe_posterior.training.report.bootstrap import bootstrap_sums
+from moe_posterior.training.report.ece import (
+    Answers,
+    configuration_rows,
+    correct_for_many,
+    ece_difference,
+    ece_record,
+    finite,
+    resampled_p,
+)
+from moe_posterior.training.report.marks import is_main
 from moe_posterior.training.report.places import ALL_SHIFTS, CLEAN, place_name, pool_name
 
-SCHEMA = "moe-posterior/calibration-report/1"
+SCHEMA = "moe-posterior/calibration-report/2"
 METRICS = ("accuracy", "nll", "brier", "ece")
 OVERALL = "overall"
 NOTES = (
-    "Intervals are 95 % percentile bootstrap intervals over rows, less the bootstrap's estimate of bias; every arm and every "
+    "ECE is debiased: what sampling noise adds to the plain binned error is taken off, and its 95 % interval inverts a test, so that "
+    "it covers also where the true error is near 0. Where it begins at 0, the rows do not tell the arm from a calibrated one.",
+    "The noise floor beside an ECE is the mean plain ECE of a model that displays these confidences and is right as often as they say.",
+    "The other intervals are 95 % percentile bootstrap intervals over rows, less the bootstrap's estimate of bias; every arm and every "
     "evaluation set of the same size sees the same resamples.",
-    "Plain binned ECE is biased upwards, the more the fewer rows: read the paired differences, and small subsets with care.",
+    "Differences are marked where their 95 % interval excludes 0 and Holm's correction for the comparisons of the table agrees: one "
+    "family is the stored test rows and the mean of all shifted sets with their subsets, the other all further places.",
 )
 NOTES_ON_SHIFTS = (
     "severity null is the mean over evaluation sets; a mean of ECEs is not the ECE of the pooled predictions.",
@@ -63,7 +75,8 @@ class _Evaluation:
     """A set of predictions reduced to what the report needs, so that the probabilities may be freed."""
 
     target: Tensor  # (n,)
-    columns: Tensor  # (n, 3 + B) float64: correct, nll, brier, then (confidence - correct) in the column of its bin
+    answers: Answers  # (n,) each
+    scores: Tensor  # (n, 3) float64: correct, nll, brier
     sums: BinSums  # (1, B)
     configurations: dict[tuple[int | None, tuple[int, ...]], BinSums]  # (cluster, experts) -> (1, B)
 
@@ -78,7 +91,7 @@ def evaluate_predictions(
     baseline: str = "softmax",
     shifted_from: int = 3,
 ) -> dict:
-    """Accuracy, NLL, Brier score and ECE of every arm, shift, severity and subset, with paired bootstrap intervals.
+    """Accuracy, NLL, Brier score and debiased ECE of every arm, shift, severity and subset, with intervals and paired comparisons.
 
     Args:
         predictions: one per (arm, shift, severity), read once, in any order; every arm covers the same evaluation sets.
@@ -93,8 +106,9 @@ def evaluate_predictions(
 
     Returns:
         A dict that is strict JSON (NaN became None): ``records`` (arm, shift, severity, subset, n, metric, value, low, high;
-        n counts predictions; means over severities have severity None, means over shifts the shift "all shifts"),
-        ``paired`` (the same of arm − baseline), ``reliability`` (curves), ``configurations`` (calibration of each
+        n counts predictions; means over severities have severity None, means over shifts the shift "all shifts"; an ECE also has its
+        ``plain`` value and its noise ``floor``), ``paired`` (the same of arm − baseline, with ``p_value``, Holm's ``p_holm`` and the
+        number of ``comparisons`` in its family), ``reliability`` (curves), ``configurations`` (calibration of each
         routing configuration, where routings came along), the settings, and ``notes`` on how to read it.
 
     Raises:
@@ -116,14 +130,10 @@ def evaluate_predictions(
     subsets = {name: mask for name, mask in subsets.items() if name not in whole}
     records, paired = [], []
     for subset, mask in {OVERALL: None, **subsets}.items():
-        statistics, sizes = _statistics(evaluations, mask, resamples, seed)
-        for (arm, shift, severity), values in statistics.items():
-            where = {"arm": arm, "shift": shift, "severity": severity, "subset": subset}
-            where["n"] = sizes[arm, shift, severity]
-            records += _tidy(where, values, floor=0.0)
-            if arm != baseline and len(arms) > 1:
-                difference = values - statistics[baseline, shift, severity]
-                paired += _tidy({**where, "baseline": baseline}, difference, floor=-math.inf)
+        found = _subset(evaluations, mask, None if len(arms) == 1 else baseline, n_bins, resamples, seed)
+        records += [{**record, "subset": subset} for record in found[0]]
+        paired += [{**pair, "subset": subset} for pair in found[1]]
+    correct_for_many(paired, [is_main(pair) for pair in paired])
     panels, pools = _panels(evaluations, shifted_from), _pools(evaluations, shifted_from)
     return {
         "schema": SCHEMA,
@@ -137,7 +147,7 @@ def evaluate_predictions(
         "pools": pools,
         "records": records,
         "paired": paired,
-        "reliability": [_curve(arm, panel, members) for (arm, panel), members in panels.items()],
+        "reliability": [_curve(arm, panel, members, n_bins, seed) for (arm, panel), members in panels.items()],
         "configurations": [
             row for (arm, panel), members in panels.items() for row in _configurations(arm, panel, members)
         ],
@@ -199,58 +209,83 @@ def _validate_arms(evaluations: dict[Key, _Evaluation], baseline: str) -> list[s
 def _reduce(item: Predictions, n_bins: int) -> _Evaluation:
     probs, target = item.probs.cpu(), item.target.cpu().long()
     confidence, correct = top_label(probs, target)
-    gap = torch.zeros(len(probs), n_bins, dtype=torch.float64)
-    gap.scatter_(1, bin_indices(confidence, n_bins)[:, None], (confidence - correct)[:, None])
     scores = [correct, negative_log_likelihood(probs, target, "none"), brier_score(probs, target, "none")]
     return _Evaluation(
         target=target,
-        columns=torch.cat([torch.stack(scores, dim=1), gap], dim=1),
+        answers=Answers(confidence, correct),
+        scores=torch.stack(scores, dim=1),
         sums=bin_sums(confidence, correct, torch.zeros_like(target), 1, n_bins),
         configurations=_configuration_sums(item, confidence, correct, n_bins),
     )
 
 
-def _metrics_from_sums(sums: Tensor, rows: int) -> Tensor:  # (R, 3 + B) -> (R, 4), in the order of METRICS
-    return torch.cat([sums[:, :3], sums[:, 3:].abs().sum(1, keepdim=True)], dim=1) / rows
+def _subset(
+    evaluations: dict[Key, _Evaluation],
+    mask: Tensor | None,  # (n,) bool
+    baseline: str | None,
+    n_bins: int,
+    resamples: int,
+    seed: int,
+) -> tuple[list[dict], list[dict]]:
+    """Records of every place on some rows, and those of every arm's difference from the baseline."""
+    rows = slice(None) if mask is None else mask.cpu()
+    answers = {key: Answers(*(part[rows] for part in one.answers)) for key, one in evaluations.items()}
+    places = _places(evaluations)
+    statistics = _statistics({key: one.scores[rows] for key, one in evaluations.items()}, places, resamples, seed)
+    records, pairs = [], []
+    for (arm, shift, severity), members in places.items():
+        where = {"arm": arm, "shift": shift, "severity": severity}
+        where["n"] = sum(len(answers[key].correct) for key in members)
+        values = statistics[arm, shift, severity]
+        sets = [answers[key] for key in members]
+        records += _tidy(where, values, floor=0.0)
+        records.append({**where, "metric": "ece", **ece_record(sets, n_bins, seed)})
+        if baseline is not None and arm != baseline:
+            where["baseline"] = baseline
+            difference = values - statistics[baseline, shift, severity]
+            p_values = resampled_p(difference[0], difference[1:]).tolist()
+            pairs += [
+                {**one, "p_value": finite(p)}
+                for one, p in zip(_tidy(where, difference, floor=-math.inf), p_values, strict=True)
+            ]
+            others = [answers[baseline, *key[1:]] for key in members]
+            pairs.append({**where, "metric": "ece", **ece_difference(sets, others, n_bins, seed)})
+    return records, pairs
+
+
+def _places(evaluations: Iterable[Key]) -> dict[Key, list[Key]]:
+    """Every place that a report speaks of, and the evaluation sets it is the mean of."""
+    places = {key: [key] for key in evaluations}
+    for arm, shift, severity in list(places):
+        if severity != 0:
+            for mean in ((arm, shift, None), (arm, ALL_SHIFTS, severity), (arm, ALL_SHIFTS, None)):
+                places.setdefault(mean, []).append((arm, shift, severity))
+    return places
 
 
 def _statistics(
-    evaluations: dict[Key, _Evaluation],
-    mask: Tensor | None,  # (n,) bool
+    scores: dict[Key, Tensor],  # (n, 3)
+    places: dict[Key, list[Key]],
     resamples: int,
     seed: int,
-) -> tuple[dict[Key, Tensor], dict[Key, int]]:  # values (1 + R, 4): of the data, then of each resample
-    """Metrics of each set and of each mean over sets, and the number of predictions behind them."""
-    columns = {key: one.columns if mask is None else one.columns[mask.cpu()] for key, one in evaluations.items()}
-    sizes = {key: len(block) for key, block in columns.items()}
-    statistics = {key: torch.full((1 + resamples, len(METRICS)), math.nan, dtype=torch.float64) for key in columns}
-    for rows in sorted(set(sizes.values()) - {0}):
-        keys = [key for key in columns if sizes[key] == rows]
-        for key, sums in zip(keys, bootstrap_sums([columns[key] for key in keys], resamples, seed), strict=True):
-            statistics[key] = _metrics_from_sums(torch.cat([columns[key].sum(0, keepdim=True), sums]), rows)
-    means: dict[Key, list[Key]] = {}
-    for arm, shift, severity in columns:
-        if severity != 0:
-            for mean in ((arm, shift, None), (arm, ALL_SHIFTS, severity), (arm, ALL_SHIFTS, None)):
-                means.setdefault(mean, []).append((arm, shift, severity))
-    for mean, keys in means.items():
-        statistics[mean] = torch.stack([statistics[key] for key in keys]).mean(0)
-        sizes[mean] = sum(sizes[key] for key in keys)
-    return statistics, sizes
+) -> dict[Key, Tensor]:  # (1 + R, 3): of the data, then of each resample
+    """Mean scores of each place."""
+    sets = {key: torch.full((1 + resamples, 3), math.nan, dtype=torch.float64) for key in scores}
+    for rows in sorted({len(block) for block in scores.values()} - {0}):
+        keys = [key for key, block in scores.items() if len(block) == rows]
+        for key, sums in zip(keys, bootstrap_sums([scores[key] for key in keys], resamples, seed), strict=True):
+            sets[key] = torch.cat([scores[key].sum(0, keepdim=True), sums]) / rows
+    return {place: torch.stack([sets[key] for key in members]).mean(0) for place, members in places.items()}
 
 
-def _tidy(where: dict, values: Tensor, floor: float) -> list[dict]:  # (1 + R, 4) -> one record a metric
+def _tidy(where: dict, values: Tensor, floor: float) -> list[dict]:  # (1 + R, 3) -> one record a score
     low, high = centred_interval(values[0], values[1:])
     low = low.clamp(min=floor)  # no metric is negative, though a moved interval may reach there
-    columns = zip(METRICS, values[0].tolist(), low.tolist(), high.tolist(), strict=True)
+    columns = zip(METRICS[:3], values[0].tolist(), low.tolist(), high.tolist(), strict=True)
     return [
-        {**where, "metric": metric, "value": _finite(value), "low": _finite(low_), "high": _finite(high_)}
+        {**where, "metric": metric, "value": finite(value), "low": finite(low_), "high": finite(high_)}
         for metric, value, low_, high_ in columns
     ]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _panels(evaluations: dict[Key, _Evaluation], shifted_from: int) -> dict[tuple[str, str], list[_Evaluation]]:
@@ -301,19 +336,26 @@ def panels_of(sets: Iterable[tuple[str, int]], shifted_from: int) -> dict[tuple[
     return {one: one[0] for one in known if one[1] == 0} | {one: pool_name(severe) for one in severe}
 
 
-def _curve(arm: str, panel: str, members: list[_Evaluation]) -> dict:
+def _curve(arm: str, panel: str, members: list[_Evaluation], n_bins: int, seed: int) -> dict:
     pooled = reduce(add, (one.sums for one in members))
-    curve = {name: [_finite(x) for x in value.tolist()] for name, value in vars(curve_from_sums(pooled)).items()}
-    return {"arm": arm, "panel": panel, "sets": len(members), **_summary(pooled), "bins": curve}
-
-
-def _summary(sums: BinSums) -> dict:  # (1, B)
-    result = calibration_from_sums(sums)
+    curve = {name: [finite(x) for x in value.tolist()] for name, value in vars(curve_from_sums(pooled)).items()}
+    total = float(pooled.count.sum())
+    together = Answers(*(torch.cat(parts) for parts in zip(*(one.answers for one in members), strict=True)))
+    # Sets of one size hold the same rows under different shifts.
+    rows = torch.cat([torch.arange(len(one.target)) + 2**32 * len(one.target) for one in members])
+    found = ece_record([together], n_bins, seed, rows)
     return {
-        "n": int(result.count.item()),
-        "accuracy": _finite(result.accuracy.item()),
-        "confidence": _finite(result.confidence.item()),
-        "ece": _finite(result.calibration_error.item()),
+        "arm": arm,
+        "panel": panel,
+        "sets": len(members),
+        "n": int(total),
+        "accuracy": finite(float(pooled.correct.sum()) / total),
+        "confidence": finite(float(pooled.confidence.sum()) / total),
+        "ece": found["plain"],
+        "debiased": found["value"],
+        "interval": [found["low"], found["high"]],
+        "floor": found["floor"],
+        "bins": curve,
     }
 
 
@@ -343,8 +385,10 @@ def _configurations(arm: str, panel: str, members: list[_Evaluation]) -> list[di
     for one in members:
         for name, sums in one.configurations.items():
             pooled[name] = pooled[name] + sums if name in pooled else sums
-    rows = [
-        {"arm": arm, "panel": panel, "cluster": cluster, "experts": list(experts), **_summary(sums)}
-        for (cluster, experts), sums in pooled.items()
-    ]
-    return sorted(rows, key=lambda row: -row["n"])
+    if not pooled:
+        return []
+    names = [{"arm": arm, "panel": panel, "cluster": cluster, "experts": list(experts)} for cluster, experts in pooled]
+    together = BinSums(
+        *(torch.cat(parts) for parts in zip(*(vars(one).values() for one in pooled.values()), strict=True))
+    )
+    return sorted(configuration_rows(names, together, len(members)), key=lambda row: -row["n"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_posterior.atomic import replacing
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.escape import label
-from moe_posterior.training.report.places import size
+from moe_posterior.training.report.places import ece_text, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,7 +141,7 @@ def _draw_curves(axes: "Axes", curves: list[dict]) -> None:
             below = [max(0, middle - end) for middle, end in zip(accuracy, low, strict=True)]
             above = [max(0, end - middle) for middle, end in zip(accuracy, high, strict=True)]
             look = style if solid else {**style, "linestyle": "none", "alpha": 0.3}
-            shown = f"{label(curve['arm'])} (ECE {curve['ece']:.3f})" if solid else None
+            shown = f"{label(curve['arm'])} (ECE {ece_text(curve)})" if solid else None
             axes.errorbar(
                 confidence, accuracy, [below, above], label=shown, markersize=4, linewidth=1.2, capsize=2, **look
             )

@@ -66,7 +66,7 @@ def _results(report: Mapping[str, Any]) -> Section:
     if main is None:
         return Section("results", "Accuracy and calibration", _absent())
     every = tables.every_row(report)
-    marked = tables.MARKED if report.get("paired") else ""
+    marked = tables.marked(report) if report.get("paired") else ""
     parts = [
         table(main),
         paragraph(f"Values with 95 % intervals. {marked}".strip(), "note"),

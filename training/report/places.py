@@ -91,3 +91,14 @@ def severities_text(values: Iterable[int]) -> str:
         return f"severity {found[0]}"
     run = found == list(range(found[0], found[-1] + 1))
     return "severities " + (f"{found[0]}–{found[-1]}" if run else ", ".join(map(str, found)))
+
+
+def ece_text(curve: Mapping[str, Any]) -> str:
+    """The calibration error of a reliability curve: debiased, and what its bins show plainly beside what noise would.
+
+    >>> ece_text({"ece": 0.05, "debiased": 0.031, "floor": 0.024}), ece_text({"ece": 0.05})
+    ('0.031; plain 0.050, noise floor 0.024', '0.050')
+    """
+    if curve.get("debiased") is None or curve.get("floor") is None:
+        return f"{curve['ece']:.3f}"
+    return f"{curve['debiased']:.3f}; plain {curve['ece']:.3f}, noise floor {curve['floor']:.3f}"

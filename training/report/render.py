@@ -12,7 +12,7 @@ from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.escape import markdown, terminal
 from moe_posterior.training.report import promise
 from moe_posterior.training.report.compute import METRICS, OVERALL
-from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of
+from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of, where_of
 from moe_posterior.training.report.places import ALL_SHIFTS, base_of, members_of, place_name, sets_of, size
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 TITLES = {"accuracy": "accuracy ↑", "nll": "NLL ↓", "brier": "Brier ↓", "ece": "ECE ↓"}
 TERMINAL_SIGNS = {BETTER: "*", WORSE: WORSE_SIGN, None: " "}  # in place of the blank before the interval
-WHERE = "where the paired 95 % interval of the difference excludes 0"
 CELL_WIDTH = len(".912*[.905,.918]")
 
 
@@ -33,6 +32,7 @@ class _Row:
     n: str  # how many predictions, and of how many rows
     arm: str
     cells: tuple[tuple[str, str | None], ...]  # text and mark, in the order of METRICS
+    floor: float | None  # of the ECE, by noise alone
 
 
 def render_table(report: dict, console: "Console | None" = None) -> None:
@@ -69,13 +69,17 @@ def render_table(report: dict, console: "Console | None" = None) -> None:
         for text in _promise_lines(report)
     ]
     lines += [Text(_title(report), "italic"), line("", (TITLES[metric] for metric in METRICS), "bold")]
-    previous = None
-    for row in _rows(report):
+    rows, previous = list(_rows(report)), None
+    for row in rows:
         if (row.evaluation, row.subset) != previous:
             previous = (row.evaluation, row.subset)
             lines.append(Text(terminal(f"── {row.evaluation}, {row.subset} (n = {row.n})"), "dim"))
+            members = [one for one in rows if (one.evaluation, one.subset) == previous]
+            lines += [Text(terminal(text), "dim") for text in _floors(members)]
         lines.append(line(row.arm, (text.replace(" ", TERMINAL_SIGNS[mark], 1) for text, mark in row.cells)))
-    (console or Console()).print(Group(*lines, Text(f"*: better; {MEANING};\n{WHERE}", "italic")))
+    (console or Console()).print(
+        Group(*lines, Text(textwrap.fill(f"*: better; {MEANING}; {where_of(report)}", 80), "italic"))
+    )
 
 
 def to_markdown(report: dict) -> str:
@@ -88,13 +92,15 @@ def to_markdown(report: dict) -> str:
         "|---|---|--:|---|" + "--:|" * len(METRICS),
     ]
     for row in _rows(report):
-        cells = (_marked(text, mark) for text, mark in row.cells)
+        cells = [_marked(text, mark) for text, mark in row.cells]
+        cells[-1] += "" if row.floor is None else f", noise {_short(row.floor)}"
         lines.append(
             f"| {markdown(row.evaluation)} | {markdown(row.subset)} | {row.n} | {markdown(row.arm)} | "
             + " | ".join(cells)
             + " |"
         )
-    return "\n".join([*lines, "", f"Bold: better; {MEANING}; {WHERE}."]) + "\n"
+    legend = f"Bold: better; {MEANING}; {where_of(report)}. Noise: the plain ECE that noise alone shows."
+    return "\n".join([*lines, "", legend]) + "\n"
 
 
 def write_json(report: dict, path: str | os.PathLike[str]) -> None:
@@ -115,7 +121,7 @@ def write_json(report: dict, path: str | os.PathLike[str]) -> None:
 
 
 def _title(report: dict) -> str:
-    return f"Routed aggregate: {report['n_bins']}-bin ECE, 95 % bootstrap intervals ({report['resamples']:,} resamples)"
+    return f"Routed aggregate: {report['n_bins']}-bin debiased ECE, 95 % intervals ({report['resamples']:,} resamples)"
 
 
 def _promises(report: Mapping[str, Any]) -> tuple[str, list[Mapping[str, Any]]]:
@@ -187,7 +193,18 @@ def _rows(report: dict) -> Iterator[_Row]:
         for arm in report["arms"]:
             keys = [(arm, shift, severity, subset, metric) for metric in METRICS]
             cells = tuple((_cell(records[key]), marks.get(key)) for key in keys)
-            yield _Row(name, subset, size(records[keys[0]]["n"], len(members)).text, arm, cells)
+            floor = records[keys[METRICS.index("ece")]].get("floor")
+            yield _Row(name, subset, size(records[keys[0]]["n"], len(members)).text, arm, cells, floor)
+
+
+def _floors(rows: list[_Row]) -> list[str]:
+    """``   ECE of noise alone: softmax .021, posterior .034``"""
+    known = [f"{row.arm} {_short(row.floor)}" for row in rows if row.floor is not None]
+    return (
+        textwrap.wrap(f"ECE of noise alone: {', '.join(known)}", 80, initial_indent="   ", subsequent_indent="   ")
+        if known
+        else []
+    )
 
 
 def _marked(text: str, mark: str | None) -> str:

@@ -64,7 +64,10 @@ class Subgroup(TypedDict, total=False):
     accuracy: Number
     ece: Number
     interval: Interval  # of the ECE
+    floor: Number  # the plain ECE that noise alone would show
+    plain: Number  # the plain ECE, where ``ece`` is debiased
     worst: bool
+    within_noise: bool  # of the one with the largest ECE: no evidence that it is miscalibrated
 
 
 class Configuration(TypedDict, total=False):
@@ -79,6 +82,7 @@ class Configuration(TypedDict, total=False):
     confidence: Number
     gap: Number  # confidence − accuracy; computed from the two where absent
     interval: Interval  # of the gap
+    floor: Number  # the mean |gap| of a calibrated configuration of this size
 
 
 class SharedConfidence(TypedDict, total=False):
@@ -102,6 +106,8 @@ class Calibrator(TypedDict, total=False):
     nll: Number
     accuracy: Number
     interval: Interval  # of the ECE
+    floor: Number  # the plain ECE that noise alone would show
+    plain: Number  # the plain ECE, where ``ece`` is debiased
 
 
 class Action(TypedDict, total=False):
@@ -153,8 +159,10 @@ class Report(TypedDict, total=False):
     baseline: str | None
     subsets: Mapping[str, int | None]
     pools: Sequence[Pool]
-    records: Sequence[Mapping[str, Any]]  # arm, shift, severity, subset, n, metric, value, low, high
-    paired: Sequence[Mapping[str, Any]]  # the same of arm − baseline
+    records: Sequence[
+        Mapping[str, Any]
+    ]  # arm, shift, severity, subset, n, metric, value, low, high; of ECE plain, floor
+    paired: Sequence[Mapping[str, Any]]  # the same of arm − baseline, with p_value, p_holm, comparisons
     reliability: Sequence[Mapping[str, Any]]  # arm, panel, subset (optional), sets, n, ece, bins
     configurations: Sequence[Configuration]
     notes: Sequence[str]

@@ -24,9 +24,8 @@ from moe_posterior.calibrators import (
 from moe_posterior.metrics import (
     Configurations,
     action_threshold,
-    bin_indices,
     calibration_error,
-    centred_interval,
+    calibration_interval,
     negative_log_likelihood,
     rce_curve,
     risk_coverage,
@@ -34,7 +33,6 @@ from moe_posterior.metrics import (
     top_label,
 )
 from moe_posterior.training.outputs import normalised, numbered_configurations
-from moe_posterior.training.report.bootstrap import bootstrap_sums
 from moe_posterior.training.report.promise import Scored, promise_rows
 
 __all__ = ["Judged", "fit_calibrators", "further_sections", "pooled", "scored"]
@@ -52,7 +50,7 @@ RHOS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
 DELIVERED = (0, 10, 20, 50, 100, 200, 500)
 LEFT_TO_JUDGE = 200
 CURVE_POINTS = 100
-RESAMPLES = 500
+FLOOR_DRAWS = 10
 
 
 class Judged(NamedTuple):
@@ -92,7 +90,7 @@ def further_sections(
             "binning": "equal width",
             "n_bins": n_bins,
             "norm": "l1",
-            "debiased": False,
+            "debiased": True,
         },
         "subgroups": [
             row for arm, judged in panels[base].items() for row in _subgroups(arm, judged, subsets, n_bins, seed)
@@ -105,7 +103,9 @@ def further_sections(
         ],
         "action": [row for arm, members in sets.items() for row in _action(arm, validation[arm], members)],
         "risk_coverage": [_risk_coverage(panel, arm, judged) for panel, arm, judged in everywhere],
-        "rce": [curve for panel, arm, judged in everywhere for curve in _reweighted(panel, arm, judged, fitted[arm])],
+        "rce": [
+            curve for panel, arm, judged in everywhere for curve in _reweighted(panel, arm, judged, fitted[arm], seed)
+        ],
         "online": [
             curve
             for panel, arm, judged in everywhere
@@ -125,26 +125,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _bootstrapped_ece(probs: Tensor, target: Tensor, row: Tensor, n_bins: int, seed: int) -> list[float]:
-    """Interval of the ECE over resampled rows of the data; a row brings all its copies under other shifts along."""
-    confidence, correct = top_label(probs, target)
-    _, which = row.unique(return_inverse=True)
-    place = which * n_bins + bin_indices(confidence, n_bins)
-    gaps = torch.zeros(int(which.max() + 1) * n_bins, dtype=torch.float64)
-    gaps.index_add_(0, place, (correct - confidence).double())
-    copies = torch.bincount(which).double()
-    [sums] = bootstrap_sums([torch.cat([gaps.view(len(copies), -1), copies[:, None]], dim=1)], RESAMPLES, seed)
-    statistics = sums[:, :-1].abs().sum(dim=1) / sums[:, -1]
-    value = calibration_error(probs, target, n_bins=n_bins).double()
-    low, high = centred_interval(value, statistics)
-    return [max(0.0, float(low)), float(high)]
+def _ece(probs: Tensor, target: Tensor, row: Tensor, n_bins: int, seed: int, level: float = 0.95) -> dict[str, Any]:
+    """The debiased ECE with its interval and noise floor; a row brings all its copies under other shifts along."""
+    copies = row if len(row.unique()) < len(row) else None
+    found = calibration_interval(probs, target, n_bins=n_bins, rows=copies, seed=seed, level=level)
+    return {
+        "ece": found.value,
+        "interval": [found.low, found.high],
+        "plain": found.plain,
+        "floor": found.floor,
+    }
 
 
 def _subgroups(arm: str, judged: Judged, subsets: Mapping[str, Tensor], n_bins: int, seed: int) -> list[dict[str, Any]]:
+    """Every subgroup; the largest ECE is called the worst only if it is beyond noise, the choice among all of them allowed for."""
     rows: list[dict[str, Any]] = []
-    for name, mask in subsets.items():
-        if not bool(mask.any()):
-            continue
+    chosen = [name for name, mask in subsets.items() if bool(mask.any())]
+    for name in chosen:
+        mask = subsets[name]
         probs, target, row = normalised(judged.outputs.probs[mask]), judged.target[mask], judged.row[mask]
         rows.append(
             {
@@ -152,13 +150,16 @@ def _subgroups(arm: str, judged: Judged, subsets: Mapping[str, Tensor], n_bins: 
                 "group": name,
                 "n": len(target),
                 "accuracy": float((probs.argmax(dim=1) == target).double().mean()),
-                "ece": float(calibration_error(probs, target, n_bins=n_bins)),
-                "interval": _bootstrapped_ece(probs, target, row, n_bins, seed),
+                **_ece(probs, target, row, n_bins, seed),
                 "worst": False,
             }
         )
     if rows:
-        max(rows, key=lambda row: row["ece"])["worst"] = True
+        most = max(range(len(rows)), key=lambda index: rows[index]["ece"])
+        mask = subsets[chosen[most]]
+        parts = normalised(judged.outputs.probs[mask]), judged.target[mask], judged.row[mask]
+        rows[most]["worst"] = True
+        rows[most]["within_noise"] = _ece(*parts, n_bins, seed, level=1 - 0.05 / len(rows))["interval"][0] <= 0
     return rows
 
 
@@ -178,8 +179,7 @@ def _calibrated(
             "panel": panel,
             "name": name,
             "accuracy": float((probs.argmax(dim=1) == target).double().mean()),
-            "ece": float(calibration_error(probs, target, n_bins=n_bins)),
-            "interval": _bootstrapped_ece(probs, target, row, n_bins, seed),
+            **_ece(probs, target, row, n_bins, seed),
             "nll": float(negative_log_likelihood(probs, target)),
         }
 
@@ -200,19 +200,32 @@ def _risk_coverage(panel: str, arm: str, judged: Judged) -> dict[str, Any]:
     return {"name": arm, "panel": panel, "x": coverage[shown].tolist(), "y": risk[shown].tolist()}
 
 
-def _reweighted(panel: str, arm: str, judged: Judged, fitted: Mapping[str, Calibrator]) -> Iterator[dict[str, Any]]:
+def _reweighted(
+    panel: str, arm: str, judged: Judged, fitted: Mapping[str, Calibrator], seed: int
+) -> Iterator[dict[str, Any]]:
     outputs, target = judged.outputs, judged.target
     configurations = _configurations(outputs)
     for name in ("none", "temperature", "configuration"):
         probs = normalised(outputs.probs if name == "none" else fitted[name](outputs))
         curve = rce_curve(probs, target, configurations, RHOS)
         yield {"name": f"{arm}, {name}", "panel": panel, "x": list(RHOS), "y": curve.value.tolist()}
+    confidence, _ = top_label(normalised(outputs.probs), target)
+    floor = _reweighted_floor(confidence, configurations, seed)
+    yield {"name": f"{arm}, noise floor", "panel": panel, "x": list(RHOS), "y": floor}
+
+
+def _reweighted_floor(confidence: Tensor, configurations: Configurations, seed: int) -> list[float]:
+    """Mean RCE of a model that displays these confidences and is right as often as they say: what picking the worst picks of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.bernoulli(confidence, generator=generator).long() for _ in range(FLOOR_DRAWS))
+    curves = [rce_curve(confidence, correct, configurations, RHOS).value for correct in drawn]
+    return torch.stack(curves).mean(dim=0).tolist()
 
 
 def _online(
     panel: str, arm: str, judged: Judged, validation: Judged, static: Calibrator, seed: int
 ) -> dict[str, Any] | None:
-    """ECE on rows of the data whose outcome never arrives, under no shift; None where there are too few."""
+    """Debiased ECE on rows of the data whose outcome never arrives, under no shift; None where there are too few."""
     outputs, target, row = judged
     _, which = row.unique(return_inverse=True)
     count = int(which.max()) + 1
@@ -231,7 +244,7 @@ def _online(
         if len(arrived):
             said = outputs.rows(arrived)
             online.observe(said, said.probs.argmax(dim=1) == target[arrived])
-        errors.append(float(calibration_error(online(outputs.rows(left)), target[left])))
+        errors.append(float(calibration_error(online(outputs.rows(left)), target[left], debias=True)))
     return {"name": arm, "panel": panel, "x": list(steps), "y": errors}
 
 

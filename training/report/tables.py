@@ -10,12 +10,16 @@ from typing import Any
 from moe_posterior.page import Cell, Table, estimate, show
 from moe_posterior.training.report import promise
 from moe_posterior.training.report.compute import OVERALL, SCHEMA
-from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, Key, key_of, marks_of
+from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, Key, key_of, marks_of, where_of
 from moe_posterior.training.report.places import ALL_SHIFTS, members_of, place_name, sets_of, size
 from moe_posterior.training.report.render import TITLES
 
-MARKED = f"Bold: better; {MEANING}; where the paired 95 % interval of the difference excludes 0."
 SHOWN = ("ece", "accuracy", "nll", "brier")
+NOISE = "After an ECE: what noise alone shows, the mean plain ECE of a model that is right as often as these confidences say."
+OF_MANY = (
+    "The largest of many gaps is large by chance too: the intervals hold for all configurations at once (Bonferroni), and beside them "
+    "stands the mean |gap| of a calibrated configuration of the same size."
+)
 FEW = 30  # predictions, below which a configuration's gap is noise: such rows come last
 
 
@@ -67,7 +71,7 @@ def metric_settings(report: Mapping[str, Any]) -> str | None:
     settings = report.get("metric")
     if not settings and report.get("schema") == SCHEMA and "n_bins" in report:
         settings = {"name": "top-label ECE", "binning": "equal width", "n_bins": report["n_bins"], "norm": "l1"}
-        settings["debiased"] = False
+        settings["debiased"] = True
     if not settings:
         return None
     parts = [str(settings[key]) for key in ("name", "binning") if settings.get(key)]
@@ -86,6 +90,12 @@ def main_rows(report: Mapping[str, Any]) -> Table | None:
     rows = [[row[0], *row[2:]] for row in _metric_rows(report, records, shown)]
     columns = _metric_columns(report)
     return Table([columns[0], *columns[2:]], rows) if rows else None
+
+
+def marked(report: Mapping[str, Any]) -> str:
+    """What the marks in the tables mean, in this report."""
+    marks = f"Bold: better; {MEANING}; {where_of(report)}."
+    return f"{marks} {NOISE}" if any(one.get("floor") is not None for one in report.get("records") or []) else marks
 
 
 def every_row(report: Mapping[str, Any], most: int = 2000) -> Table | None:
@@ -130,16 +140,32 @@ def subgroups(report: Mapping[str, Any]) -> Table | None:
     rows = [
         [
             one.get("arm"),
-            Cell(f"{one.get('group')} (worst{of_arm(one)})", str(one.get("group")), strong=True)
+            Cell(f"{one.get('group')} ({worst(one)})", str(one.get("group")), strong=not one.get("within_noise"))
             if one.get("worst")
             else one.get("group"),
             one.get("n"),
             one.get("accuracy"),
-            estimate(one.get("ece"), *_interval(one), strong=bool(one.get("worst"))),
+            _above_noise(
+                estimate(
+                    one.get("ece"), *_interval(one), strong=bool(one.get("worst")) and not one.get("within_noise")
+                ),
+                one,
+            ),
         ]
         for one in rows_of(report, "subgroups")
     ]
     return _without_empty_columns(Table(["arm", "group", "n", "accuracy", "ECE"], rows))
+
+
+def worst(one: Mapping[str, Any]) -> str:
+    """What to call the subgroup with the largest ECE: the worst, if it is beyond noise.
+
+    >>> worst({"arm": "softmax"}), worst({"within_noise": True})
+    ('worst of softmax', 'largest, within noise')
+    """
+    return f"{'largest' if one.get('within_noise') else 'worst'}{of_arm(one)}" + (
+        ", within noise" if one.get("within_noise") else ""
+    )
 
 
 def of_arm(one: Mapping[str, Any]) -> str:
@@ -162,13 +188,17 @@ def configurations(report: Mapping[str, Any], most: int = 300) -> Table | None:
             one.get("accuracy"),
             one.get("confidence"),
             estimate(gap(one), *_interval(one)),
+            one.get("floor"),
         ]
         for one in found[:most]
     ]
     caption = (
         f"The first {most:,} of {len(found):,} configurations; all are in report.json." if len(found) > most else ""
     )
+    if any(one.get("floor") is not None for one in found):
+        caption = f"{caption} {OF_MANY}".strip()
     columns = ["arm", "evaluation", "cluster", "experts", "n", "accuracy", "confidence", "gap (confidence − accuracy)"]
+    columns.append("|gap| of noise alone")
     return _without_empty_columns(Table(columns, rows, caption))
 
 
@@ -212,7 +242,7 @@ def calibrators(report: Mapping[str, Any]) -> Table | None:
             one.get("arm"),
             one.get("panel"),
             one.get("name"),
-            estimate(one.get("ece"), *_interval(one)),
+            _above_noise(estimate(one.get("ece"), *_interval(one)), one),
             one.get("nll"),
             one.get("accuracy"),
         ]
@@ -270,6 +300,7 @@ def _metric_rows(report: Mapping[str, Any], records: Mapping[Key, Mapping], plac
             n = size(next(one["n"] for one in found.values() if one), len(members_of(sets, shift, severity)))
             level = "mean" if severity is None else severity or None
             difference = [paired.get(keys["ece"], {}) for _ in _difference_titles(report)]
+            cells[0] = _above_noise(cells[0], found["ece"])
             cells[1:1] = [_record_cell(pair, marks.get(keys["ece"]) if pair else None) for pair in difference]
             yield [
                 place_name(sets, shift, severity),
@@ -284,6 +315,12 @@ def _metric_rows(report: Mapping[str, Any], records: Mapping[Key, Mapping], plac
 def _record_cell(record: Mapping[str, Any], mark: str | None) -> Cell:
     cell = estimate(record.get("value"), record.get("low"), record.get("high"), strong=mark == BETTER)
     return replace(cell, more=f"{cell.more} {WORSE_SIGN}".strip()) if mark == WORSE else cell
+
+
+def _above_noise(cell: Cell, one: Mapping[str, Any]) -> Cell:
+    """The cell with the noise floor after its interval, where that is known."""
+    floor = one.get("floor")
+    return cell if floor is None else replace(cell, more=f"{cell.more} noise {show(floor)}".strip())
 
 
 def _shifts_of_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,94 @@
+"""The calibration errors of a report: debiased, with intervals that cover also near 0, and with what noise alone would show.
+
+Dimensions: n rows of an evaluation set, J sets, G configurations.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_posterior.metrics import BinSums, calibration_from_sums, holm, wilson_interval
+from moe_posterior.metrics.floor import binomial_deviation
+from moe_posterior.metrics.gaps import GapSums, gap_sums
+from moe_posterior.metrics.inference import DRAWS, difference_of_sums, interval_of_sums
+
+MANY = 64  # bins in use, from which the statistic is so nearly normal that a quarter of the draws settles its tails
+LEVEL = 0.95
+
+
+class Answers(NamedTuple):
+    """Top-label confidences of one arm on one evaluation set, and which answers were right."""
+
+    confidence: Tensor  # (n,)
+    correct: Tensor  # (n,)
+
+
+def ece_record(sets: Sequence[Answers], n_bins: int, seed: int, rows: Tensor | None = None) -> dict[str, float | None]:
+    """The mean ECE of the sets: its debiased value, interval, plain value and noise floor; None where there are no rows."""
+    sums = gap_sums([sets], n_bins, rows)
+    found = interval_of_sums(sums, level=LEVEL, draws=_draws(sums), seed=seed)
+    return {name: finite(value) for name, value in found._asdict().items()}
+
+
+def ece_difference(
+    sets: Sequence[Answers], baseline: Sequence[Answers], n_bins: int, seed: int
+) -> dict[str, float | None]:
+    """The mean ECE of the sets less that of the baseline on the same rows: value, interval and p-value."""
+    sums = gap_sums([sets, baseline], n_bins)
+    found = difference_of_sums(sums, level=LEVEL, draws=_draws(sums), seed=seed)
+    return {name: finite(value) for name, value in found._asdict().items()}
+
+
+def _draws(sums: GapSums) -> int:
+    return DRAWS if len(sums.count) < MANY else DRAWS // 4
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where there is nothing to say."""
+    return value if math.isfinite(value) else None
+
+
+def resampled_p(value: Tensor, statistics: Tensor) -> Tensor:  # (...), (R, ...) -> (...)
+    """Two-sided p-value of no difference, by the normal tail with the spread of the resamples; 1 where nothing differs."""
+    spread = statistics.std(0)
+    return torch.where(spread > 0, 2 * torch.special.ndtr(-value.abs() / spread), torch.where(value == 0, 1.0, 0.0))
+
+
+def correct_for_many(pairs: list[dict], family: Iterable[bool]) -> None:
+    """Write ``p_holm`` and ``comparisons`` into pairs: Holm's correction within two families, the chosen and the others."""
+    chosen = list(family)
+    for own in (True, False):
+        members = [pair for pair, one in zip(pairs, chosen, strict=True) if one is own]
+        known = [math.nan if pair["p_value"] is None else pair["p_value"] for pair in members]
+        comparisons = sum(not math.isnan(p) for p in known)
+        for pair, p in zip(members, holm(torch.tensor(known, dtype=torch.float64)).tolist(), strict=True):
+            pair["p_holm"], pair["comparisons"] = finite(p), comparisons
+
+
+def configuration_rows(names: Sequence[dict], sums: BinSums, copies: int) -> list[dict]:  # (G, B)
+    """A row a configuration: its calibration, and the gap with an interval that holds for all of them at once.
+
+    The largest of many gaps is large by chance, so the intervals are Bonferroni's over the configurations, and ``floor`` says which
+    |gap| a calibrated configuration of this size shows on average. Copies of rows under several shifts count as one row in both.
+    """
+    result = calibration_from_sums(sums)
+    independent = result.count / copies
+    low, high = wilson_interval(result.accuracy * independent, independent, level=1 - (1 - LEVEL) / max(len(names), 1))
+    variance = independent * result.confidence * (1 - result.confidence)
+    floor = binomial_deviation(independent.ceil(), result.confidence, variance) / independent.ceil()
+    return [
+        {
+            **name,
+            "n": int(result.count[i]),
+            "accuracy": finite(float(result.accuracy[i])),
+            "confidence": finite(float(result.confidence[i])),
+            "ece": finite(float(result.calibration_error[i])),
+            "gap": finite(float(result.confidence[i] - result.accuracy[i])),
+            "interval": [finite(float(result.confidence[i] - end[i])) for end in (high, low)],
+            "floor": finite(float(floor[i])),
+        }
+        for i, name in enumerate(names)
+    ]
