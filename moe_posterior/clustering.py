@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from moe_posterior import validation
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
 from moe_posterior.kernels import cpu, dispatch, reference
 from moe_posterior.precision import FixedPrecision
@@ -81,6 +82,10 @@ class Clusterer(FixedPrecision):
             InvalidArgumentError: ``hidden`` is not (N, D).
         """
         self.require_fitted()
+        if not isinstance(hidden, Tensor) or hidden.is_complex():
+            raise InvalidArgumentError(
+                f"hidden must be a real tensor of shape (N, {self.hidden_size}); got {validation.described(hidden)}"
+            )
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
             raise InvalidArgumentError(f"hidden must have shape (N, {self.hidden_size}); got {tuple(hidden.shape)}")
         return dispatch.assign(hidden, self.prepared)
@@ -165,6 +170,8 @@ class Clusterer(FixedPrecision):
             InvalidArgumentError: wrong shape, or not finite.
         """
         expected = (self.num_clusters, self.hidden_size)
+        centroids = validation.floats("centroids", centroids).float()
+        radius = None if radius is None else validation.floats("radius", radius)
         if tuple(centroids.shape) != expected or not torch.isfinite(centroids).all():
             raise InvalidArgumentError(
                 f"centroids must be finite and of shape {expected}; got {tuple(centroids.shape)}"
@@ -182,6 +189,7 @@ class Clusterer(FixedPrecision):
         return f"num_clusters={self.num_clusters}, hidden_size={self.hidden_size}, fitted={self.fitted}"
 
     def _validated_points(self, hidden: Tensor) -> Tensor:
+        hidden = validation.tensor("hidden", hidden)
         if hidden.ndim < 2 or hidden.shape[-1] != self.hidden_size:
             raise InvalidArgumentError(f"hidden must have shape (..., {self.hidden_size}); got {tuple(hidden.shape)}")
         points = hidden.detach().reshape(-1, self.hidden_size).float()

@@ -193,6 +193,7 @@ class BetaPosterior(ChangingPool):
         together = sync and torch.distributed.is_available() and torch.distributed.is_initialized()
         mistake: InvalidArgumentError | None = None
         try:
+            self.require_precision()
             seen = self._observations(cluster_ids, outcome, expert_indices, threshold, shares)
             if keep is not None:
                 validation.number("keep", keep, least=0.0, most=1.0)
@@ -268,6 +269,7 @@ class BetaPosterior(ChangingPool):
 
         Source: *Bayesian Posterior Routing in Multi-Agent Systems*, "Calibration Objective".
         """
+        self.require_precision()
         if strength is not None:
             strength = validation.number("strength", strength, above=0.0, finite=False)
         seen = self._observations(cluster_ids, outcome, expert_indices, threshold, shares)

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.soundness import require_sound
 
 
@@ -27,12 +28,27 @@ class FixedPrecision(nn.Module):
     as usual. A checkpoint that arrives in a lower precision is loaded with a warning: its values were rounded when it was cast.
     One that holds what no belief can be made of is refused, see :func:`~moe_posterior.soundness.require_sound`.
     Buffers that are made under ``torch.inference_mode`` are ordinary tensors all the same: state outlives the block.
+
+    What writes into a tensor's ``data``, as FSDP's ``MixedPrecision(buffer_dtype=...)`` does, asks no module. The buffers are then
+    rounded already, and :meth:`require_precision` says so before anything is decided or counted by them.
     """
 
     signed_counts = False  # whether evidence may be below 0
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         super().register_buffer(name, None if tensor is None else outlasting(tensor), persistent)
+        if tensor is not None:
+            self.__dict__.setdefault("_dtypes", {})[name] = tensor.dtype
+
+    def require_precision(self) -> None:
+        """Raise InvalidArgumentError if a buffer of this module itself was cast behind its back."""
+        for name, dtype in self.__dict__.get("_dtypes", {}).items():
+            buffer = self._buffers.get(name)
+            if buffer is not None and buffer.dtype != dtype:
+                raise InvalidArgumentError(
+                    f"{type(self).__name__}.{name} must stay {dtype}; got {buffer.dtype}: its data was cast in place, which rounds "
+                    f"it; leave FSDP's MixedPrecision(buffer_dtype=None), and load the state again"
+                )
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, outlasting(value) if isinstance(value, Tensor) else value)

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_posterior.calibrators.probabilities import keep_top, top_label
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
 from moe_posterior.precision import FixedPrecision, outlasting
+from moe_posterior.validation import described, is_empty_list, tensor
 
 
 class Outputs(NamedTuple):
@@ -71,11 +72,11 @@ class Calibrator(FixedPrecision, ABC):
         Raises:
             InvalidArgumentError: no rows, a field that is missing, or shapes and values that do not fit.
         """
-        validate_outputs(outputs, self.fit_needs)
-        validate_target(outputs.probs, target)
+        outputs = read_outputs(outputs, self.fit_needs)
+        target = read_target(outputs.probs, target)
         outputs = Outputs._make(None if field is None else outlasting(field) for field in outputs)
         target = outlasting(target)
-        self._fit(outputs._replace(probs=outputs.probs.double()), target.long())
+        self._fit(outputs._replace(probs=outputs.probs.double()), target)
         self.fitted.fill_(True)
         return self
 
@@ -88,13 +89,14 @@ class Calibrator(FixedPrecision, ABC):
             InvalidArgumentError: a field that is missing, or shapes and values that do not fit.
         """
         self.require_fitted()
-        validate_outputs(outputs, self.call_needs)
+        outputs = read_outputs(outputs, self.call_needs)
         calibrated = self._calibrate(outputs._replace(probs=outputs.probs.double()))
         calibrated = calibrated.to(torch.promote_types(outputs.probs.dtype, torch.float32))
         return keep_top(calibrated, top_label(outputs.probs)) if self.keeps_top_label else calibrated
 
     def require_fitted(self) -> None:
         """Raise NotFittedError unless ``fit`` was called or a fitted state was loaded."""
+        self.require_precision()
         if not self.fitted:
             raise NotFittedError(f"{type(self).__name__} must be fitted on validation rows before it is called")
 
@@ -113,8 +115,29 @@ class Calibrator(FixedPrecision, ABC):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def validate_outputs(outputs: Outputs, needs: tuple[str, ...]) -> None:
-    """Refuse outputs whose probabilities are none, whose fields differ in length, or that lack a field in ``needs``."""
+def read_outputs(outputs: Outputs, needs: tuple[str, ...]) -> Outputs:
+    """Outputs whose fields are tensors or arrays of any type, ids as int64.
+
+    Raises:
+        InvalidArgumentError: probabilities that are none, fields of different lengths, or none where there is to be one.
+    """
+    if not isinstance(outputs, Outputs):
+        raise InvalidArgumentError(f"outputs must be Outputs(probs, ...); got {described(outputs)}")
+    fields = {name: tensor(f"outputs.{name}", field) for name, field in outputs._asdict().items() if field is not None}
+    if "probs" not in fields:
+        raise InvalidArgumentError("outputs.probs must be given; got None")
+    for name in ("configuration", "domain"):
+        if name in fields and not fields[name].is_floating_point() and fields[name].dtype != torch.bool:
+            fields[name] = fields[name].to(torch.int64)
+    for name, field in fields.items():
+        if field.is_floating_point() and field.dtype.itemsize == 1:  # float8, which torch does not compare
+            fields[name] = field.float()
+    outputs = Outputs(**fields)
+    _validate(outputs, needs)
+    return outputs
+
+
+def _validate(outputs: Outputs, needs: tuple[str, ...]) -> None:
     probs = outputs.probs
     if not probs.is_floating_point() or probs.ndim != 2 or probs.shape[1] < 1:
         raise InvalidArgumentError(
@@ -157,9 +180,11 @@ def _validate_fields(outputs: Outputs) -> None:
         )
     if experts is not None and not ((experts >= -1e-3) & (experts <= 1 + 1e-3)).all():
         raise InvalidArgumentError("outputs.expert_probs must be probabilities in [0, 1]; got others, or NaN")
-    if weights is not None and (weights.ndim != 2 or not (weights >= 0).all() or not (weights.sum(1) > 0).all()):
+    if weights is not None and (
+        weights.ndim != 2 or not ((weights >= 0) & (weights < torch.inf)).all() or not (weights.sum(1) > 0).all()
+    ):
         raise InvalidArgumentError(
-            "outputs.routing_weights must have shape (N, E), be at least 0 and not all 0 in a row; "
+            "outputs.routing_weights must have shape (N, E), be at least 0, finite and not all 0 in a row; "
             f"got shape {tuple(weights.shape)}, {weights.tolist()[:1]} ..."
         )
     if experts is not None and weights is not None and weights.shape != experts.shape[:2]:
@@ -168,18 +193,24 @@ def _validate_fields(outputs: Outputs) -> None:
         )
 
 
-def validate_target(
+def read_target(
     probs: Tensor,  # (N, K)
     target: Tensor,  # (N,)
-) -> None:
-    """Refuse an empty fit and anything but one class per row."""
-    if target.shape != probs.shape[:1] or target.is_floating_point() or target.is_complex():
-        raise InvalidArgumentError(
-            f"target must be integer of shape ({len(probs)},); got {target.dtype} of shape {tuple(target.shape)}"
-        )
-    if not len(target):
+) -> Tensor:  # (N,) int64
+    """One class per row, from integers of any type.
+
+    Raises:
+        InvalidArgumentError: no rows, or anything else.
+    """
+    found = tensor("target", target)
+    if is_empty_list(target):
+        found = found.to(torch.int64)
+    if found.shape != probs.shape[:1] or found.is_floating_point():
+        raise InvalidArgumentError(f"target must be integer of shape ({len(probs)},); got {described(target)}")
+    if not len(found):
         raise InvalidArgumentError("target must hold at least one row to fit on; got none")
-    if int(target.min()) < 0 or int(target.max()) >= probs.shape[1]:
-        raise InvalidArgumentError(
-            f"target must lie in [0, {probs.shape[1] - 1}]; got [{int(target.min())}, {int(target.max())}]"
-        )
+    labels = found.to(torch.int64)
+    least, most = (int(end) for end in labels.aminmax())
+    if least < 0 or most >= probs.shape[1]:
+        raise InvalidArgumentError(f"target must lie in [0, {probs.shape[1] - 1}]; got [{least}, {most}]")
+    return labels

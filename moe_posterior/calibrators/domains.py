@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moe_posterior.calibrators.base import Calibrator, Outputs
+from moe_posterior.calibrators.base import Calibrator, Outputs, read_outputs
 from moe_posterior.calibrators.configuration import lookup
 from moe_posterior.calibrators.probabilities import safe_log, temper
 from moe_posterior.calibrators.scaling import best_temperature, validate_bounds
@@ -83,6 +83,7 @@ class MultiDomainTemperature(Calibrator):
     def temperatures(self, outputs: Outputs) -> Tensor:  # -> (N,)
         """The temperature of each row."""
         self.require_fitted()
+        outputs = read_outputs(outputs, ())
         features, given = domain_features(outputs)
         require_signs(given, self.given)
         low, high = self.log_temperature.aminmax()

@@ -9,12 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from moe_posterior.calibrators.base import Calibrator, Outputs, validate_outputs
+from moe_posterior.calibrators.base import Calibrator, Outputs, read_outputs
 from moe_posterior.calibrators.configuration import lookup
 from moe_posterior.calibrators.pooling import NUM_BINS, Counts, count, logit_bins, pooled_shifts
 from moe_posterior.calibrators.probabilities import safe_logit, top_confidence, top_label, with_confidence
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.soundness import require_sound
+from moe_posterior.validation import floats
 
 STRENGTHS = (10.0, 30.0, 100.0, 300.0)
 
@@ -102,10 +103,8 @@ class OnlineConfigurationCalibrator(Calibrator):
             InvalidArgumentError: shapes or values that do not fit; nothing is learned then.
         """
         self.require_fitted()
-        validate_outputs(outputs, self.static.call_needs)
-        if correct.shape != outputs.probs.shape[:1]:
-            raise InvalidArgumentError(f"correct must have shape ({len(outputs.probs)},); got {tuple(correct.shape)}")
-        outcome = correct.double()
+        outputs = read_outputs(outputs, self.static.call_needs)
+        outcome = floats("correct", correct, (len(outputs.probs),)).double()
         if ((outcome < 0) | (outcome > 1)).any():
             raise InvalidArgumentError("correct must lie in [0, 1] or be NaN (not known)")
         known = ~outcome.isnan()

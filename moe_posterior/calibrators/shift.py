@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from moe_posterior.calibrators.base import Calibrator, Outputs, validate_outputs
+from moe_posterior.calibrators.base import Calibrator, Outputs, read_outputs
 from moe_posterior.calibrators.probabilities import minimise, safe_log, temper, top_confidence
 from moe_posterior.calibrators.scaling import best_temperature, validate_bounds
 from moe_posterior.errors import InvalidArgumentError
@@ -134,7 +134,7 @@ class ShiftAwareTemperature(Calibrator):
         The level is a mean over the rows: give some dozens at least.
         """
         self.require_fitted()
-        validate_outputs(outputs, ())
+        outputs = read_outputs(outputs, ())
         signs, given = shift_signs(outputs)
         require_signs(given, self.given)
         self.adapted.fill_(len(signs) > 0)
@@ -188,7 +188,7 @@ class ShiftAwareTemperature(Calibrator):
     def temperatures(self, outputs: Outputs) -> Tensor:  # -> (N,)
         """The temperature of each row."""
         self.require_fitted()
-        signs, given = shift_signs(outputs)
+        signs, given = shift_signs(read_outputs(outputs, ()))
         require_signs(given, self.given)
         signs = self._scaled(signs)
         if self.adapted:
