@@ -607,6 +607,59 @@ def test_degenerate_batches_give_finite_values_and_gradients(loss: Callable, cas
         assert value.item() == 0
 
 
+TILTED = {
+    "robust": lambda probs, target: losses.robust(probs, target),
+    "robust, detached": lambda probs, target: losses.robust(probs, target, detach_weights=True),
+    "robust filtered": lambda probs, target: losses.robust_filtered(
+        probs, torch.stack([probs.flip(1), probs], dim=1), torch.full((len(probs), 2), 0.5), target
+    ),
+    "robust config": lambda probs, target: losses.robust_config(probs, target, target * 0, ConfigurationState.start(1))[
+        0
+    ],
+    "group dro": lambda probs, target: losses.group_dro(
+        losses.nll_per_row(probs, target), target % 2, torch.full((2,), 0.5, dtype=torch.float64)
+    )[0],
+    "nll": losses.nll,
+}
+
+
+@pytest.mark.parametrize("loss", TILTED.values(), ids=TILTED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("depth", [30.0, 60.0, 80.0])
+def test_a_row_far_below_1e_12_keeps_its_gradient(loss: Callable, dtype: torch.dtype, depth: float) -> None:
+    logits = torch.tensor([[0.0, depth], [0.5, 0.0], [0.0, 1.0], [0.2, 0.0]], dtype=dtype, requires_grad=True)
+    target = torch.tensor([0, 0, 1, 1])
+    found = gradient(loss(logits.softmax(1), target), logits)
+    assert found.isfinite().all()
+    assert found[0].norm() > 0.05, "the row with the probability below 1e-12"
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_robust_agrees_with_a_computation_in_logs_where_probabilities_are_tiny(detach: bool) -> None:
+    logits = torch.tensor([[0.0, 60.0], [0.5, 0.0], [0.0, 1.0], [55.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 0, 1, 1])
+    rows = -logits.log_softmax(1).gather(1, target[:, None])[:, 0]
+    share = (2 * rows).softmax(0)
+    expected = ((share.detach() if detach else share) * rows).sum()
+    found = losses.robust(logits.softmax(1), target, detach_weights=detach)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient(found, logits), gradient(expected, logits))
+    assert gradient(expected, logits).norm() > 1
+
+
+@pytest.mark.parametrize("loss", TILTED.values(), ids=TILTED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_row_that_underflowed_to_0_does_not_stop_the_others_from_learning(loss: Callable, dtype: torch.dtype) -> None:
+    logits = torch.tensor([[0.0, 2000.0], [0.5, 0.0], [0.0, 1.0], [0.2, 0.0]], dtype=dtype, requires_grad=True)
+    probs, target = logits.softmax(1), torch.tensor([0, 0, 1, 1])
+    assert probs[0, 0] == 0
+    value = loss(probs, target)
+    found = gradient(value, logits)
+    assert value.isfinite()
+    assert found.isfinite().all()
+    assert found[1:].norm() > 0.05
+
+
 def test_an_empty_batch_leaves_both_adversaries_as_they_were() -> None:
     probs, nothing = torch.empty(0, K, requires_grad=True), torch.empty(0, dtype=torch.int64)
     _, state = losses.robust_config(probs, nothing, nothing, STATE)

@@ -3,10 +3,10 @@
 Dimensions: N rows, K classes, G groups or routing configurations.
 """
 
+import math
+
 import torch
 from torch import Tensor
-
-LEAST_PROBABILITY = 1e-12  # caps a row at 27.6 nats, as the metrics do
 
 
 def mean_of(values: Tensor) -> Tensor:  # (N,) -> ()
@@ -19,12 +19,26 @@ def top_label(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # (N, K)
 
 
 def true_class_nll(probs: Tensor, target: Tensor) -> Tensor:  # (N, K), (N,) -> (N,)
-    return -probs.gather(1, target.long()[:, None])[:, 0].clamp(min=LEAST_PROBABILITY).log()
+    true = probs.gather(1, target.long()[:, None])[:, 0]
+    # No floor above what the type can hold: at a floor the log has no gradient, and a tilt then gives all weight to rows without one.
+    return -true.clamp(min=torch.finfo(true.dtype).tiny).log()
 
 
 def tilted(losses: Tensor, eta: float, detach_weights: bool) -> Tensor:  # (N,) -> ()
+    """Σ q_i L_i with q = softmax(η L); in the gradient q is over the rows that have one.
+
+    A probability that underflowed to 0 shows in the value with the full weight of the worst row, but nothing can be learned from it:
+    if it also took the weight of the others in the gradient, the whole batch would learn nothing.
+    """
     share = (eta * losses).softmax(0)
-    return ((share.detach() if detach_weights else share) * losses).sum()
+    value = ((share.detach() if detach_weights else share) * losses).sum()
+    sunk = losses >= -math.log(torch.finfo(losses.dtype).tiny) * (
+        1 - 1e-6
+    )  # False for NaN, which must stay in the gradient
+    if not sunk.any() or sunk.all():
+        return value
+    learnt = tilted(losses[~sunk], eta, detach_weights)
+    return learnt + (value - learnt).detach()
 
 
 def multiplied(weights: Tensor, exponent: Tensor) -> Tensor:  # (G,), (G,) -> (G,)

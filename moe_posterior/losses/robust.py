@@ -25,15 +25,17 @@ def nll_per_row(
     probs: Tensor,  # (N, K)
     target: Tensor,  # (N,)
 ) -> Tensor:  # (N,)
-    """Negative log of the probability given to the true class, L_i = −log max(p_i[y_i], 1e-12), in nats.
+    """Negative log of the probability given to the true class, L_i = −log p_i[y_i], in nats.
 
-    A row at the floor has no gradient: a probability that has underflowed to 0 cannot tell in which direction to go.
+    Finite for every probability: one that has underflowed to 0 counts as the smallest normal number of its type, 87.3 nats in float32.
+    Such a row has no gradient, because 0 cannot tell in which direction to go; any other has, however small its probability. Half
+    precision underflows at 6e-8: take the softmax in float32.
 
     Raises:
         InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.
 
     >>> nll_per_row(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([0, 1]))
-    tensor([ 0.6931, 27.6310])
+    tensor([ 0.6931, 87.3365])
     """
     return true_class_nll(*labelled(probs, target))
 
