@@ -15,6 +15,7 @@ from moe_posterior.audit.arrow import pyarrow as pa
 from moe_posterior.audit.belief import BeliefState, RowsOfGroup, belief_of, knobs
 from moe_posterior.audit.chain import Chain
 from moe_posterior.audit.compact import read_compacted
+from moe_posterior.audit.files import DISK, FileSystem
 from moe_posterior.audit.frames import Frame, Kind
 from moe_posterior.audit.marks import Note
 from moe_posterior.audit.state import Checkpoint, decode_checkpoint, decode_event, encode_json
@@ -56,13 +57,13 @@ class Reader:
     Reading beside the writer is fine: the log ends, for this iteration, where it ended when the iteration came there.
     """
 
-    def __init__(self, folder: Path, key: bytes | None, *, start: int = 0) -> None:
-        self.folder, self.key, self.start = folder, key, start
+    def __init__(self, folder: Path, key: bytes | None, *, start: int = 0, files: FileSystem = DISK) -> None:
+        self.folder, self.key, self.start, self.files = folder, key, start, files
         self.chain: Chain | None = None  # of the last iteration
         self.sources: dict[int, Source] = {}  # as of the record given last
 
     def __iter__(self) -> Iterator[Record]:
-        self.chain, self.sources = Chain(self.folder, self.key, start=self.start), {}
+        self.chain, self.sources = Chain(self.folder, self.key, start=self.start, files=self.files), {}
         for frame in self.chain:
             records = self._compacted(frame) if isinstance(frame, Note) else records_of(frame)
             for record in records:
@@ -78,11 +79,11 @@ class Reader:
 
     def _compacted(self, note: Note) -> Iterator[Record]:
         if not note.removed:
-            yield from read_compacted(self.folder, note, self.key)
+            yield from read_compacted(self.folder, note, self.key, files=self.files)
 
     def frames(self) -> Iterator[Frame]:
         """The verified frames themselves, without those of compacted segments."""
-        self.chain = Chain(self.folder, self.key, start=self.start)
+        self.chain = Chain(self.folder, self.key, start=self.start, files=self.files)
         return (frame for frame in self.chain if isinstance(frame, Frame))
 
     def groups(self) -> Iterator[tuple[Group, Source | None, RowsOfGroup | None]]:

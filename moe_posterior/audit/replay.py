@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moe_posterior.audit.files import segment_numbers
+from moe_posterior.audit.files import DISK, FileSystem, segment_numbers
 from moe_posterior.audit.read import Reader
 from moe_posterior.audit.state import Checkpoint
 from moe_posterior.audit.tables import RESOLVE, Group
@@ -193,14 +193,16 @@ def rebuild(reader: Reader, name: str = "router", *, check: bool = False) -> Pos
     return fold.finish()
 
 
-def rebuild_from_end(folder: Path, key: bytes | None, name: str = "router") -> PosteriorRouter:
+def rebuild_from_end(
+    folder: Path, key: bytes | None, name: str = "router", files: FileSystem = DISK
+) -> PosteriorRouter:
     """As :func:`rebuild`, from the last segment that holds a checkpoint of the router; nothing before it is read.
 
     Raises:
         AuditError: as :func:`rebuild`.
     """
-    for start in reversed(segment_numbers(folder)):
-        reader = Reader(folder, key, start=start)
+    for start in reversed(segment_numbers(folder, files)):
+        reader = Reader(folder, key, start=start, files=files)
         if any(
             isinstance(r, Checkpoint) and r.settings["name"] == name and r.settings["kind"] == "router" for r in reader
         ):

@@ -47,7 +47,7 @@ def write(folder: Path, pipe: int, seed: int) -> None:
         if step == b"c":
             log.compact()
         elif step == b"r":
-            log.retain(max_bytes=int(rng.choice([100_000, 2_000_000], p=[0.3, 0.7])))
+            log.retain(max_bytes=int(rng.choice([100_000, 2_000_000], p=[0.1, 0.9])))
         elif step == b"o":
             log.close()
             router = AuditLog.recover(folder, **options)
