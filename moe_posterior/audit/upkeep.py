@@ -11,11 +11,12 @@ from typing import Any
 from moe_posterior.audit.chain import Chain
 from moe_posterior.audit.clock import believed
 from moe_posterior.audit.compact import BEGUN, SegmentTables, begun_of, read_compacted
-from moe_posterior.audit.files import note_name, segment_name, segment_numbers
+from moe_posterior.audit.files import note_name, parquet_name, segment_name, segment_numbers
 from moe_posterior.audit.frames import Kind, genesis, read_frame
 from moe_posterior.audit.marks import REMOVED, Note, note_bytes, note_digest, read_note
 from moe_posterior.audit.segments import Place
 from moe_posterior.audit.state import Checkpoint, decode_json
+from moe_posterior.audit.tables import TABLES
 from moe_posterior.errors import AuditError
 
 _COUNTED = ("decisions", "outcomes", "refusals")
@@ -111,8 +112,10 @@ class Upkeep:
         removed = self._note(REMOVED)
         for number in self._numbers():
             if removed is not None and number <= removed.segment:
-                note = self._note(note_name(number))
-                for name in [*(note.files if note else ()), segment_name(number), note_name(number)]:
+                tables = [
+                    parquet_name(table, number) for table in (*TABLES, "others")
+                ]  # also without a note, after a crash
+                for name in [*tables, segment_name(number), note_name(number)]:
                     self.files.remove(self.folder / name)
         self.files.sync_folder(self.folder)
 

@@ -211,3 +211,23 @@ def test_a_reader_whose_segments_are_compacted_meanwhile_reads_on(
         monkeypatch.setattr(chain, "read_note", note_after_compaction)
         assert ways[read]() == expected
     assert done[0] > 0
+
+
+def test_retention_takes_tables_that_a_crash_left_and_no_file_that_a_note_names(tmp_path: Path) -> None:
+    """Notes of a log without a key can be written by anybody: what they name is not removed for that."""
+    with AuditLog(tmp_path, rotate_bytes=2_000) as log:
+        fill(log)
+        log.compact()
+        path = tmp_path / "segment-00000000.json"
+        note = read_note(path, None)
+        kept = tmp_path / "precious"
+        kept.write_bytes(b"precious")
+        (tmp_path / "refusals-00000000.parquet").write_bytes(b"of a compaction that did not come to its end")
+        files = {**note.files, kept.name: "0" * 64}
+        log.retain(max_bytes=1)
+        path.write_bytes(note_bytes(note._replace(files=files), None))
+        (tmp_path / "others-00000000.parquet").write_bytes(b"again")
+        log._upkeep.sweep()
+    assert kept.exists()
+    assert not list(tmp_path.glob("*-00000000.*"))
+    assert verify(tmp_path).problem is None
