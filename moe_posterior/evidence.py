@@ -293,10 +293,11 @@ def shared_outcomes(
         )
     if not bool(((shares >= 0) & (shares <= 1)).all()):
         raise InvalidArgumentError("shares must lie in [0, 1]; got a value outside, or NaN")
-    parts = [read_outcomes(ids, outcome, expert_indices, shape, threshold) for ids in members.unbind(1)]
+    seen = read_outcomes(members[:, 0], outcome, expert_indices, shape, threshold)
+    _require_range("cluster_ids", members, shape[0])
     rows = (~torch.isnan(outcome)).nonzero()[:, 0]  # of every observation, in the order in which it was read
-    signal = parts[0].signal[:, None].expand(-1, len(parts))
-    cells = torch.stack([part.cells for part in parts], dim=1)
+    members, experts = members.long()[rows], seen.cells % shape[1]
+    cells, signal = members * shape[1] + experts[:, None], seen.signal[:, None].expand(members.shape)
     return Observation(cells.reshape(-1), signal.reshape(-1), shares.double()[rows].reshape(-1))
 
 

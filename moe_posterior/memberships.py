@@ -3,6 +3,7 @@
 Dimensions: N tokens, D hidden size, M clusterings of C clusters each, H neighbours in each, J = M H memberships, E experts.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,16 @@ class SeveralClusters(FixedPrecision):
         generator = torch.Generator().manual_seed(1) if generator is None else generator
         for other in self.others:
             other.fit(points, generator=generator)  # type: ignore[operator]
+        self._measure(first, points)
+
+    @torch.no_grad()
+    def adopt(self, first: Clusterer, others: Sequence[Clusterer], hidden: Tensor) -> None:  # (N, D)
+        """In place of :meth:`fit`: take clusterings that were found elsewhere, and measure their scale on these tokens."""
+        for own, other in zip(self.others, others, strict=True):
+            own.load_state_dict(other.state_dict())
+        self._measure(first, hidden.float())
+
+    def _measure(self, first: Clusterer, points: Tensor) -> None:
         means = [
             torch.cat([clusterer(rows).distance for rows in points.split(_CHUNK)]).double().square().mean()
             for clusterer in (first, *self.others)

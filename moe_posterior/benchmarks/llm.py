@@ -22,14 +22,14 @@ from moe_posterior.gates import PosteriorGate
 STREAMS = ("degraded", "task shift")
 NUM_CLASSES = 20  # query classes of the streams: k-means on the embeddings; the 14 tasks are not labelled
 FOLDS = 5
-CLUSTERINGS = 5  # k-means runs whose estimates are averaged: one run's accident moves the test score by two points
-FINAL_CLUSTERINGS = 20  # the same for the test queries, where the estimates are made once
+CLUSTERINGS = 5  # k-means runs of a gate: one run's accident moves the test score by two points
+FINAL_CLUSTERINGS = 20  # the same for the test queries, where the gate is made once
 CHANCE = 0.1
-SPACE: dict[str, tuple[Any, ...]] = {  # what cross-validation chooses from
+SPACE: dict[str, tuple[Any, ...]] = {  # what cross-validation chooses from, all of it knobs of a PosteriorGate
     "num_clusters": (32, 64, 128),
     "neighbours": (1, 2, 4, 8),
-    "bandwidth": (0.05, 0.1),
-    "pooling": (0.0, 10.0),
+    "softness": (0.1, 0.2),
+    "shrinkage": (None, 20.0),
 }
 
 
@@ -61,46 +61,28 @@ def load(part: str) -> Scores:
     return Scores(hidden, score, tuple(name.removeprefix("score_") for name in columns))
 
 
-def mixed_estimate(
-    gate: PosteriorGate,
-    hidden: Tensor,  # (N, D)
-    neighbours: int,
-    bandwidth: float,
-    pooling: float,
-) -> Tensor:  # (N, E) float64
-    """Posterior means of a query's nearest clusters, averaged by softmax(−distance² / bandwidth).
-
-    A cell's mean is first drawn to its expert's pooled mean with ``pooling`` pseudo-observations. One neighbour and no pooling is the
-    gate's own posterior mean.
-    """
-    posterior, centroids = gate.posterior, gate.clusterer.centroids
-    alpha, beta = posterior.alpha, posterior.beta
-    overall = alpha.sum(dim=0) / (alpha + beta).sum(dim=0)  # (E,)
-    mean = (alpha + pooling * overall) / (alpha + beta + pooling)  # (C, E)
-    squared = torch.cdist(hidden, centroids).square().double()
-    nearest = squared.topk(min(neighbours, len(centroids)), dim=1, largest=False)
-    weight = torch.softmax(-nearest.values / bandwidth, dim=1)  # (N, H)
-    return torch.einsum("nh,nhe->ne", weight, mean[nearest.indices])
-
-
-def fit_posterior(hidden: Tensor, score: Tensor, num_clusters: int, seed: int) -> PosteriorGate:
+def fit_posterior(hidden: Tensor, score: Tensor, options: Mapping[str, Any], seed: int) -> PosteriorGate:
     """A posterior gate that has seen these scores, as its warm start."""
-    gate = PosteriorGate(hidden.shape[1], score.shape[1], num_clusters, top_k=1)
-    gate.clusterer.set_centroids(_centroids(hidden, num_clusters, seed))
-    gate.posterior.warm_start(gate(hidden).cluster_ids, score)
+    gate = PosteriorGate(hidden.shape[1], score.shape[1], top_k=1, **{"clusterings": CLUSTERINGS, **options})
+    clusters = _clusters(hidden, gate, seed)
+    gate.clusterer.load_state_dict(clusters[0].state_dict())
+    if gate.members is not None:
+        gate.members.adopt(gate.clusterer, clusters[1:], hidden)
+    gate.warm_start(hidden, score)
     return gate
 
 
-_CENTROIDS: dict[tuple[int, int, int, float], Tensor] = {}
+_CLUSTERS: dict[tuple[int, int, int, float], list[Clusterer]] = {}
 
 
-def _centroids(hidden: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """Centroids of the same rows, count and seed are found once: a search tries many knobs on the same folds."""
-    key = (len(hidden), num_clusters, seed, float(hidden.double().sum()))
-    if key not in _CENTROIDS:
-        generator = torch.Generator().manual_seed(seed)
-        _CENTROIDS[key] = Clusterer(num_clusters, hidden.shape[1]).fit(hidden, generator=generator).centroids.clone()
-    return _CENTROIDS[key]
+def _clusters(hidden: Tensor, gate: PosteriorGate, seed: int) -> list[Clusterer]:
+    """k-means runs of the same rows, count and seed are made once: a search tries many knobs on the same folds."""
+    runs = gate.posterior.clusterings
+    found = _CLUSTERS.setdefault((len(hidden), gate.clusterer.num_clusters, seed, float(hidden.double().sum())), [])
+    for run in range(len(found), runs):
+        generator = torch.Generator().manual_seed(1000 * seed + run)
+        found.append(Clusterer(gate.clusterer.num_clusters, hidden.shape[1]).fit(hidden, generator=generator))
+    return found[:runs]
 
 
 def out_of_fold(data: Scores, options: Sequence[Mapping[str, Any]], seed: int) -> list[float]:
@@ -138,19 +120,15 @@ def confidence_line(data: Scores, options: Mapping[str, Any], seed: int) -> tupl
 def estimate_with(
     train_hidden: Tensor, train_score: Tensor, hidden: Tensor, options: Mapping[str, Any], seed: int
 ) -> Tensor:  # (N, E)
-    """Estimated scores of queries, averaged over posterior gates on ``clusterings`` k-means runs."""
-    runs = options.get("clusterings", CLUSTERINGS)
-    total = torch.zeros(len(hidden), train_score.shape[1], dtype=torch.float64)
-    for run in range(runs):
-        gate = fit_posterior(train_hidden, train_score, options["num_clusters"], 1000 * seed + run)
-        total += mixed_estimate(gate, hidden, options["neighbours"], options["bandwidth"], options["pooling"])
-    return total / runs
+    """Estimated scores of queries: the posterior means of a gate with these knobs, of all experts."""
+    gate = fit_posterior(train_hidden, train_score, options, seed)
+    return torch.cat([gate.estimates(rows) for rows in hidden.split(2048)])
 
 
 def grid() -> list[dict[str, Any]]:
-    """Every combination of :data:`SPACE` that differs from the others: one neighbour has no bandwidth."""
+    """Every combination of :data:`SPACE` that differs from the others: one neighbour alone has nothing to spread over."""
     everything = [dict(zip(SPACE, values, strict=True)) for values in product(*SPACE.values())]
-    return [options for options in everything if options["neighbours"] > 1 or options["bandwidth"] == 0.05]
+    return [options for options in everything if options["neighbours"] > 1 or options["softness"] == 0.1]
 
 
 def search(data: Scores, seed: int) -> tuple[dict[str, Any], float]:
@@ -158,7 +136,7 @@ def search(data: Scores, seed: int) -> tuple[dict[str, Any], float]:
     options = grid()
     scores = out_of_fold(data, options, seed)
     best = max(range(len(options)), key=scores.__getitem__)
-    _CENTROIDS.clear()
+    _CLUSTERS.clear()
     return options[best], scores[best]
 
 
@@ -191,6 +169,13 @@ def baselines(train: Scores, hidden: Tensor) -> dict[str, Tensor]:  # name -> (N
     }
 
 
+@lru_cache(maxsize=1)
+def _query_classes() -> Tensor:  # (n,)
+    data = load("train")
+    classes = Clusterer(NUM_CLASSES, data.hidden.shape[1]).fit(data.hidden, generator=torch.Generator().manual_seed(0))
+    return classes(data.hidden).cluster_ids
+
+
 def stream(name: str, seed: int, *, num_queries: int = 1000) -> Environment:
     """The training queries as a stream.
 
@@ -205,8 +190,7 @@ def stream(name: str, seed: int, *, num_queries: int = 1000) -> Environment:
     if name not in STREAMS:
         raise InvalidArgumentError(f"environment must be one of {list(STREAMS)}; got {name!r}")
     data, generator = load("train"), torch.Generator().manual_seed(15_485_863 * (seed + 1))
-    classes = Clusterer(NUM_CLASSES, data.hidden.shape[1]).set_centroids(_centroids(data.hidden, NUM_CLASSES, 0))
-    query_class = classes(data.hidden).cluster_ids
+    query_class = _query_classes()
     order = torch.randperm(len(data.hidden), generator=generator)
     half = num_queries // 2
     if name == "degraded":

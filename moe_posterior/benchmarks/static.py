@@ -11,7 +11,7 @@ from moe_posterior.benchmarks import llm
 from moe_posterior.benchmarks.records import Record, case_key
 from moe_posterior.gates import SoftmaxGate
 
-PLAIN = {"num_clusters": 32, "neighbours": 1, "bandwidth": 0.1, "pooling": 0.0, "clusterings": 1}
+PLAIN = {"num_clusters": 32, "neighbours": 1, "clusterings": 1}
 
 
 def play_static(seed: int, done: set[str]) -> list[Record]:

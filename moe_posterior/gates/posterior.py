@@ -456,6 +456,12 @@ class PosteriorGate(Gate, FixedPrecision):
         return beta_functions.mean(alpha, beta).gather(1, routing.expert_indices).float()
 
     @torch.no_grad()
+    def estimates(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, E) float64
+        """Posterior mean competence of every expert on every token, as of now, whoever would be chosen."""
+        self.validate_hidden(hidden)
+        return beta_functions.mean(*self._believed(*self.assign(hidden)))
+
+    @torch.no_grad()
     def counts_of(self, routing: Routing) -> Tensor:  # -> (N, 2, k) float64
         """Alpha and beta of the chosen experts as of now: what mean and interval of their competence come from.
 

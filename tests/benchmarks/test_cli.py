@@ -9,7 +9,9 @@ from moe_posterior.benchmarks import cli, llm, suite, tune
 from moe_posterior.benchmarks.cli import benchmark
 from moe_posterior.benchmarks.llm import Scores
 from moe_posterior.benchmarks.records import read
+from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.gates import PosteriorGate
 
 pytest.importorskip("rich")
 pytest.importorskip("scipy")
@@ -141,17 +143,26 @@ def test_llm_streams_hold_real_scores_until_the_change(train, name: str) -> None
         assert not early & late
 
 
-def test_one_neighbour_without_pooling_is_the_gate_itself(train) -> None:
+@pytest.mark.parametrize("options", [{"clusterings": 1}, {"clusterings": 3, "neighbours": 2, "softness": 0.1}], ids=str)
+def test_the_posterior_router_of_the_benchmark_is_a_posterior_gate_with_public_knobs(train, options: dict) -> None:
     few = Scores(train.hidden[:400], train.score[:400], train.models)
-    gate = llm.fit_posterior(few.hidden, few.score, 8, seed=0)
-    estimate = llm.mixed_estimate(gate, few.hidden, 1, 0.1, 0.0)
-    assert (estimate == gate.posterior.mean()[gate(few.hidden).cluster_ids]).all()
+    estimate = llm.estimate_with(few.hidden, few.score, few.hidden, {"num_clusters": 8, **options}, 0)
+    gate = PosteriorGate(few.hidden.shape[1], 9, 8, 1, score="mean", **options)
+    runs = [Clusterer(8, 384).fit(few.hidden, generator=torch.Generator().manual_seed(run)) for run in range(3)]
+    gate.clusterer.load_state_dict(runs[0].state_dict())
+    if gate.members is not None:
+        gate.members.adopt(gate.clusterer, runs[1:], few.hidden)
+    gate.warm_start(few.hidden, few.score)
+    routing = gate(few.hidden)
+    best = estimate.max(dim=1, keepdim=True).values
+    assert torch.equal(estimate.gather(1, routing.expert_indices), best)
+    assert torch.equal(routing.scores, best.float())
 
 
 def test_the_confidence_line_says_how_much_too_high_the_best_of_nine_estimates_is(train) -> None:
     order = torch.randperm(len(train.hidden), generator=torch.Generator().manual_seed(0))  # the file is sorted by task
     few, rest = (Scores(train.hidden[rows], train.score[rows], train.models) for rows in (order[:600], order[600:]))
-    options = {"num_clusters": 64, "neighbours": 1, "bandwidth": 0.1, "pooling": 0.0, "clusterings": 1}
+    options = {"num_clusters": 64, "neighbours": 1, "clusterings": 1}
     estimate = llm.estimate_with(few.hidden, few.score, rest.hidden, options, 0)
     line = llm.confidence_line(few, options, seed=0)
     plain, mended = llm.measure_static(estimate, rest.score), llm.measure_static(estimate, rest.score, line)
