@@ -1,7 +1,13 @@
 """The console script ``moe-posterior``: hands each subcommand to its part, importing only that part."""
 
-import importlib
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    sys.path.pop(
+        0
+    )  # `python -m` puts the working folder first; as under the console script, nothing in it may pass for a package
+
+import importlib
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NamedTuple
@@ -75,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     command = COMMANDS[name]
     try:
+        if {"-h", "--help"} & set(rest):
+            _help(name, rest)
         return getattr(_load(command), command.function)(rest)
     except (MoEPosteriorError, OSError) as error:
         print(f"moe-posterior {name}: {lines(error)}", file=sys.stderr)
@@ -82,6 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"moe-posterior {name}: interrupted; the same command goes on where it can", file=sys.stderr)
         return 1
+
+
+def _help(name: str, rest: Sequence[str]) -> None:
+    """Answer a call for help and exit; return where the words were no such call."""
+    if (name, *rest[:1]) == ("benchmark", "lm"):
+        name, rest = "lm", rest[1:]
+    importlib.import_module(f"moe_posterior.commands.{name}").parser().parse_known_args(rest)
 
 
 def _load(command: _Command) -> object:

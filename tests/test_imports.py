@@ -15,7 +15,7 @@ ORDER = [
     ["drafts"],
     ["atomic"],
     ["torchfile", "forking", "pending"],
-    ["tensorfile"],
+    ["reading", "tensorfile"],
     ["beta", "evidence"],
     ["kernels"],
     ["churn", "posterior", "clustering"],

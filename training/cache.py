@@ -11,46 +11,30 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from moe_posterior.commands.cache import EXAMPLES, HELP, add_options
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.escape import terminal
+from moe_posterior.reading import decoding, one_line
 from moe_posterior.training.data import manifest
 from moe_posterior.training.data.base import ClassificationData, Split
+from moe_posterior.training.own import folders_on_path
 from moe_posterior.training.runs import Run
 
 __all__ = ["cache"]
 
-HELP = """
-Run a backbone once over the training, validation and test rows of a data module and store its features in half precision, so that
-gates and experts train on them in seconds. Read them with the data module CachedFeatures.
-
-The folder's manifest.json says which data and which network the features belong to. The same command goes on where it was
-interrupted; with other data, another network or other weights it refuses the folder and names what differs.
-"""
-EXAMPLES = """
-examples:
-  moe-posterior cache --data Digits --backbone moe_posterior.training.backbones.DigitsNet --out caches/digits
-                                                                         scikit-learn's digits, an untrained network, seconds
-  moe-posterior cache --data PACS --data.inputs pixels --data.held_out photo \\
-      --backbone moe_posterior.training.backbones.ResNet --weights net.pt --out caches/photo
-  moe-posterior cache --data data.yaml --backbone net.yaml --weights runs/demo/softmax/checkpoints/last.ckpt \\
-      --prefix backbone. --shifts contrast pixelate --severities 1 3 5 --out caches/trained
-                                                                         YAML files hold class_path and init_args
-
-and then, in an experiment file:
-  data:
-    class_path: moe_posterior.training.data.CachedFeatures
-    init_args: {folder: caches/digits}
-  model:
-    backbone:
-      class_path: moe_posterior.training.data.features.PassThrough
-      init_args: {out_features: 64}
-"""
-
 
 def cache(arguments: list[str]) -> int:
     """Run ``moe-posterior cache`` with the given command-line arguments."""
+    with folders_on_path(["."]):
+        return _cache(arguments)
+
+
+def _cache(arguments: list[str]) -> int:
     parser = _parser()
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except (argparse.ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
+        raise InvalidArgumentError(f"the options cannot be used: {one_line(error)}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)  # layers draw their first weights from the global generator
         chosen = parser.instantiate_classes(options)
@@ -78,23 +62,11 @@ def _parser() -> ArgumentParser:
         description=HELP,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
     )
     parser.add_subclass_arguments(ClassificationData, "data", help="data module", required=True)
     parser.add_subclass_arguments(nn.Module, "backbone", help="network from inputs to (N, F)", required=True)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the features go")
-    parser.add_argument("--weights", metavar="FILE", help="state_dict or checkpoint of the backbone")
-    parser.add_argument(
-        "--prefix", default="", help="of the backbone's entries in that checkpoint, such as 'backbone.'"
-    )
-    parser.add_argument("--seed", type=int, default=42, help="of weights that no file gives (default: 42)")
-    parser.add_argument(
-        "--shifts", type=str, nargs="*", metavar="SHIFT", help="also cache the test rows under these shifts"
-    )
-    parser.add_argument(
-        "--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="S", help="of the shifts (default: all)"
-    )
-    parser.add_argument("--device", default="cpu", help="where the backbone runs (default: cpu)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a cache of other data or another network")
+    add_options(parser)
     return parser
 
 
@@ -117,14 +89,17 @@ def load_weights(backbone: nn.Module, path: Path, prefix: str = "") -> None:
     """
     if not path.is_file():
         raise MissingDataError(f"there are no weights at {path}; --weights must name a state_dict or a checkpoint")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    entries = content.get("state_dict", content)
-    fitting = {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+    with decoding(path, "a file of weights", "--weights must name a state_dict or a checkpoint"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        entries = content.get("state_dict", content)
+        fitting = {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+        if not all(isinstance(value, Tensor) for value in fitting.values()):
+            raise TypeError("it holds other things than tensors")
     try:
         backbone.load_state_dict(fitting)
     except RuntimeError as error:
         raise InvalidArgumentError(
-            f"weights of {path} with prefix {prefix!r} must fit the backbone; got {error}"
+            f"weights of {path} with prefix {prefix!r} must fit the backbone; got {one_line(error)}"
         ) from error
 
 

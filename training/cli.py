@@ -1,11 +1,12 @@
 """``moe-posterior fit``: train the arms of an experiment through LightningCLI."""
 
-import argparse
 import os
-import pickle
+import shlex
 import tempfile
 import time
 import warnings
+from argparse import ArgumentError
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,32 +19,18 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
 from moe_posterior.atomic import write_text
-from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.commands.fit import parser
+from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MissingDataError
 from moe_posterior.escape import terminal
+from moe_posterior.reading import decoding, one_line, read_mapping
+from moe_posterior.torchfile import load_plain, read_plain_file
 from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint, WholeCheckpoints
 from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.divergence import StopWhereDiverged, require_finite
 from moe_posterior.training.log import MetricsFile
 from moe_posterior.training.module import MoEClassifier
+from moe_posterior.training.own import folders_on_path, own_classes, without_folder
 from moe_posterior.training.runs import Arm, Experiment, Run, merge, read_experiment, require_folder_name
-
-FIT_HELP = """
-Train the arms of an experiment, one after the other, from the same seed.
-
-An experiment file is a LightningCLI configuration (model, data, trainer, seed_everything, competence) with two more keys:
-'name', the run's folder, and 'arms', a mapping from names to what each arm sets differently, usually model.gate. Classes are
-named by class_path, so your own data module, backbone or gate needs no registration.
-
-A run that was interrupted goes on from its last epoch when the same command is given again; finished arms are left as they are.
-"""
-FIT_EXAMPLES = """
-examples:
-  moe-posterior fit --config configs/demo.yaml                                  both gates on scikit-learn's digits, a minute
-  moe-posterior fit --config configs/cifar10h.yaml --arms posterior             one arm only
-  moe-posterior fit --config configs/demo.yaml --name try --trainer.max_epochs 3 --data.batch_size 32
-                                                                 any further option is a setting, and holds for every arm
-  moe-posterior fit --config configs/demo.yaml --print_config                   the complete configuration with all defaults
-"""
 
 
 class _Progress(RichProgressBar):
@@ -90,7 +77,22 @@ class ExperimentCLI(LightningCLI):
             },
             args=args,
             run=run,
+            parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}}
+            if run
+            else {"exit_on_error": False},
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the configuration, and say in one line what is wrong with it.
+
+        Raises:
+            InvalidArgumentError: it is no configuration of a MoEClassifier, its data and its trainer.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except (ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
+            where = self.arm.config if self.arm.config.is_file() else shlex.join(args)
+            raise InvalidArgumentError(f"{where} cannot be used: {one_line(error)}") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
@@ -100,20 +102,15 @@ class ExperimentCLI(LightningCLI):
 
 def fit(arguments: list[str]) -> int:
     """Run ``moe-posterior fit`` with the given command-line arguments."""
-    parser = argparse.ArgumentParser(
-        "moe-posterior fit",
-        description=FIT_HELP,
-        epilog=FIT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="experiment file (YAML)")
-    parser.add_argument("--name", help="folder of the run, instead of the experiment's own name")
-    parser.add_argument("--run-dir", default="runs", metavar="DIR", help="where runs live (default: %(default)s)")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="train only these arms")
-    parser.add_argument("--overwrite", action="store_true", help="start over instead of going on with an existing run")
-    parser.add_argument("--print_config", action="store_true", help="print what an arm is trained with, and stop")
-    options, settings = parser.parse_known_args(arguments)
+    with folders_on_path(["."]):
+        return _fit(arguments)
+
+
+def _fit(arguments: list[str]) -> int:
+    if (asked := class_help(arguments)) is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            ExperimentCLI(Arm("help", Path(folder)), ["fit", *asked], run=True)
+    options, settings = parser().parse_known_args(arguments)
 
     experiment = read_experiment(options.config).override(parse_settings(settings))
     arms = chosen(options.arms, list(experiment.arms))
@@ -132,10 +129,52 @@ def fit(arguments: list[str]) -> int:
         run.prepare(experiment, overwrite=options.overwrite, arms=options.arms)
         for name, origin in origins.items():
             train(run.arm(name), console, origin)
-    console.print(
-        terminal(f"Trained: {run.folder}. Evaluate it with: moe-posterior evaluate --run {run.folder}"), markup=False
-    )
+    console.print(terminal(f"Trained: {run.folder}. Evaluate it with:"), markup=False, highlight=False)
+    console.print(f"  {terminal(evaluate_command(run, experiment))}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def evaluate_command(run: Run, experiment: Experiment) -> str:
+    """The command that evaluates what is trained of a run, as it can be copied to a shell in this folder."""
+    trained = [name for name in experiment.arms if run.arm(name).finished]
+    words = ["moe-posterior", "evaluate", "--run", str(run.folder)]
+    words += ["--arms", *trained] if len(trained) < len(experiment.arms) else []
+    with without_folder("."):
+        own = [name for arm in trained for name in own_classes(experiment.config(arm))]
+    return shlex.join([*words, *(["--import-from", "."] if own else [])])
+
+
+def class_help(arguments: list[str]) -> list[str] | None:
+    """The words of a call such as ``--data.help PACS`` or ``--model.method.help=Robust``; None where there is none.
+
+    Without a class, and with an experiment file, the class is the one that the file names there.
+
+    >>> class_help(["--name", "x", "--data.help", "PACS"]), class_help(["--name", "x"])
+    (['--data.help', 'PACS'], None)
+    """
+    for place, word in enumerate(arguments):
+        option, equals, named = word.partition("=")
+        if not option.startswith("--") or not option.endswith(".help"):
+            continue
+        following = arguments[place + 1 : place + 2]
+        if not equals and following and not following[0].startswith("-"):
+            named = following[0]
+        return [option, *([named] if named else _configured(arguments, option.removeprefix("--").split(".")[:-1]))]
+    return None
+
+
+def _configured(arguments: list[str], keys: list[str]) -> list[str]:
+    """The class that the experiment file given among the arguments names under these keys, if it does."""
+    options, _ = parser().parse_known_args(
+        [*arguments, *([] if "--config" in " ".join(arguments) else ["--config", ""])]
+    )
+    if not options.config:
+        return []
+    experiment = read_experiment(options.config)
+    found: Any = experiment.config(chosen(options.arms, list(experiment.arms))[0])
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return [found["class_path"]] if isinstance(found, dict) and "class_path" in found else []
 
 
 def is_launched_rank() -> bool:
@@ -154,7 +193,7 @@ def train(arm: Arm, console: Console, origin: Arm | None = None) -> None:
         return
     args, done = ["fit", "--config", str(arm.config)], 0
     if arm.checkpoint.is_file():
-        done = read_checkpoint(arm)["global_step"]
+        done = read_checkpoint(arm.checkpoint)["global_step"]
         console.print(terminal(f"{arm.folder} goes on from {arm.checkpoint}"), markup=False)
         args += ["--ckpt_path", str(arm.checkpoint)]
     elif origin is not None:
@@ -163,6 +202,7 @@ def train(arm: Arm, console: Console, origin: Arm | None = None) -> None:
                 f"{arm.folder} branches from {origin.warmup}, which is not there: train {origin.name!r} first, its method "
                 "with the same warmup_epochs"
             )
+        read_checkpoint(origin.warmup)
         console.print(terminal(f"{arm.folder} branches from {origin.warmup}"), markup=False)
         args += ["--ckpt_path", str(origin.warmup)]
     else:
@@ -194,18 +234,43 @@ def train(arm: Arm, console: Console, origin: Arm | None = None) -> None:
     )
 
 
-def read_checkpoint(arm: Arm) -> dict[str, Any]:
-    """The arm's last checkpoint, opened without running code from it.
+PARTS = {  # of a checkpoint that training goes on from, and their types
+    "state_dict": Mapping,
+    "epoch": int,
+    "global_step": int,
+    "loops": Mapping,
+    "callbacks": Mapping,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "pytorch-lightning_version": str,
+}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of an arm, opened without running code from it.
 
     Raises:
-        InvalidArgumentError: it is missing or damaged.
+        MissingDataError: there is none.
+        DamagedFileError, InvalidArgumentError: it is torn, or not a checkpoint that training or evaluation can go on from.
     """
-    try:
-        return torch.load(arm.checkpoint, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InvalidArgumentError(
-            f"{arm.checkpoint} cannot be read ({type(error).__name__}); delete it, or train anew with --overwrite"
-        ) from error
+    advice = "delete it, or train anew with --overwrite"
+    with decoding(path, "a checkpoint that can be read", advice, InvalidArgumentError):
+        content = load_plain(read_plain_file(path), path)
+    for name, kind in PARTS.items():
+        if not isinstance(content, Mapping) or not isinstance(content.get(name), kind):
+            raise DamagedFileError(f"{path} must be a checkpoint of an arm; it holds no {name}; {advice}")
+    if not all(isinstance(value, torch.Tensor) for value in content["state_dict"].values()):
+        raise DamagedFileError(f"{path} must hold tensors alone in its state_dict; {advice}")
+    return dict(content)
+
+
+def read_config(arm: Arm) -> dict[str, Any]:
+    """What an arm was trained with.
+
+    Raises:
+        MissingDataError: there is none. DamagedFileError: it cannot be read.
+    """
+    return read_mapping(arm.config, "the fit command that made the run writes it again")
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

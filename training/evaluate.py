@@ -13,20 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_posterior.atomic import copy, replacing_folder, write_text
 from moe_posterior.calibrators import Calibrator
+from moe_posterior.commands.evaluate import parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.escape import terminal
 from moe_posterior.gates import PosteriorGate
+from moe_posterior.reading import one_line
 from moe_posterior.tensorfile import save_plain
-from moe_posterior.training.cli import ExperimentCLI, chosen, read_checkpoint
+from moe_posterior.training.cli import ExperimentCLI, chosen, read_checkpoint, read_config
 from moe_posterior.training.data import ClassificationData, EvaluationSet
 from moe_posterior.training.module import MoEClassifier
 from moe_posterior.training.outputs import outputs_of, routed_outputs_of
+from moe_posterior.training.own import folders_on_path, require_importable
 from moe_posterior.training.report import (
     Predictions,
     evaluate_predictions,
@@ -46,22 +48,15 @@ from moe_posterior.training.runs import Arm, Run
 LEAST_RESAMPLES = 100
 SEVERE = 3  # severities from here on are pooled for curves and calibrators
 
-HELP = """
-Evaluate a run: accuracy, NLL, Brier score and expected calibration error of the routed aggregate, for every arm, on the stored
-test rows and under each shift at each severity, over all rows and over the hard and the easy ones, with bootstrap intervals.
-
-Also, from validation rows: what six calibrators make of it, the threshold to act on, the error under reweighted routing
-configurations, and how fast the confidences recover as outcomes are delivered.
-
-Writes index.html (one page with everything, no network needed), report.json, table.md, model_card.md (a fragment for a model card),
-reliability.png, for each posterior gate competence-ARM.png, and calibrators-ARM.pt (the fitted calibrators' state) into RUN/report, and
-prints the table.
-"""
-
 
 def evaluate(arguments: list[str]) -> int:
     """Run ``moe-posterior evaluate`` with the given command-line arguments."""
     options = _parse(arguments)
+    with folders_on_path(options.import_from):
+        return _evaluate(options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
     run = Run(options.run)
     arms = [run.arm(name) for name in chosen(options.arms, list(run.experiment().arms))]
     if unfinished := [str(arm.folder) for arm in arms if not arm.finished]:
@@ -129,10 +124,10 @@ def load_model(arm: Arm) -> MoEClassifier:
     """The trained classifier of an arm, in evaluation mode, as its last checkpoint has it."""
     model = ExperimentCLI(arm, ["--config", str(arm.config)], run=False).model
     try:
-        model.load_state_dict(read_checkpoint(arm)["state_dict"])
+        model.load_state_dict(read_checkpoint(arm.checkpoint)["state_dict"])
     except RuntimeError as error:
         raise InvalidArgumentError(
-            f"{arm.checkpoint} does not fit this version's model; train it anew with --overwrite. {error}"
+            f"{arm.checkpoint} does not fit this version's model; train it anew with --overwrite. {one_line(error)}"
         ) from error
     return model.eval()
 
@@ -154,29 +149,7 @@ def predict(model: MoEClassifier, arm: str, item: EvaluationSet) -> tuple[Predic
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "moe-posterior evaluate", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", required=True, metavar="DIR", help="folder of the run, as fit printed it")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms")
-    parser.add_argument(
-        "--shifts", nargs="*", metavar="SHIFT", help="only these shifts; none given: the stored test rows alone"
-    )
-    parser.add_argument(
-        "--severities",
-        nargs="+",
-        type=int,
-        choices=range(1, 6),
-        default=[1, 2, 3, 4, 5],
-        metavar="S",
-        help="1 (mild) to 5 (default: all)",
-    )
-    parser.add_argument(
-        "--resamples", type=int, default=1000, metavar="R", help="bootstrap resamples (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the resamples (default: %(default)s)")
-    parser.add_argument("--copy-to", type=Path, metavar="DIR", help="also copy the report there")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     options.severities = sorted(set(options.severities))
     if options.resamples < LEAST_RESAMPLES:
         raise InvalidArgumentError(
@@ -187,7 +160,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _load_data(arms: Sequence[Arm]) -> ClassificationData:
     """The data module that all arms share."""
-    settings = [yaml.safe_load(arm.config.read_text()).get("data") for arm in arms]
+    configs = [read_config(arm) for arm in arms]
+    for arm, config in zip(arms, configs, strict=True):
+        require_importable(config, arm.config)
+    settings = [config.get("data") for config in configs]
     if any(other != settings[0] for other in settings):
         raise InvalidArgumentError(
             "arms must share their data settings to be compared; evaluate them one by one with --arms"
@@ -213,8 +189,12 @@ def _provenance(
     experiment = run.experiment()
     command = ["moe-posterior", "evaluate", "--run", os.path.relpath(options.run)]
     command += ["--resamples", str(options.resamples), "--seed", str(options.seed)]
-    if options.shifts is not None:
-        command += ["--shifts", *options.shifts]
+    for option, words in (
+        ("--arms", options.arms),
+        ("--shifts", options.shifts),
+        ("--import-from", options.import_from),
+    ):
+        command += [option, *words] if words or (words is not None and option == "--shifts") else []
     command += ["--severities", *map(str, options.severities)]
     return {
         "command": shlex.join(command),

@@ -18,6 +18,7 @@ import yaml
 
 from moe_posterior.atomic import open_lock, write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.reading import read_mapping, read_text
 
 __all__ = ["Arm", "Experiment", "Run", "merge", "read_experiment", "require_folder_name"]
 
@@ -54,17 +55,11 @@ def read_experiment(path: str | Path) -> Experiment:
     before it at the end of the ERM warm-up, which the two share.
 
     Raises:
-        MissingDataError: there is no such file. InvalidArgumentError: it is not a mapping, or a name cannot be a folder.
+        MissingDataError: there is no such file. DamagedFileError: it is no plain file.
+        InvalidArgumentError: it is no mapping in YAML, or a name cannot be a folder.
     """
     path = Path(path)
-    if not path.is_file():
-        raise MissingDataError(f"there is no experiment file {path}; the shipped ones are in configs/")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise InvalidArgumentError(f"{path} must hold a mapping of settings; got {type(content).__name__}")
+    content = read_mapping(path, "the shipped experiment files are in configs/", InvalidArgumentError)
     name = content.pop("name", path.stem)
     arms = content.pop("arms", None) or {"model": {}}
     if not isinstance(arms, dict) or not all(isinstance(overlay, dict) for overlay in arms.values()):
@@ -179,7 +174,7 @@ class Run:
         if overwrite:
             for name in (*(made if arms is None else arms), REPORT):  # what the run made, and nothing put beside it
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-        if (not overwrite or arms is not None) and trained and file.read_text() != content:
+        if (not overwrite or arms is not None) and trained and read_text(file) != content:
             raise InvalidArgumentError(
                 f"{self.folder} was made with other settings (see {file}); --overwrite replaces it, --name makes another run"
             )

@@ -1,7 +1,6 @@
 """``moe-posterior benchmark``: run a benchmark, or render what an earlier run wrote."""
 
 import argparse
-import json
 import os
 import platform
 import shlex
@@ -21,70 +20,10 @@ from moe_posterior.benchmarks.registry import GATES, TUNED
 from moe_posterior.benchmarks.static import play_static
 from moe_posterior.benchmarks.suite import Plan, cases_of, run
 from moe_posterior.benchmarks.tables import Table, tables_of
+from moe_posterior.commands.benchmark import parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError, MissingDependencyError
 from moe_posterior.escape import terminal
-
-EXAMPLES = """
-examples:
-  moe-posterior benchmark b                                 tables on the terminal, about a minute
-  moe-posterior benchmark b --out b.json                    and the records; run it again to go on where it stopped
-  moe-posterior benchmark b --from b.json --markdown b.md --figures figures/
-                                                            render again, nothing is run
-  moe-posterior benchmark c --environments synthetic pacs --gates posterior softmax --seeds 3
-  moe-posterior benchmark c --ablation --out ablation.json  one option of the belief changed at a time
-  moe-posterior benchmark a --tune 20 --knobs knobs.json    search all gates' knobs on validation seeds, then stop
-  moe-posterior benchmark audit --horizon                   how soon a reader of the audit log sees the failure of benchmark B
-  moe-posterior benchmark llm                               nine real language models, static and as streams
-
-a    a stable pool of equally competent experts: robustness must cost nothing
-b    one of 16 experts fails on 60 % of the query classes, without a trace in what the gates see
-c    after half of the stream the queries come from classes that no gate has seen
-llm  which of nine language models should answer: static, with the best one failing midway, with a change of tasks
-lm   gates swapped into a small language model of its own, experts damaged and repaired; see: moe-posterior benchmark lm --help
-latency  how long a decision takes: one at a time, and when queries arrive at 1,000 to 100,000 a second; wants an idle machine
-audit    what the audit log costs, how fast it is written, verified and replayed; wants an idle machine
-
-synthetic         Gaussian queries and a known competence matrix
-digits            classifiers trained on scikit-learn's digits under transforms
-pacs, cifar10h    the same on PACS and CIFAR-10, from $MOE_POSTERIOR_DATA or ../shared/data
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        prog="moe-posterior benchmark",
-        description="Measure gates on streams of queries with bandit feedback: one decision at a time, one outcome back.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("benchmark", choices=("a", "b", "c", "llm", "lm", "latency", "audit"), help="which; see below")
-    made.add_argument("--seeds", type=int, metavar="S", help="how many seeds (default 5; audit --horizon 20)")
-    made.add_argument("--first-seed", type=int, default=0, metavar="S", help="start the seeds there (default 0)")
-    made.add_argument("--out", metavar="FILE.json", help="write tidy records; what it already holds is not run again")
-    made.add_argument("--from", dest="source", metavar="FILE.json", help="render these records, run nothing")
-    made.add_argument("--markdown", metavar="FILE.md", help="write the tables as Markdown too")
-    made.add_argument("--figures", metavar="FOLDER", help="draw figures into this folder")
-    made.add_argument("--environments", nargs="+", metavar="NAME", help="default: synthetic digits; for llm: all three")
-    made.add_argument(
-        "--gates", nargs="+", metavar="NAME", choices=sorted(GATES), help=f"default: all of {', '.join(GATES)}"
-    )
-    made.add_argument("--experts", type=int, default=16, metavar="E", help="size of the pool, 8 to 32 in the paper")
-    made.add_argument("--queries", type=int, default=1000, metavar="T", help="length of the stream (default 1000)")
-    made.add_argument("--batch", type=int, default=1, metavar="B", help="queries decided together (default 1)")
-    made.add_argument("--delay", type=int, default=0, metavar="N", help="batches until an outcome arrives (default 0)")
-    made.add_argument(
-        "--ablation", action="store_true", help="also run the posterior gate with one option changed at a time"
-    )
-    made.add_argument("--tune", type=int, metavar="N", help="try N configurations of every gate, store the best, stop")
-    made.add_argument(
-        "--knobs", metavar="FILE.json", help="knobs to use, or to write with --tune (default: the shipped ones)"
-    )
-    made.add_argument(
-        "--horizon", action="store_true", help="of audit: how soon the log shows a failing expert, not how fast it is"
-    )
-    made.add_argument("--quiet", action="store_true", help="no progress bar")
-    return made
+from moe_posterior.reading import decoding, read_json
 
 
 def benchmark(arguments: Sequence[str]) -> int:
@@ -244,8 +183,12 @@ def _knobs(path: str | None) -> dict[str, dict[str, dict[str, Any]]] | None:
         return None
     if not Path(path).is_file():
         raise MissingDataError(f"there is no {path}; make one with: moe-posterior benchmark a --tune 20 --knobs {path}")
-    found = json.loads(Path(path).read_text())
-    return {environment: entry["knobs"] for environment, entry in found.items()}
+    found = read_json(path)
+    with decoding(path, "a file of knobs", "make one with --tune"):
+        return {
+            environment: {gate: dict(knobs) for gate, knobs in entry["knobs"].items()}
+            for environment, entry in found.items()
+        }
 
 
 def _tune(asked: argparse.Namespace) -> int:

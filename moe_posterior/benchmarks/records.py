@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.reading import decoding, read_json
 
 FORMAT = 1
 
@@ -76,15 +77,23 @@ def read(path: str | os.PathLike[str]) -> Results:
     path = Path(path)
     if not path.is_file():
         raise MissingDataError(f"there is no {path}; make one with: moe-posterior benchmark b --out {path}")
-    try:
-        content = json.loads(path.read_text())
+    content = read_json(path, error=InvalidArgumentError)
+    with decoding(path, "a file of benchmark records, as --out writes them", error=InvalidArgumentError):
         if content["format"] != FORMAT:
             raise InvalidArgumentError(f"{path} must be of format {FORMAT}; got {content['format']!r}")
-        return Results([Record(**record) for record in content["records"]], content["about"])
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InvalidArgumentError):
-            raise
-        raise InvalidArgumentError(f"{path} must hold benchmark records (JSON from --out); {error!r}") from error
+        if not isinstance(content["about"], dict):
+            raise TypeError("about must be a mapping")
+        return Results([_checked(Record(**record)) for record in content["records"]], content["about"])
+
+
+def _checked(record: Record) -> Record:
+    names = (record.benchmark, record.environment, record.gate, record.metric)
+    values = record.value if isinstance(record.value, list) else [record.value]
+    if not all(isinstance(name, str) for name in names) or not isinstance(record.options, dict):
+        raise TypeError(f"names must be text and options a mapping, unlike {record}")
+    if not isinstance(record.seed, int) or not all(one is None or isinstance(one, int | float) for one in values):
+        raise TypeError(f"seed and value must be numbers, unlike {record}")
+    return record
 
 
 def select(records: Iterable[Record], **wanted: Any) -> list[Record]:

@@ -14,6 +14,7 @@ from moe_posterior.benchmarks.registry import GATES, build, options_of
 from moe_posterior.benchmarks.stream import play
 from moe_posterior.benchmarks.suite import environment_of
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.reading import decoding, read_json
 
 FIRST_SEED = 1000  # validation seeds start here; reports use 0, 1, 2 …
 BENCHMARKS = ("a", "b", "c")
@@ -86,7 +87,8 @@ def tune(
 def write_knobs(found: Mapping[str, Any], path: str | os.PathLike[str], environment: str = "synthetic") -> None:
     """Store what :func:`tune` found on an environment, adding to what the file already holds for others and for other gates."""
     path = Path(path)
-    merged = json.loads(path.read_text()) if path.is_file() else {}
-    old = merged.get(environment, {"knobs": {}, "objective": {}})
-    merged[environment] = {**old, **found} | {name: {**old[name], **found[name]} for name in ("knobs", "objective")}
+    merged = read_json(path) if path.exists() else {}
+    with decoding(path, "a file of knobs", "move it away, or name another with --knobs"):
+        old = merged.get(environment, {"knobs": {}, "objective": {}})
+        merged[environment] = {**old, **found} | {name: {**old[name], **found[name]} for name in ("knobs", "objective")}
     write_text(path, json.dumps(merged, indent=1) + "\n")

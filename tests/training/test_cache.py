@@ -348,7 +348,7 @@ def test_folders_without_a_readable_cache_say_so(tmp_path: Path) -> None:
     with pytest.raises(MissingDataError, match=r"there is no cache of features at .*moe-posterior cache --data"):
         CachedFeatures(str(tmp_path))
     (tmp_path / "manifest.json").write_text('{"format": 1, "da')
-    with pytest.raises(InvalidArgumentError, match="must be JSON"):
+    with pytest.raises(InvalidArgumentError, match="is not valid JSON"):
         CachedFeatures(str(tmp_path))
     (tmp_path / "manifest.json").write_text('{"format": 99}')
     with pytest.raises(InvalidArgumentError, match="must have format 1; got 99"):

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.reading import decoding
 from moe_posterior.training.data.augment import crop_and_flip
 from moe_posterior.training.data.base import (
     ClassificationData,
@@ -148,7 +149,8 @@ class CIFAR10H(ClassificationData):
                 "github.com/jcpeterson/cifar-10h there, or name its folder by data_dir or MOE_POSTERIOR_DATA"
             )
         targets = self.split("test").targets
-        counts = torch.from_numpy(np.load(path)).long()
+        with decoding(path, "a file of human votes"):
+            counts = torch.from_numpy(np.load(path, allow_pickle=False)).long()
         if counts.ndim != 2 or counts.shape[1] != self.num_classes or len(counts) < len(targets):
             raise InvalidArgumentError(
                 f"{path} must be ({len(targets)}, {self.num_classes}); got {tuple(counts.shape)}"
@@ -183,9 +185,10 @@ def _decode(encoded: Sequence[bytes]) -> Tensor:  # (N, 3, 32, 32) uint8
 def _read_parquet(path: Path, limit: int | None) -> tuple[Tensor, Tensor]:
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(path, columns=["img", "label"]).slice(0, limit)
-    encoded = table["img"].combine_chunks().field("bytes").to_pylist()
-    return _decode(encoded), torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
+    with decoding(path, "a file of images as the hub's uoft-cs/cifar10"):
+        table = pyarrow.parquet.read_table(path, columns=["img", "label"]).slice(0, limit)
+        encoded = table["img"].combine_chunks().field("bytes").to_pylist()
+        return _decode(encoded), torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
 
 
 def _read_hub(name: str, part: str, limit: int | None, folders: Sequence[Path]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError, MissingDataError, MissingDependencyError
+from moe_posterior.reading import decoding, one_line
 from moe_posterior.training.data.base import ClassificationData, Split, candidate_folders, generator_for
 from moe_posterior.training.data.features import fit_projection
 
@@ -163,7 +164,7 @@ class CivilComments(ClassificationData):
 
     def _embed(self, comments: Mapping[str, Comments]) -> dict[str, Tensor]:
         path = self._find(self.embeddings_file, "(arrays embedding and id)")
-        with np.load(path, allow_pickle=False) as stored:
+        with decoding(path, "a file of embeddings"), np.load(path, allow_pickle=False) as stored:
             embeddings, ids = torch.from_numpy(stored["embedding"]), stored["id"].astype(str).tolist()
         places = {name: row for row, name in enumerate(ids)}
         if len(places) != len(embeddings) or len(ids) != len(embeddings):
@@ -239,7 +240,7 @@ def _read_table(path: Path) -> dict[str, np.ndarray]:
         else:
             table = pyarrow.parquet.read_table(path, columns=list(COLUMNS))
     except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError) as error:
-        raise InvalidArgumentError(f"{path} must have the columns {COLUMNS}; got {error}") from error
+        raise InvalidArgumentError(f"{path} must have the columns {COLUMNS}; got {one_line(error)}") from error
     if absent := [name for name in COLUMNS if name not in table.column_names]:
         raise InvalidArgumentError(f"{path} must have the columns {COLUMNS}; got none named {absent}")
     return {name: table[name].to_numpy() for name in COLUMNS}

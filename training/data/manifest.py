@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_posterior.atomic import replacing, write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.reading import decoding, read_json
 from moe_posterior.training.data.base import ClassificationData
 
 __all__ = ["describe_backbone", "describe_data", "differences", "read", "require_current", "save_part", "write"]
@@ -139,14 +140,31 @@ def read(folder: Path) -> Manifest:
             f"there is no cache of features at {path}; make one with: moe-posterior cache --data CLASS --backbone CLASS "
             f"--out {folder}"
         )
-    try:
-        manifest = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"{path} must be JSON; got {error}; delete the folder and cache again") from error
+    advice = "delete the folder and cache again"
+    manifest = read_json(path, advice, InvalidArgumentError)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise InvalidArgumentError(f"{path} must have format {FORMAT}; got {got}; delete the folder and cache again")
+        raise InvalidArgumentError(f"{path} must have format {FORMAT}; got {got}; {advice}")
+    with decoding(path, "the manifest of a cache", advice, InvalidArgumentError):
+        _check(manifest)
     return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise some error unless everything is there that is read of a manifest."""
+    for name in ("data", "backbone", "settings", "parts"):
+        if not isinstance(manifest[name], dict):
+            raise TypeError(f"{name} must be a mapping")
+    for name in ("class_names", "group_names", "membership_names"):
+        tuple(manifest["data"][name])
+    str(manifest["data"]["name"]), manifest["features"]
+    for source in manifest["sources"]:
+        source["path"], source["size"], source["mtime"], source["hash"]
+    for part, entry in manifest["parts"].items():
+        entry["hash"]
+        if Path(entry["file"]).name != f"{part}.npz":
+            raise ValueError(f"part {part!r} must lie in {part}.npz")
+    shifts(manifest)
 
 
 def write(folder: Path, manifest: Manifest) -> None:
@@ -185,7 +203,10 @@ def load_part(folder: Path, manifest: Manifest, part: str) -> dict[str, Tensor]:
         raise InvalidArgumentError(
             f"{path} must be the file that {FILE} describes; got other bytes; run the same cache command again"
         )
-    with np.load(path, allow_pickle=False) as stored:
+    with (
+        decoding(path, "a part of a cache", "run the same cache command again"),
+        np.load(path, allow_pickle=False) as stored,
+    ):
         return {name: torch.from_numpy(stored[name]) for name in stored.files}
 
 

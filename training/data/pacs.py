@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.reading import decoding
 from moe_posterior.training.data.augment import crop_and_flip
 from moe_posterior.training.data.base import (
     ClassificationData,
@@ -192,7 +193,7 @@ class PACS(ClassificationData):
         return self._read_hub()
 
     def _read_features(self, path: Path) -> Rows:
-        with np.load(path, allow_pickle=False) as stored:
+        with decoding(path, "a file of features"), np.load(path, allow_pickle=False) as stored:
             features, domains, labels = (torch.from_numpy(stored[name]) for name in ("features", "domain", "label"))
         if not len(features) == len(domains) == len(labels) or features.ndim != 2:
             raise InvalidArgumentError(
@@ -205,9 +206,11 @@ class PACS(ClassificationData):
     def _read_parquet(self, path: Path) -> Rows:
         import pyarrow.parquet
 
-        table = pyarrow.parquet.read_table(path, columns=["image", "domain", "label"])
-        encoded = table["image"].combine_chunks().field("bytes").to_pylist()
-        return self._rows(encoded, table["domain"].to_pylist(), table["label"].to_pylist())
+        with decoding(path, "a file of images as the hub's flwrlabs/pacs"):
+            table = pyarrow.parquet.read_table(path, columns=["image", "domain", "label"])
+            encoded = table["image"].combine_chunks().field("bytes").to_pylist()
+            domains, labels = table["domain"].to_pylist(), table["label"].to_pylist()
+        return self._rows(encoded, domains, labels)
 
     def _read_folders(self, folder: Path) -> Rows:
         if absent := [name for name in self.domain_names if not (folder / name).is_dir()]:

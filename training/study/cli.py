@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_posterior.atomic import write_text
+from moe_posterior.commands.study import parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.escape import lines
+from moe_posterior.reading import decoding, read_json, read_text
 from moe_posterior.training.outputs import outputs_of
 from moe_posterior.training.runs import Run
 from moe_posterior.training.study import measure
@@ -29,23 +31,6 @@ from moe_posterior.training.study.train import load_outputs, save_outputs, train
 
 __all__ = ["study"]
 
-HELP = """
-Compare all training methods, with the softmax and with the posterior gate, over seeds, on frozen features of one data set.
-
-Every cell is trained once (methods of one seed share their ERM warm-up), what it says of the validation and test rows is kept under
-runs/study-NAME, and all figures are computed from that. Run the same command again to go on where it stopped.
-"""
-EXAMPLES = """
-examples:
-  moe-posterior study pacs --out results/calibration/pacs.json --markdown results/calibration/pacs.md
-  moe-posterior study comments --seeds 1                  a first look
-  moe-posterior study pacs --from results/calibration/pacs.json   the tables of an earlier run, nothing is trained
-
-pacs        each of the four domains held out in turn; features of an ImageNet network, projected to 256 axes
-comments    Contextual Abuse Dataset in CivilComments' schema; sentence embeddings; hard: any identity mentioned
-cifar10h    CIFAR-10H; features of a small ResNet trained by ERM, one a seed (make cifar10h-features); hard: people disagree
-"""
-
 
 def study(arguments: list[str]) -> int:
     """Run ``moe-posterior study`` with the given command-line arguments.
@@ -53,14 +38,16 @@ def study(arguments: list[str]) -> int:
     Raises:
         MoEPosteriorError: a mistake in what was asked, or absent data.
     """
-    asked = _parser().parse_args(arguments)
+    asked = parser().parse_args(arguments)
     console = Console()
     command = shlex.join(["moe-posterior", "study", *arguments])
     if asked.source is not None:
         if not Path(asked.source).is_file():
             raise MissingDataError(f"there is no {asked.source}; make it with: {command.replace('--from', '--out')}")
-        content = json.loads(Path(asked.source).read_text())
-        content["records"] = one_by_one(content["records"])
+        content = read_json(asked.source)
+        with decoding(asked.source, "a file of study records", "make it with --out"):
+            content["records"] = one_by_one(content["records"])
+            to_markdown(tables_of(content["records"]), content["about"])
     else:
         if asked.seeds is not None and asked.seeds < 1:
             raise InvalidArgumentError(f"--seeds must be at least 1; got {asked.seeds}")
@@ -105,29 +92,6 @@ def one_by_one(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "moe-posterior study",
-        description=HELP,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("study", choices=sorted(STUDIES), help="which data; see below")
-    parser.add_argument(
-        "--seeds", type=int, metavar="S", help="how many, from --first-seed on (default: 5; cifar10h 3)"
-    )
-    parser.add_argument("--first-seed", type=int, default=42, metavar="S", help="default %(default)s")
-    parser.add_argument("--run-dir", default="runs", metavar="DIR", help="where runs live (default: %(default)s)")
-    parser.add_argument("--out", metavar="FILE.json", help="write the figures as tidy records")
-    parser.add_argument("--figure", metavar="FILE.png", help="draw the calibration error while outcomes are delivered")
-    parser.add_argument("--markdown", metavar="FILE.md", help="write the tables")
-    parser.add_argument(
-        "--from", dest="source", metavar="FILE.json", help="show the tables of these records, run nothing"
-    )
-    parser.add_argument("--train-only", action="store_true", help="train what is missing and stop")
-    return parser
-
-
 def _run(plan: Study, asked: argparse.Namespace, command: str, console: Console) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # heads are small: threads would only wait for each other
@@ -170,9 +134,9 @@ def _require_same_settings(plan: Study, folder: Path) -> None:
         InvalidArgumentError: other settings.
     """
     file, wanted = folder / "settings.json", settings_of(plan)
-    if file.is_file() and json.loads(file.read_text()) != wanted:
+    if file.is_file() and read_json(file, "move the folder away or choose another --run-dir") != wanted:
         raise InvalidArgumentError(
-            f"{folder} was made with other settings ({file.read_text().strip()}); move it away or choose another --run-dir"
+            f"{folder} was made with other settings ({read_text(file).strip()}); move it away or choose another --run-dir"
         )
     write_text(file, json.dumps(wanted) + "\n")
 
@@ -207,8 +171,8 @@ def _measure(cells: list[Cell], simulations: list[Cell], folder: Path, console: 
         for cell in bar.track(cells, description="measuring"):
             cached = _file(folder, cell).with_suffix(".json")
             made_from = _digest([_file(folder, cell), *inner.get(_arm(cell), ())])
-            content = json.loads(cached.read_text()) if cached.is_file() else {}
-            if content.get("made_from") != made_from:
+            content = read_json(cached, "delete it") if cached.is_file() else {}
+            if not isinstance(content, dict) or content.get("made_from") != made_from:
                 said = load_outputs(_file(folder, cell))
                 simulated = [load_outputs(path) for path in inner.get(_arm(cell), ())]
                 found = [*figures_of_cell(cell, said), *figures_of_simulation(cell, said, simulated)]

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from moe_posterior.atomic import replacing
 from moe_posterior.calibrators import Outputs
+from moe_posterior.reading import decoding
+from moe_posterior.torchfile import load_plain, read_plain_file
 from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint
 from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.data.features import PassThrough
@@ -43,12 +45,15 @@ def train_cell(cell: Cell, study: Study, folder: Path) -> tuple[MoEClassifier, C
     place = folder / "warmup" / f"{cell.setting}-{cell.inner}-{cell.gate}-{cell.num_experts}-{cell.seed}"
     warmup = WarmupCheckpoint(place)
     branches = warmup.path.is_file()
+    if branches:
+        with decoding(warmup.path, "a checkpoint that can be read", "delete it and run the same command again"):
+            load_plain(read_plain_file(warmup.path), warmup.path)["state_dict"]
     callbacks = [
         StopWhereDiverged(f"cell {cell.key}"),
         CompetenceUpdates(warmup_epochs=1, refit_every=3, fit_rows=4000, seed=cell.seed),
     ]
     trainer = _trainer(study.epochs, [*callbacks, *([] if branches else [warmup])])
-    trainer.fit(model, datamodule=data, ckpt_path=warmup.path if branches else None, weights_only=False)
+    trainer.fit(model, datamodule=data, ckpt_path=warmup.path if branches else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     return model.eval(), data
@@ -85,7 +90,8 @@ def save_outputs(path: Path, parts: dict[str, tuple[Outputs, Tensor]]) -> None:
 
 def load_outputs(path: Path) -> dict[str, tuple[Outputs, Tensor]]:
     """What :func:`save_outputs` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
+    advice = "delete it and run the same command again"
+    with decoding(path, "what a cell said", advice), np.load(path, allow_pickle=False) as stored:
         names = dict.fromkeys(key.split("/")[0] for key in stored.files)
         return {
             name: (

@@ -13,9 +13,9 @@ from moe_posterior.benchmarks.lm.models import Evaluation, Recipe, build, train
 from moe_posterior.benchmarks.lm.scratch import ARMS, train_arm
 from moe_posterior.benchmarks.lm.stream import Method, Plan, Service, after_damage, bounds, measured_windows
 from moe_posterior.benchmarks.records import Record, case_key
+from moe_posterior.commands.lm import PARTS
 from moe_posterior.errors import InvalidArgumentError
 
-PARTS = ("damage", "knobs", "scratch")
 HEALTHY, SCRATCH, BASE = "healthy", "from scratch", "unswapped"
 AMNESTY = 5000.0  # chosen on the tuning parts with seed 100; the other knobs are PriorGate's own
 GRADIENT = Method("gradient", knobs={"amnesty": AMNESTY}, repairs=True)

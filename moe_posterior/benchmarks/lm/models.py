@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from moe_posterior.benchmarks.lm.data import VOCABULARY, WINDOW, Corpus, batches
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.metrics import calibration_error
+from moe_posterior.reading import decoding
 from moe_posterior.tensorfile import save_plain
+from moe_posterior.torchfile import load_plain, read_plain_file
 
 KEEP_EVERY = 100  # steps between two checkpoints: at most this much is lost to an interruption
 EVALUATION_BATCH = 32
@@ -191,15 +193,17 @@ def _resume(
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         return 0, []
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-    differing = sorted(name for name in identity if stored["identity"].get(name) != identity[name])
+    with decoding(path, "a checkpoint of a run", "delete it, or choose another --runs folder"):
+        stored = load_plain(read_plain_file(path), path)
+        differing = sorted(name for name in identity if stored["identity"].get(name) != identity[name])
     if differing:
         raise InvalidArgumentError(
             f"{path} must be a checkpoint of the same run; it differs in {', '.join(differing)}. Choose another --runs folder"
         )
-    model.load_state_dict(stored["model"])
-    optimiser.load_state_dict(stored["optimiser"])
-    return stored["step"], stored["progress"]
+    with decoding(path, "a checkpoint of this model", "delete it, or choose another --runs folder"):
+        model.load_state_dict(stored["model"])
+        optimiser.load_state_dict(stored["optimiser"])
+        return int(stored["step"]), list(stored["progress"])
 
 
 def _keep(

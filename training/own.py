@@ -1,0 +1,111 @@
+"""Classes of modules that are not installed: where they may come from, and which a configuration names.
+
+A configuration names classes by ``class_path``, and naming one imports its module, which runs its code, before its type can be
+checked. So a module is imported only from where the user said: ``fit`` and ``cache`` are given their classes on the command line and
+may take them from the current folder; ``evaluate`` is given a run, which may have come from elsewhere, and takes from no folder that
+``--import-from`` does not name. Either way these folders come last on the module path, so that nothing in them hides a package.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moe_posterior.errors import InvalidArgumentError, MissingDataError
+
+__all__ = ["class_names", "folders_on_path", "own_classes", "require_importable", "without_folder"]
+
+CLASSES = (
+    "data",
+    "backbone",
+    "gate",
+    "method",
+    "callbacks",
+    "logger",
+    "strategy",
+    "plugins",
+    "profiler",
+)  # may be plain names
+
+
+@contextmanager
+def folders_on_path(folders: Sequence[str | Path]) -> Iterator[None]:
+    """Look for modules in these folders too, after all others.
+
+    Raises:
+        MissingDataError: one of them is no folder.
+    """
+    wanted = []
+    for place in map(Path, folders):
+        if not place.is_dir():
+            raise MissingDataError(f"there is no folder {place} to import classes from")
+        wanted.append(str(place.resolve()))
+    added = [folder for folder in dict.fromkeys(wanted) if folder not in sys.path]
+    sys.path += added
+    try:
+        yield
+    finally:
+        for folder in added:
+            if folder in sys.path:
+                sys.path.remove(folder)
+
+
+@contextmanager
+def without_folder(folder: str | Path) -> Iterator[None]:
+    """Look for no modules in this folder."""
+    before, unwanted = list(sys.path), str(Path(folder).resolve())
+    sys.path[:] = [place for place in before if str(Path(place).resolve()) != unwanted]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def class_names(config: Any, key: str = "") -> Iterator[str]:
+    """Every class that a configuration names by module, in its order.
+
+    >>> list(class_names({"data": {"class_path": "a.B", "init_args": {"backbone": "c.D", "file": "x.csv"}}, "name": "e.F"}))
+    ['a.B', 'c.D']
+    """
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from class_names(value, str(name))
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from class_names(value, key)
+    elif isinstance(config, str) and "." in config and (key == "class_path" or key in CLASSES):
+        yield config
+
+
+def own_classes(config: Any) -> list[str]:
+    """The classes of a configuration whose modules are in no folder that Python looks in; nothing is imported to find out."""
+    return [name for name in dict.fromkeys(class_names(config)) if not _is_installed(name.partition(".")[0])]
+
+
+def require_importable(config: Any, where: str | Path) -> None:
+    """Refuse a configuration before anything of it is imported, if it names a class that must not or cannot be.
+
+    Raises:
+        InvalidArgumentError: a class of Python's own library, which holds nothing that a run consists of, or of a module that is not
+            installed and in no folder of ``--import-from``.
+    """
+    for name in dict.fromkeys(class_names(config)):
+        root = name.partition(".")[0]
+        if root in sys.stdlib_module_names:
+            raise InvalidArgumentError(
+                f"class_path must name a class of the library or of your own; got {name!r} in {where}"
+            )
+        if not _is_installed(root):
+            raise InvalidArgumentError(
+                f"{where} names {name!r}, of a module that is not installed, and nothing was imported; if it is yours, say where it "
+                "is: --import-from FOLDER"
+            )
+
+
+def _is_installed(root: str) -> bool:
+    """Whether there is such a module; one that is loaded is looked for all the same, since another run may have brought it."""
+    if root == __name__.partition(".")[0]:
+        return True
+    finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
+    return root.isidentifier() and any(find is not None and find(root, None) is not None for find in finders)
