@@ -25,7 +25,21 @@ def dispatch(expert_indices: Tensor, num_experts: int) -> Dispatch:  # (N, k)
     Dispatch(order=tensor([1, 0, 2, 3]), counts=tensor([1, 2, 1]))
     """
     flat = expert_indices.reshape(-1)
-    return Dispatch(flat.argsort(stable=True), torch.bincount(flat, minlength=num_experts))
+    # No bincount: it breaks a compiled graph, and waits for an accelerator to know its size.
+    counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
+    return Dispatch(flat.argsort(stable=True), counts)
+
+
+def split_by_expert(rows: Tensor, counts: Tensor) -> Sequence[Tensor]:  # (N k, D), (E,) -> E of (n_e, D)
+    """Each expert's rows. In a compiled or exported graph the sizes are symbols, so that one graph does for all of them."""
+    if not torch.compiler.is_compiling():
+        return rows.split(counts.tolist())
+    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):  # else reading the counts breaks the graph
+        sizes = counts.tolist()
+    for size in sizes:
+        torch._check(size >= 0)
+        torch._check(size <= rows.shape[0])
+    return rows.split(sizes)
 
 
 def run_experts(
@@ -36,12 +50,12 @@ def run_experts(
     """Each expert on its own rows.
 
     In training, experts without rows run on an empty batch: their parameters then get a zero gradient instead of none, which
-    distributed training requires.
+    distributed training requires. So they do in a compiled graph, which cannot know who has rows.
     """
     outputs = []
-    training = any(expert.training for expert in experts)
-    for expert, rows in zip(experts, tokens.split(counts.tolist()), strict=True):
-        if len(rows) or training:
+    always = torch.compiler.is_compiling() or any(expert.training for expert in experts)
+    for expert, rows in zip(experts, split_by_expert(tokens, counts), strict=True):
+        if always or rows.shape[0]:
             outputs.append(expert(rows))
     return torch.cat(outputs) if outputs else experts[0](tokens)
 
@@ -57,6 +71,6 @@ def combine(
     """
     num_tokens, top_k = routing_weights.shape
     place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
+    place[order] = torch.arange(order.shape[0], device=order.device)
     slots = outputs[place].reshape(num_tokens, top_k, outputs.shape[-1])
     return einsum(routing_weights.to(slots.dtype), slots, "n k, n k o -> n o")

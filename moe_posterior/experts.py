@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_posterior.dispatch import split_by_expert
 from moe_posterior.errors import InvalidArgumentError
 
 Activation = Literal["swiglu", "gelu"]
@@ -95,7 +96,7 @@ class ExpertsFFN(nn.Module):
     def _loop(self, rows: Tensor, counts: Tensor) -> Tensor:
         parts = [
             self._activate(part @ self.up[expert]) @ self.down[expert]
-            for expert, part in enumerate(rows.split(counts.tolist()))
+            for expert, part in enumerate(split_by_expert(rows, counts))
         ]
         return torch.cat(parts)
 

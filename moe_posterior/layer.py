@@ -51,9 +51,9 @@ class MixtureOfExperts(nn.Module):
     def mix(self, hidden: Tensor, routing: Routing) -> Tensor:  # (..., D) -> (..., O)
         """Run the chosen experts and sum their outputs by routing weight; the routing may come from anywhere."""
         tokens = self._flatten(hidden)
-        if len(routing.expert_indices) != len(tokens):
+        if routing.expert_indices.shape[0] != tokens.shape[0]:
             raise InvalidArgumentError(
-                f"routing must cover the {len(tokens)} tokens of hidden; got {len(routing.expert_indices)}"
+                f"routing must cover the {tokens.shape[0]} tokens of hidden; got {routing.expert_indices.shape[0]}"
             )
         order, counts = dispatch(routing.expert_indices, self.gate.num_experts)
         top_k = routing.expert_indices.shape[1]

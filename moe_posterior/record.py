@@ -223,7 +223,8 @@ class Trace:
     def _require_routings(self) -> None:
         if not self.routings:
             raise InvalidArgumentError(
-                "this trace holds no routings: run a forward inside record(), and observe it once"
+                "this trace holds no routings: run a forward of the recorded model itself inside record(), not of a compiled one, "
+                "which runs no hooks; and observe it once"
             )
 
     def _require_observable(self) -> None:
@@ -258,8 +259,8 @@ def record(model: nn.Module) -> Iterator[Trace]:
     one thread at a time.
 
     Raises:
-        InvalidArgumentError: the model holds no gate, or was compiled: a compiled graph runs no hooks. Record the original
-            module instead.
+        InvalidArgumentError: the model holds no gate, or was compiled: a compiled graph runs no hooks. The message says which
+            object to record instead.
 
     >>> from moe_posterior import PosteriorMoE
     >>> hidden = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -286,16 +287,31 @@ def find_gates(model: nn.Module) -> dict[str, Gate]:
     """The gates of a model by their names, in the model's order.
 
     Raises:
-        InvalidArgumentError: there is none, or the model was compiled.
+        InvalidArgumentError: it is no module, there is none, or it was compiled.
     """
-    if any(hasattr(module, "_orig_mod") for module in model.modules()):
-        raise InvalidArgumentError(
-            "model must not be compiled: a compiled graph runs no hooks; record the original module"
-        )
+    if not isinstance(model, nn.Module):
+        hint = "; of a compiled function, pass the module that it calls" if callable(model) else ""
+        raise InvalidArgumentError(f"model must be a torch.nn.Module; got {type(model).__name__}{hint}")
+    _require_uncompiled(model)
     gates = {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
     if not gates:
         raise InvalidArgumentError(f"model must hold at least one Gate; {type(model).__name__} holds none")
     return gates
+
+
+def _require_uncompiled(model: nn.Module) -> None:
+    """Raise InvalidArgumentError, which says what to pass instead, if a gate is in a part that was compiled."""
+    for name, module in model.named_modules():
+        whole, in_place = hasattr(module, "_orig_mod"), module._compiled_call_impl is not None
+        if not (whole or in_place) or not any(isinstance(child, Gate) for child in module.modules()):
+            continue
+        if whole and not name:
+            wanted = "pass the model that was compiled, which is model._orig_mod"
+        else:
+            part = f"module {name!r}" if name else "the model"
+            how = "by .compile()" if in_place else "by itself"
+            wanted = f"{part} was compiled {how}; take compiled = torch.compile(model) instead, and pass model"
+        raise InvalidArgumentError(f"model must not be compiled: a compiled graph runs no hooks; {wanted}")
 
 
 def auxiliary_listener(gate: nn.Module) -> Callable[[], None]:

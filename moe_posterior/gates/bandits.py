@@ -12,7 +12,7 @@ from moe_posterior import beta as beta_functions
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import Evidence, later_in_cell, read_outcomes
-from moe_posterior.gates.base import Gate, Routing
+from moe_posterior.gates.base import Gate, Routing, refuse_export
 from moe_posterior.gates.baselines import UNKNOWN, read_labelled
 from moe_posterior.kernels import reference
 from moe_posterior.posterior import BetaPosterior
@@ -184,10 +184,11 @@ class BanditGate(Gate, FixedPrecision):
             return self.clusterer(hidden)
         finite = torch.isfinite(hidden).all(dim=1)
         distance = torch.where(finite, 0.0, torch.inf).float()
-        return reference.Assignment(torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device), distance)
+        return reference.Assignment(torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device), distance)
 
     def _index(self, cluster_ids: Tensor) -> Tensor:  # (N,) -> (N, E) float64
         if self.policy == "thompson":
+            refuse_export()
             generator = torch.Generator(cluster_ids.device).manual_seed(self.seed * 1_000_003 + int(self.steps))
             alpha, beta = self.posterior.alpha[cluster_ids], self.posterior.beta[cluster_ids]
             return beta_functions.thompson(alpha, beta, generator)

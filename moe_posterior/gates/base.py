@@ -191,3 +191,16 @@ class Gate(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def refuse_export() -> None:
+    """Called where a gate is about to draw: each batch's draws come from a generator of its own, which no exported graph can hold.
+
+    Raises:
+        InvalidArgumentError: the gate is being exported.
+    """
+    if torch.compiler.is_exporting():
+        raise InvalidArgumentError(
+            "a gate that draws (Thompson sampling, exploration) cannot be exported; export one with score='lcb', 'mean' or "
+            "'quantile' and exploration=0"
+        )

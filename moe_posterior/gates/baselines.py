@@ -49,8 +49,8 @@ class SoftmaxGate(Gate):
         self.validate_hidden(hidden)
         probabilities = torch.softmax(self.router(hidden).float(), dim=-1)
         scores, expert_indices = probabilities.topk(self.top_k, dim=-1)
-        cluster_ids = expert_indices.new_zeros(len(hidden))
-        distance = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+        cluster_ids = expert_indices.new_zeros(hidden.shape[0])
+        distance = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         return Routing(expert_indices, scores / scores.sum(dim=-1, keepdim=True), cluster_ids, scores, distance)
 
     def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)

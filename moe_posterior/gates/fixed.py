@@ -67,7 +67,7 @@ class FixedGate(Gate, FixedPrecision):
         self.validate_hidden(hidden)
         if not self._known:
             raise NotFittedError("this gate does not know the best experts yet: call warm_start(hidden, outcome)")
-        return _route(self.mean_outcome.expand(len(hidden), -1), self.top_k, self.temperature)
+        return _route(self.mean_outcome.expand(hidden.shape[0], -1), self.top_k, self.temperature)
 
     def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
         """The mean outcome on the labelled rows, which is also what ranked the experts."""
@@ -109,7 +109,7 @@ class OracleGate(Gate):
         """Choose by the true competence; exact ties go to the lowest expert."""
         self.validate_hidden(hidden)
         competence = self.competence(hidden)
-        expected = (len(hidden), self.num_experts)
+        expected = (hidden.shape[0], self.num_experts)
         if tuple(competence.shape) != expected:
             raise InvalidArgumentError(f"competence must answer in shape {expected}; got {tuple(competence.shape)}")
         return _route(competence.nan_to_num(nan=0.0), self.top_k, self.temperature)
@@ -120,10 +120,10 @@ class OracleGate(Gate):
 
 
 def _route(scores: Tensor, top_k: int, temperature: float) -> Routing:  # (N, E)
-    cluster_ids = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+    cluster_ids = torch.zeros(scores.shape[0], dtype=torch.int64, device=scores.device)
     selection = reference.select(scores.float(), cluster_ids, top_k)
     weights = reference.weigh(selection.scores, temperature)
-    distance = torch.zeros(len(scores), dtype=torch.float32, device=scores.device)
+    distance = torch.zeros(scores.shape[0], dtype=torch.float32, device=scores.device)
     return Routing(selection.expert_indices, weights, cluster_ids, selection.scores, distance)
 
 

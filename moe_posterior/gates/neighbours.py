@@ -124,7 +124,7 @@ class NearestNeighbourGate(Gate, FixedPrecision):
             )
         chunk = max(1, _CELLS // len(self.memory))
         scores = torch.cat([self._neighbours_mean(rows) for rows in hidden.split(chunk)])
-        cluster_ids = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        cluster_ids = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
         finite = torch.isfinite(hidden).all(dim=1)
         scores = torch.where(finite[:, None], scores, self.overall)
         selection = reference.select(scores, cluster_ids, self.top_k)

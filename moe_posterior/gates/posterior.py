@@ -15,7 +15,7 @@ from moe_posterior import beta as beta_functions
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import ProxyNoise, novelty_weight
-from moe_posterior.gates.base import Gate, Routing, SharedRouting
+from moe_posterior.gates.base import Gate, Routing, SharedRouting, refuse_export
 from moe_posterior.kernels import cpu, dispatch, reference
 from moe_posterior.memberships import Memberships, SeveralClusters, mixed, mixed_at
 from moe_posterior.posterior import BetaPosterior
@@ -365,11 +365,12 @@ class PosteriorGate(Gate, FixedPrecision):
     @torch.no_grad()
     def _forward_per_token(self, hidden: Tensor) -> Routing:
         assignment, members = self.assign(hidden)
-        generator = self._generator(hidden.device, "route")
+        draws = self.score == "thompson" or self.exploration > 0
+        generator = self._generator(hidden.device, "route") if draws else None
         scores = self._scores(*self._believed(assignment, members), generator)
         selection = reference.select(scores, assignment.cluster_ids, self.top_k)
         indices, chosen = selection.expert_indices, selection.scores
-        if self.exploration > 0 and int(self.posterior.active.sum()) > self.top_k:
+        if generator is not None and self.exploration > 0 and int(self.posterior.active.sum()) > self.top_k:
             drawn = torch.rand(len(indices), generator=generator, device=indices.device) < self.exploration
             other = self._random_others(indices, generator)
             last = torch.where(drawn, other, indices[:, -1])
@@ -414,6 +415,7 @@ class PosteriorGate(Gate, FixedPrecision):
         return torch.where(best.values >= 0, best.indices, chosen[:, -1])
 
     def _generator(self, device: torch.device, purpose: Literal["route", "shadow"]) -> torch.Generator:
+        refuse_export()
         stream = 2 * (self.seed * 1_000_003 + int(self.steps)) + (purpose == "shadow")
         return torch.Generator(device).manual_seed(stream)
 

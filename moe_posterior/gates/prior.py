@@ -164,8 +164,8 @@ class PriorGate(Gate, FixedPrecision):
         """Clusters and distances; cluster 0 at distance 0 before :meth:`fit`, when clusters mean nothing yet."""
         if self.clusterer.fitted:
             return self.clusterer(hidden)
-        ids = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-        return Assignment(ids, torch.zeros(len(hidden), device=hidden.device))
+        ids = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        return Assignment(ids, torch.zeros(hidden.shape[0], device=hidden.device))
 
     def forward(self, hidden: Tensor) -> Routing:  # (N, D)
         """Choose experts for every token; changes no state.

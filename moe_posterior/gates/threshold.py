@@ -79,12 +79,12 @@ class ExpertThresholdGate(SoftmaxGate, FixedPrecision):
         """Choose by the largest margins; ``scores`` are the margins, weights the renormalised router probabilities."""
         self.validate_hidden(hidden)
         logits = self.router(hidden)
-        cluster_ids = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        cluster_ids = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
         margins = logits.double().softmax(dim=-1) - self.thresholds
         selection = reference.select(margins, cluster_ids, self.top_k)
         # Of the logits, not by dividing probabilities: an expert with a low bar can be chosen at a probability that rounds to 0.
         weights = logits.gather(1, selection.expert_indices).softmax(dim=-1)
-        distance = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+        distance = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         return Routing(selection.expert_indices, weights, cluster_ids, selection.scores.float(), distance)
 
     def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
