@@ -234,7 +234,8 @@ class AuditLog:
         """Return once everything recorded before is on the disk.
 
         Raises:
-            AuditWriteError: it is not, after ``timeout`` seconds or because the disk refuses. It stays queued.
+            AuditWriteError: it is not, after ``timeout`` seconds or because the disk refuses; it stays queued. Or the folder, its lock
+                or the segment in hand was removed, renamed or changed by somebody else, and nothing more is recorded.
         """
         self._require_writer().flush(timeout)
 

@@ -255,6 +255,7 @@ class Machine(Counted):
             everything,
             {name: synced[i] for name, i in self._names.items()},
             {name: synced[i] for name, i in inodes.items()},
+            {name: synced[i] for name, i in inodes.items() if name in self._names},  # renamed, and new ones lost
             {name: content.get(i, synced[i]) for name, i in self._names.items()},
             {name: zeros[i] for name, i in inodes.items()},
         ]
