@@ -27,6 +27,7 @@ from moe_posterior.metrics import (
     calibration_error,
     human_divergence,
     negative_log_likelihood,
+    noise_floor,
     rce_curve,
 )
 from moe_posterior.training.data import CIFAR10H
@@ -144,6 +145,7 @@ def _records(cell: Cell, calibrator: str, subset: str, outputs: Outputs, target:
         ("accuracy", (probs.argmax(dim=1) == target).double().mean()),
         ("ece", calibration_error(probs, target)),
         ("ece_debiased", calibration_error(probs, target, debias=True)),
+        ("ece_floor", noise_floor(probs)),
         ("nll", negative_log_likelihood(probs, target)),
         ("brier", brier_score(probs, target)),
     ):
@@ -153,7 +155,7 @@ def _records(cell: Cell, calibrator: str, subset: str, outputs: Outputs, target:
 def _online(
     cell: Cell, subset: str, static: Calibrator, validation: tuple[Outputs, Tensor], outputs: Outputs, target: Tensor
 ) -> Iterator[dict[str, Any]]:
-    """ECE on rows whose outcome never arrives, after so many others' have; the mean over random orders."""
+    """Debiased ECE on rows whose outcome never arrives, after so many others' have; the mean over random orders."""
     count = len(target)
     longest = max((m for m in DELIVERED if m + JUDGED <= count), default=None)
     if longest is None:
@@ -169,7 +171,8 @@ def _online(
             if len(arrived):
                 online.observe(outputs.rows(arrived), correct[arrived])
             shown = delivered
-            totals[delivered] += float(calibration_error(online(outputs.rows(judged)), target[judged])) / ORDERS
+            error = calibration_error(online(outputs.rows(judged)), target[judged], debias=True)
+            totals[delivered] += float(error) / ORDERS
     for delivered, value in totals.items():
         yield _record(cell, "online", subset, f"ece_after_{delivered}", value)
 
