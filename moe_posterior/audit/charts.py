@@ -93,8 +93,8 @@ def _ranked(flagged: list[int], traffic: NDArray, most: int) -> list[int]:
 
 def _active(source: SourceSurvey, num_experts: int) -> NDArray[np.bool_]:
     active = np.ones(num_experts, dtype=np.bool_)
-    if source.flagging is not None and source.flagging.cells[0].active.any():
-        active = source.flagging.cells[0].active
+    if source.flagging is not None and source.flagging.active.any():
+        active = source.flagging.active
     return active
 
 

@@ -49,8 +49,7 @@ def standings(source: SourceSurvey) -> list[Standing]:
     if source.flagging is None or source.sampler is None:  # a gate without a belief
         return [Standing(e, True, chosen[e], int(seen[e]), observed[e], None, None, 0, 0) for e in range(len(chosen))]
     mean, std = moments(source.sampler.alpha, source.sampler.beta)
-    pool = source.flagging.cells[0]
-    low = pool.low_from_start.sum(axis=0).tolist()
+    low = source.flagging.low().sum(axis=0).tolist()
     up = Counter(flag.expert for flag in source.flags() if flag.ended is None)
     evenly = np.ones(len(mean), dtype=np.int64)
     return [
@@ -65,7 +64,7 @@ def standings(source: SourceSurvey) -> list[Standing]:
             up[e],
             low[e],
         )
-        for e, active in enumerate(pool.active.tolist())
+        for e, active in enumerate(source.flagging.active.tolist())
     ]
 
 

@@ -1,18 +1,22 @@
-"""Who went low, from the log alone: flags on every cell and every expert, with the decision at which each went up.
+"""Who fell, from the log alone: flags on every cell and every expert, with the outcome that raised each.
+
+A flag goes up where :class:`~moe_posterior.audit.falls.FallTest` finds that outcomes got worse; whoever has always been bad has not
+fallen. One against the pool asks for more: that the expert then also stands two standard deviations below the others.
 
 Dimensions: N decisions, C clusters, E experts, R posterior rows.
 """
 
+from collections import deque
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_posterior.audit.belief import RowsOfGroup
-from moe_posterior.audit.tables import ROUTE, Group
+from moe_posterior.audit.falls import FALSE_ALARMS, FallTest, Turn, uniform
+from moe_posterior.audit.tables import RESOLVE, ROUTE, Group
 
 DEVIATIONS = 2.0  # "falling more than two posterior standard deviations below the pool mean"
-_CHUNK = 1 << 20  # cells looked at together
 
 Against = Literal["pool", "start"]
 AGAINST: tuple[Against, ...] = get_args(Against)
@@ -50,209 +54,217 @@ def below_pool(
 
 
 class Flag(NamedTuple):
-    """One expert that stood low at some decision, on one cluster or over all, though not from the start."""
+    """One expert that fell, on one cluster or over all."""
 
     expert: int
-    cluster: int | None  # None: its mean over all clusters
+    cluster: int | None  # None: over all clusters
     against: Against
-    number: int  # of the first decision that rested on such a row, counted from 0 in the log
-    decision: int  # its id
-    time: int  # microseconds since 1970, UTC
-    mean: float
+    number: int  # decisions in the log before the outcome that raised it; against the pool, before the decision that rested on it
+    decision: int  # id of the decision that had this outcome, or of that one
+    time: int  # when the outcome came, or the decision was made, microseconds since 1970, UTC
+    mean: float  # of the posterior, as the decisions before saw it
     std: float
-    level: float  # more than two stds above the mean: the pool's mean, or where the expert stood at the start
-    fell: bool  # its own mean was more than a std below the highest it had had; False: the others rose
-    times: int  # how often it went below
-    ended: int | None  # id of the first decision after it last came back up; None: still low
+    level: float  # where the mean stood when the log was told of the expert, or the pool's mean
+    times: int  # how often it fell
+    ended: int | None  # id of the decision with whose outcome it had risen again, or which saw it so; None: still down
     ended_time: int | None
 
 
-class Falls:
-    """Which cells of a table of competence went low, when first, and when they came back; memory for every cell once.
+class Outcomes(NamedTuple):
+    """Outcomes of one group, one row a slot, in the order in which they came."""
 
-    Args:
-        mean, std: where the cells start from, because somebody said so: a fit, a warm start, a newcomer. Who is low there has not
-            fallen.
-        active: experts that are in the pool.
-        against: what two standard deviations are counted from: ``"pool"``, see :func:`below_pool`, or ``"start"``, the cell's own mean
-            here.
-    """
+    cells: NDArray[np.int64]  # (M,) cluster * E + expert
+    signal: Floats  # (M,)
+    numbers: NDArray[np.int64]  # (M,) decisions before each
+    ids: NDArray[np.int64]  # (M,)
+    times: NDArray[np.int64]  # (M,)
 
-    def __init__(self, mean: Floats, std: Floats, active: NDArray[np.bool_], against: Against) -> None:  # (C, E)
-        shape = mean.shape
+
+def outcomes_of(
+    group: Group, number: int, known: NDArray[np.bool_], clusters: NDArray, experts: NDArray, shape: tuple[int, ...]
+) -> Outcomes:  # (M,), (M,), (M, k)
+    """The outcomes of a group that teach something; ``number`` decisions came before it."""
+    calls, outcomes = group.tables["calls"], group.tables["outcomes"]
+    routed = np.cumsum(np.where(calls["kind"] == ROUTE, calls["rows"], 0).astype(np.int64))
+    at, signal = group.call_rows(RESOLVE), outcomes["signal"]
+    rows, slots = np.nonzero((known & (clusters >= 0) & (clusters < shape[0]))[:, None] & ~np.isnan(signal))
+    cells = clusters[rows] * shape[1] + experts[rows, slots]
+    call = at[rows]
+    return Outcomes(cells, signal[rows, slots], number + routed[call], outcomes["id"][rows], calls["time"][call])
+
+
+class _Raised:
+    """The flags of one table of cells, memory for every cell once."""
+
+    def __init__(self, shape: tuple[int, int], against: Against) -> None:
         self.against: Against = against
-        self.active = active
-        self._first = np.full(shape, -1, dtype=np.int64)  # number of the decision
-        self._ids, self._when = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        self._mean, self._std, self._level = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-        self._fell = np.zeros(shape, dtype=np.bool_)
-        self._times = np.zeros(shape, dtype=np.int64)
-        self._open = np.zeros(shape, dtype=np.bool_)
-        self._ended, self._ended_time = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        self._start, self._peak = mean.copy(), mean.copy()
-        self.low = self._compared(np.arange(len(mean)), mean, std)[0]
+        self.up = np.zeros(shape, dtype=np.bool_)
+        self._flags: dict[tuple[int, int], Flag] = {}
 
-    def told(
-        self, mean: Floats, std: Floats, active: NDArray[np.bool_], experts: list[int], next_id: int, time: int
-    ) -> None:
-        """Begin anew with these experts, from this table, perhaps with more columns; what was flagged ends and stays known."""
-        self._grow(len(active))
-        self.active = active
-        self._start[:, experts] = self._peak[:, experts] = mean[:, experts]
-        self.low[:, experts] = self._compared(np.arange(len(mean)), mean, std)[0][:, experts]
-        clusters, columns = np.nonzero(self._open[:, experts])
-        self._end(clusters, np.array(experts, dtype=np.int64)[columns], next_id, time)
-        self._open[:, experts] = False
+    def turn(self, cell: tuple[int, int], up: bool, flag: Flag) -> None:
+        """Raise a flag, or take it down at the flag's decision."""
+        old = self._flags.get(cell)
+        self.up[cell] = up
+        if up:
+            first = flag if old is None else old
+            self._flags[cell] = first._replace(times=first.times + 1, ended=None, ended_time=None)
+        elif old is not None:
+            self._flags[cell] = old._replace(ended=flag.decision, ended_time=flag.time)
 
-    @property
-    def low_from_start(self) -> NDArray[np.bool_]:  # (C, E)
-        """Who is low without having fallen."""
-        return self.low & ~self._open
+    def end(self, experts: list[int], next_id: int, time: int) -> None:
+        """Take down the flags of these experts; they stay known."""
+        for cell in np.argwhere(self.up[:, experts]).tolist():
+            place = cell[0], experts[cell[1]]
+            self.up[place] = False
+            self._flags[place] = self._flags[place]._replace(ended=next_id, ended_time=time)
 
-    def look(
-        self, clusters: NDArray, mean: Floats, std: Floats, numbers: NDArray, ids: NDArray, times: NDArray
-    ) -> None:  # (R,), (R, E), (R, E), (R,), (R,), (R,)
-        """Look at rows of the table, ordered by cluster and then by time, each with the first decision that rested on it."""
-        low, level = self._compared(clusters, mean, std)
-        before, ends = _before(clusters, low, self.low)
-        self.low[clusters[ends]] = low[ends]
-        peak = _highest(clusters, mean, self._peak)
-        self._peak[clusters[ends]] = peak[ends]
-        rows, experts = np.nonzero(low & ~before)
-        np.add.at(self._times, (clusters[rows], experts), 1)
-        self._open[clusters[rows], experts] = True
-        rows, experts = rows[::-1], experts[::-1]  # of several assignments to a cell the last one counts: the earliest
-        new = self._first[clusters[rows], experts] < 0
-        rows, experts = rows[new], experts[new]
-        at, picked = (clusters[rows], experts), (rows, experts)
-        self._first[at], self._ids[at], self._when[at] = numbers[rows], ids[rows], times[rows]
-        self._mean[at], self._std[at], self._level[at] = mean[picked], std[picked], level[picked]
-        self._fell[at] = mean[picked] + std[picked] < peak[picked]
-        rows, experts = np.nonzero(before & ~low)
-        self._end(clusters[rows], experts, ids[rows], times[rows])
-        self._open[clusters[ends]] &= low[ends]
+    def widen(self, missing: int) -> None:
+        """Make room for newcomers."""
+        self.up = np.pad(self.up, ((0, 0), (0, missing)))
 
-    def flags(self, *, over_all: bool = False) -> list[Flag]:
-        """Every flag, in the order in which they went up; ``over_all``: the table's one row speaks of all clusters."""
-        clusters, experts = np.nonzero(self._first >= 0)
-        order = np.lexsort((experts, clusters, self._first[clusters, experts]))
-        pairs = zip(clusters[order].tolist(), experts[order].tolist(), strict=True)
-        return [self._flag(cluster, expert, None if over_all else cluster) for cluster, expert in pairs]
-
-    def _compared(self, clusters: NDArray, mean: Floats, std: Floats) -> tuple[NDArray[np.bool_], Floats]:
-        if self.against == "pool":
-            return below_pool(mean, std, self.active)
-        start = self._start[clusters]
-        return self.active & (mean + DEVIATIONS * std < start), start
-
-    def _flag(self, row: int, expert: int, cluster: int | None) -> Flag:
-        at = row, expert
-        still = bool(self._open[at])
-        return Flag(
-            expert,
-            cluster,
-            self.against,
-            int(self._first[at]),
-            int(self._ids[at]),
-            int(self._when[at]),
-            float(self._mean[at]),
-            float(self._std[at]),
-            float(self._level[at]),
-            bool(self._fell[at]),
-            int(self._times[at]),
-            None if still else int(self._ended[at]),
-            None if still else int(self._ended_time[at]),
-        )
-
-    def _end(self, clusters: NDArray, experts: NDArray, ids: NDArray | int, times: NDArray | int) -> None:
-        self._ended[clusters, experts], self._ended_time[clusters, experts] = ids, times
-
-    def _grow(self, num_experts: int) -> None:
-        missing = num_experts - len(self.active)
-        if missing > 0:
-            for name, table in vars(self).items():
-                if isinstance(table, np.ndarray) and table.ndim == 2:
-                    filler = -1 if name == "_first" else 0
-                    setattr(self, name, np.pad(table, ((0, 0), (0, missing)), constant_values=filler))
-
-
-def _before(clusters: NDArray, rows: NDArray, table: NDArray) -> tuple[NDArray, NDArray]:
-    """For rows ordered by cluster, each one's predecessor there, the first of them from the table; and where clusters end."""
-    before = np.empty_like(rows)
-    before[1:] = rows[:-1]
-    starts = np.flatnonzero(np.diff(clusters, prepend=-1))
-    before[starts] = table[clusters[starts]]
-    return before, np.append(starts[1:], len(clusters)) - 1
-
-
-def _highest(clusters: NDArray, mean: Floats, peak: Floats) -> Floats:  # (R,), (R, E), (C, E) -> (R, E)
-    """For rows ordered by cluster and time, the highest mean so far, beginning with the table's."""
-    lift = 2.0 * np.cumsum(np.diff(clusters, prepend=-1) != 0)[:, None]  # above all that came before in another cluster
-    return np.maximum(np.maximum.accumulate(mean + lift, axis=0) - lift, peak[clusters])
+    def flags(self) -> list[Flag]:
+        return list(self._flags.values())
 
 
 class Flagging:
-    """All flags of one belief: every cell and every expert over all clusters, against the pool and against its own start.
+    """All flags of one belief: every cell and every expert over all clusters, fallen, and fallen below the pool.
 
-    An expert's mean over all clusters is the plain one, and its variance takes the cells for independent: where evidence is pooled
-    between clusters, they are not, and the std comes out too small.
+    An expert that stays as it is, is flagged with probability ``FALSE_ALARMS`` at most however long the log is read: half of that over
+    all clusters, the other half shared by its cells.
+
+    Args:
+        alpha, beta: the belief that somebody vouches for: a fit, a warm start, a newcomer.
+        active: experts that are in the pool.
+        initial: pseudo-counts of a cell of which nothing is known; what has no more is no record to fall from.
     """
 
-    def __init__(self, alpha: Floats, beta: Floats, active: NDArray[np.bool_]) -> None:  # (C, E), (C, E), (E,)
+    def __init__(self, alpha: Floats, beta: Floats, active: NDArray[np.bool_], initial: float) -> None:  # (C, E), (E,)
+        clusters, experts = alpha.shape
+        self.initial, self.active = initial, active
         self.mean, self.std = moments(alpha, beta)  # as decisions saw it
-        self.cells = [Falls(self.mean, self.std, active, against) for against in AGAINST]
-        self.experts = [Falls(*self._over_all(), active, against) for against in AGAINST]
+        self.start = self.mean.copy()
+        self.tests = self._tests(clusters, experts)
+        self.raised = {
+            (a, whole): _Raised((1 if whole else clusters, experts), a) for a in AGAINST for whole in (True, False)
+        }
+        self._vouch(alpha, beta, list(range(experts)))
 
     def told(
         self, alpha: Floats, beta: Floats, active: NDArray[np.bool_], experts: list[int], next_id: int, time: int
     ) -> None:
         """Go on from this belief, and begin anew with these experts; their flags end and stay known."""
+        missing = alpha.shape[1] - self.mean.shape[1]
         mean, std = moments(alpha, beta)
         kept = np.setdiff1d(np.arange(self.mean.shape[1]), experts)
         mean[:, kept], std[:, kept] = self.mean[:, kept], self.std[:, kept]
-        self.mean, self.std = mean, std
-        for falls in self.cells:
-            falls.told(self.mean, self.std, active, experts, next_id, time)
-        for falls in self.experts:
-            falls.told(*self._over_all(), active, experts, next_id, time)
+        self.start = np.pad(self.start, ((0, 0), (0, missing)))
+        self.start[:, experts] = mean[:, experts]
+        self.mean, self.std, self.active = mean, std, active
+        if missing:
+            self.tests = tuple(new.after(old) for new, old in zip(self._tests(*alpha.shape), self.tests, strict=True))
+        for raised in self.raised.values():
+            raised.widen(missing)
+            raised.end(experts, next_id, time)
+        self._vouch(alpha, beta, experts)
 
-    def advance(self, group: Group, rows: RowsOfGroup, number: int) -> None:
-        """Look at the rows that the group's decisions rested on; ``number`` decisions came before."""
+    def advance(self, rows: RowsOfGroup, group: Group, number: int, came: Outcomes, threshold: float | None) -> None:
+        """Take in a group: the rows its decisions rested on, and its outcomes; ``number`` decisions came before it."""
+        turns = self._learn(came, threshold)
         places, first = np.unique(rows.places(group.tables["decisions"]), return_index=True)
-        in_time = np.argsort(first)
+        if turns or any(raised.up.any() for raised in self.raised.values()):
+            self._look(rows, group, number, came, turns, places, first)
+        elif len(places):  # nobody has fallen: where each cluster ends is enough
+            clusters = rows.keys[places] >> 32
+            last = places[np.append(np.flatnonzero(np.diff(clusters)), len(clusters) - 1)]
+            self.mean[rows.keys[last] >> 32], self.std[rows.keys[last] >> 32] = moments(
+                rows.alpha[last], rows.beta[last]
+            )
+
+    def _learn(self, came: Outcomes, threshold: float | None) -> list[tuple[bool, Turn]]:
+        """Who fell or rose again by these outcomes, over all clusters (True) or on one, in the order of time."""
+        num_experts = self.mean.shape[1]
+        salted = came.ids * num_experts + came.cells % num_experts
+        # One between success and failure counts as either, drawn once by its id.
+        failed = came.signal < (uniform(salted, 2) if threshold is None else threshold)
+        ties = uniform(salted, 1)
+        turns = [
+            (whole, turn)
+            for whole, test in zip((True, False), self.tests, strict=True)
+            for turn in test.see(came.cells, failed, ties)
+        ]
+        return sorted(turns, key=lambda one: one[1].row)
+
+    def _look(
+        self,
+        rows: RowsOfGroup,
+        group: Group,
+        number: int,
+        came: Outcomes,
+        turns: list[tuple[bool, Turn]],
+        places: NDArray,
+        first: NDArray,
+    ) -> None:
+        """Row by row, in the order of time: raise and take down flags as the outcomes before each said."""
         ids, times = group.decision_ids(), group.tables["calls"]["time"][group.call_rows(ROUTE)]
-        step = max(1, _CHUNK // self.mean.shape[1])
-        for begin in range(0, len(places), step):
-            chunk = np.sort(in_time[begin : begin + step])  # by cluster, then by version, which is by time
-            at, clusters = first[chunk], rows.keys[places[chunk]] >> 32
-            mean, std = moments(rows.alpha[places[chunk]], rows.beta[places[chunk]])
-            for falls in self.cells:
-                falls.look(clusters, mean, std, number + at, ids[at], times[at])
-            order = np.argsort(at)
-            whole = self._followed(clusters, mean, std, order)
-            at = at[order]
-            for falls in self.experts:
-                falls.look(np.zeros(len(at), dtype=np.int64), *whole, number + at, ids[at], times[at])
+        waiting = deque(turns)
+        for at in np.argsort(first).tolist():
+            decision = int(first[at])
+            while waiting and came.numbers[waiting[0][1].row] <= number + decision:
+                self._turn(came, *waiting.popleft())
+            row = places[at]
+            cluster = int(rows.keys[row] >> 32)
+            self.mean[cluster], self.std[cluster] = moments(rows.alpha[row : row + 1], rows.beta[row : row + 1])
+            self._against_pool(cluster, (number + decision, int(ids[decision]), int(times[decision])))
+        for one in waiting:
+            self._turn(came, *one)
+
+    def _turn(self, came: Outcomes, whole: bool, turn: Turn) -> None:
+        num_experts = self.mean.shape[1]
+        cell = (0, turn.group) if whole else (turn.group // num_experts, turn.group % num_experts)
+        at = int(came.numbers[turn.row]), int(came.ids[turn.row]), int(came.times[turn.row])
+        self.raised["start", whole].turn(cell, turn.fell, self._flag("start", whole, cell, at))
 
     def flags(self) -> list[Flag]:
         """Every flag, in the order in which they went up."""
-        found = [flag for falls in self.experts for flag in falls.flags(over_all=True)]
-        found += [flag for falls in self.cells for flag in falls.flags()]
-        return sorted(found, key=lambda flag: flag.number)
+        found = [flag for raised in self.raised.values() for flag in raised.flags()]
+        return sorted(found, key=lambda flag: (flag.number, flag.cluster is not None, flag.expert, flag.cluster or 0))
 
-    def _over_all(self) -> tuple[Floats, Floats]:  # 2 x (1, E)
-        clusters = len(self.mean)
-        return self.mean.mean(axis=0)[None], np.sqrt((self.std**2).sum(axis=0))[None] / clusters
+    def low(self) -> NDArray[np.bool_]:  # (C, E)
+        """Who stands below the pool without having fallen."""
+        return below_pool(self.mean, self.std, self.active)[0] & ~self.raised["pool", False].up
 
-    def _followed(
-        self, clusters: NDArray, mean: Floats, std: Floats, order: NDArray
-    ) -> tuple[Floats, Floats]:  # -> 2 x (R, E)
-        """The experts' means over all clusters after each of the rows, in the order of time."""
-        count, results = len(self.mean), []
-        for table, values in ((self.mean, mean), (self.std, std)):
-            power = 1 if table is self.mean else 2
-            before, ends = _before(clusters, values, table)
-            steps = (values**power - before**power)[order]
-            results.append((table**power).sum(axis=0) + np.cumsum(steps, axis=0))
-            table[clusters[ends]] = values[ends]
-        return results[0] / count, np.sqrt(results[1].clip(min=0)) / count
+    def _against_pool(self, cluster: int, at: tuple[int, int, int]) -> None:
+        for whole, row in ((True, 0), (False, cluster)):
+            raised, start = self.raised["pool", whole], self.raised["start", whole]
+            if not (start.up[row].any() or raised.up[row].any()):
+                continue
+            mean, std = (table[row : row + 1] for table in self._table(whole))
+            up = start.up[row] & below_pool(mean, std, self.active)[0][0]
+            for expert in np.flatnonzero(up != raised.up[row]).tolist():
+                cell = row, expert
+                raised.turn(cell, bool(up[expert]), self._flag("pool", whole, cell, at))
+
+    def _flag(self, against: Against, whole: bool, cell: tuple[int, int], at: tuple[int, int, int]) -> Flag:
+        (mean, std), (place, expert) = self._table(whole), cell
+        level = self.start[:, expert].mean() if whole else self.start[cell]
+        if against == "pool":
+            level = below_pool(mean, std, self.active)[1][cell]
+        shown = float(mean[cell]), float(std[cell]), float(level)
+        return Flag(expert, None if whole else place, against, *at, *shown, 0, None, None)
+
+    def _table(self, whole: bool) -> tuple[Floats, Floats]:  # 2 x (C, E), or 2 x (1, E)
+        """The plain mean over clusters takes the cells for independent: where evidence is pooled, its std comes out too small."""
+        if not whole:
+            return self.mean, self.std
+        return self.mean.mean(axis=0)[None], np.sqrt((self.std**2).sum(axis=0))[None] / len(self.mean)
+
+    def _vouch(self, alpha: Floats, beta: Floats, experts: list[int]) -> None:
+        known = alpha + beta > self.initial * (1 + 1e-9)
+        for test in self.tests:
+            test.told(np.where(known, alpha, 0.0), np.where(known, beta, 0.0), experts)
+
+    @staticmethod
+    def _tests(clusters: int, experts: int) -> tuple[FallTest, ...]:
+        cells = np.arange(clusters * experts).reshape(clusters, experts)
+        share = FALSE_ALARMS / 2
+        return FallTest(cells % experts, share), FallTest(cells, share / clusters)

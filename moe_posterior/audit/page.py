@@ -13,6 +13,7 @@ from moe_posterior.audit import charts
 from moe_posterior.audit.belief import knobs
 from moe_posterior.audit.clock import now, when
 from moe_posterior.audit.competence import Estimate, standings
+from moe_posterior.audit.falls import FALSE_ALARMS
 from moe_posterior.audit.flags import Flag
 from moe_posterior.audit.read import Reader
 from moe_posterior.audit.survey import SourceSurvey, Survey, require_sources, survey
@@ -25,12 +26,12 @@ DEFINITIONS = (
     "Competence is the posterior mean of an expert's probability of success on a cluster of queries; intervals are central 95 % ones. "
     "Over all clusters it is the plain mean of the clusters' means; the interval then takes the clusters for independent, and is too "
     "narrow where the router pools evidence between them.",
-    "A flag goes up with the first decision that rested on a posterior row in which mean + 2 standard deviations lie below a level. "
-    "Against the pool's mean: the plain mean of the active experts there; plain, because weighted by traffic it would follow the "
-    "expert that gets most of it and hide just its fall. Against its own start: where the expert stood when the log was told of it, "
-    "by a warm start or its arrival. Who is low from the start has no flag. Overtaken: the pool rose; its own mean "
-    "is within a standard deviation of the highest it had.",
-    "Many experts and clusters are watched at once and at every decision, so some flags are chance: a reason to look, not a verdict.",
+    "A flag goes up where outcomes show that an expert fell: failures come more often than in the record of the same cluster, which "
+    "begins with what the log was told of it by a warm start. Whoever was bad all along has not fallen. Against the pool: it fell, and "
+    "its mean + 2 standard deviations lie below the plain mean of the active experts; plain, because weighted by traffic it would "
+    "follow the expert that gets most of it and hide just its fall. A flag ends where outcomes show that the expert rose again.",
+    f"An expert that stays as it is, is flagged with probability {FALSE_ALARMS:.0%} at most, however long the log is and however often "
+    "it is read: half of that over all clusters, half on any of them. Of 100 such experts about one may carry a flag.",
     "The chain of hashes shows that nothing was changed since it was written, if the head's hash here equals one that was noted "
     "elsewhere at the time, or if the log has a key that who can write to the folder does not know. It does not show that what was "
     "written was true.",
@@ -146,7 +147,6 @@ def _flags(sources: list[SourceSurvey]) -> str:
         "mean",
         "std",
         "level",
-        "how",
         "times",
         "until",
     ]
@@ -168,7 +168,6 @@ def _flag_row(source: str, flag: Flag) -> list[object]:
         flag.mean,
         flag.std,
         flag.level,
-        "fell" if flag.fell else "overtaken",
         flag.times,
         until,
     ]
@@ -185,14 +184,14 @@ def _competence(sources: list[SourceSurvey]) -> str:
         "over all clusters",
         "where asked",
         "flags up",
-        "low from start",
+        "low",
     ]
     rows = sorted((row for source in sources for row in _expert_rows(source)), key=lambda row: -row[0])
     text = (
         "Posterior mean and 95 % interval at the end of the log, a warm start included. Mean outcome: of what came "
         "back. Where asked: clusters weighted by how often the expert was chosen "
-        "there. Flags up: how many are up now. Low from start: clusters on which it stood below the pool when the log was told of it, "
-        "and still does."
+        "there. Flags up: how many are up now. Low: clusters on which it stands below the pool "
+        "without having fallen."
     )
     text += f" The {ROWS} experts chosen most of {len(rows):,} are shown." if len(rows) > ROWS else ""
     return paragraph(text, "note") + table(Table(columns, [row for _, row in rows[:ROWS]]))

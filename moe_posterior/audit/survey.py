@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moe_posterior.audit.asked import Asked
 from moe_posterior.audit.belief import knobs
-from moe_posterior.audit.flags import Flag, Flagging
+from moe_posterior.audit.flags import Flag, Flagging, outcomes_of
 from moe_posterior.audit.marks import REMOVED, read_note
 from moe_posterior.audit.read import Reader, Record, Source
 from moe_posterior.audit.state import Checkpoint
@@ -83,7 +83,7 @@ class SourceSurvey:
             fresh = reason == _NEW_CLUSTERS or len(alpha) != old_shape[0] or alpha.shape[1] < old_shape[1]
             if fresh or self.sampler is None or self.flagging is None:
                 self.sampler = Sampler(alpha, beta, time)
-                self.flagging = Flagging(alpha, beta, belief.active)
+                self.flagging = Flagging(alpha, beta, belief.active, _initial(checkpoint))
                 self.earlier, self.traffic = self.decisions, np.zeros(alpha.shape, dtype=np.int64)
             else:
                 self.sampler.told(alpha, beta, time)
@@ -101,10 +101,12 @@ class SourceSurvey:
         """Take in what happened between two group commits."""
         decisions, outcomes = group.tables["decisions"], group.tables["outcomes"]
         flags = decisions["flags"]
+        resolved = self._resolve(group)
         if source.belief is not None and self.sampler is not None and self.flagging is not None:
             rows = source.belief.advance(group)
+            came = outcomes_of(group, self.decisions, *resolved, self.flagging.mean.shape)
+            self.flagging.advance(rows, group, self.decisions, came, knobs(source.checkpoint).get("threshold"))
             if len(flags):
-                self.flagging.advance(group, rows, self.decisions)
                 self.sampler.advance(group, rows)
                 np.add.at(self.traffic, (decisions["cluster"][:, None], decisions["experts"]), 1)
         if len(flags):
@@ -121,22 +123,24 @@ class SourceSurvey:
         unknown = np.isnan(outcomes["signal"])
         self.unknown += int(np.count_nonzero(unknown))
         self.signal += float(np.where(unknown, 0.0, outcomes["signal"]).sum())
-        self._learn(group)
         for reason, count in Counter(group.tables["refusals"]["reason"].tolist()).items():
             kind = kind_of_refusal(reason)
             room = kind in self.refused or len(self.refused) < _KINDS_OF_REFUSAL
             self.refused[kind if room else "other reasons"] += count
 
-    def _learn(self, group: Group) -> None:
-        """Give each outcome to its expert."""
-        if self.asked is None:
-            return
+    def _resolve(
+        self, group: Group
+    ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:  # (M,), (M,), (M, k)
+        """Give each outcome to its experts; whether it is known whose they are, in which cluster, and who."""
+        assert self.asked is not None
         known, clusters, experts = self.asked.resolve(group)
         signal = group.tables["outcomes"]["signal"]
+        known &= (clusters < len(self.by_cluster)) & (experts < len(self.chosen)).all(axis=1)
         self.unmatched += int(np.count_nonzero(~known))
         taken = (known & (clusters >= 0))[:, None] & ~np.isnan(signal)
         self.seen += np.bincount(experts[taken], minlength=len(self.seen))
         self.won += np.bincount(experts[taken], signal[taken], minlength=len(self.won))
+        return known, clusters, experts
 
     @property
     def waiting(self) -> int:
@@ -158,7 +162,7 @@ class SourceSurvey:
         return None if self.sampler is None else self.sampler.samples()
 
     def flags(self) -> list[Flag]:
-        """Who went low, since the clusters were last found; see :class:`Flagging`."""
+        """Who fell, since the clusters were last found; see :class:`Flagging`."""
         return [] if self.flagging is None else self.flagging.flags()
 
 
@@ -237,6 +241,13 @@ def _begun_anew(reason: str, num_experts: int) -> list[int]:
         return list(range(num_experts))
     found = _NEW_EXPERT.fullmatch(reason)
     return [int(found[1])] if found and int(found[1]) < num_experts else []
+
+
+def _initial(checkpoint: Checkpoint) -> float:
+    """Pseudo-counts of a cell of which nothing is known."""
+    options = checkpoint.settings.get("options") or {}
+    given = [options.get(name, 1.0) for name in ("prior_alpha", "prior_beta")]
+    return float(sum(value for value in given if isinstance(value, int | float)))
 
 
 def _widened(counts: NDArray, size: int) -> NDArray:

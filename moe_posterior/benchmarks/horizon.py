@@ -3,9 +3,9 @@
 Dimensions: T queries, E experts, S seeds.
 
 The stream of benchmark B goes through a :class:`PosteriorRouter` with an :class:`AuditLog`, one query at a time, each outcome right
-after its decision. Then the log is read. A flag is up from the first decision on that rested on a posterior row with ``mean + 2 std``
-below a level: the plain mean of the active experts (``pool``), or where the expert itself stood when the log began (``start``); on one
-cluster (``cell``), or for the expert's mean over all clusters (``expert``). See :mod:`moe_posterior.audit.flags`.
+after its decision. Then the log is read. A flag is up once outcomes show that the expert fell from its own record and from what the log
+was told of it (``start``), or once it fell and its mean + 2 std lies below the plain mean of the active experts (``pool``); on one
+cluster (``cell``), or over all (``expert``). See :mod:`moe_posterior.audit.flags`.
 """
 
 import math
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.audit import AuditLog
+from moe_posterior.audit.falls import FALSE_ALARMS
 from moe_posterior.audit.flags import Against, Flag
 from moe_posterior.audit.survey import survey
 from moe_posterior.benchmarks import measures
@@ -45,8 +46,9 @@ FLAGS: dict[str, tuple[Against, bool]] = {
     "start, expert": ("start", True),
 }
 NOTE = (
-    "queries: from the failure to the first decision that rests on a posterior row with mean + 2 std below the pool's plain mean "
-    "(pool), or below where the expert stood when the log began (start), on any one cluster (cell) or over all (expert); paper: within "
+    "queries: from the failure to the outcome that shows a fall from the expert's own record (start), or a fall with mean + 2 std "
+    "below the pool's plain mean (pool), on any one cluster (cell) or over all (expert); an expert that stays as it is, is ever "
+    f"flagged with probability {FALSE_ALARMS:g} at most; paper: within "
     f"{PAPER} queries recorded in the log. Median over seeds with a 95 % interval; ∞: no flag, or one before. own: of these, the "
     "queries that the failing expert answered itself. within: share of seeds, Wilson 95 % interval. false: flags a seed in "
     f"{HEALTHY} healthy queries, of the expert that then fails and of all others. The router avoids it: at most 5 % of the next 50 "
@@ -119,7 +121,7 @@ def figures_of(play: Play, environment: Environment, onset: int) -> Iterator[tup
     affected, mine = environment.stream.affected, play.chosen == expert
     yield ROUTER, "avoided", measures.queries_until_avoided(play.chosen[onset:], affected[onset:], expert)[0]
     for name, (against, over_all) in FLAGS.items():
-        flags = [f for f in play.flags if f.fell and f.against == against and (f.cluster is None) == over_all]
+        flags = [f for f in play.flags if f.against == against and (f.cluster is None) == over_all]
         after = [flag.number for flag in flags if flag.expert == expert and flag.number >= onset]
         early = [flag.expert == expert for flag in flags if flag.number < onset]
         yield name, "log", min(after) - onset if after else None

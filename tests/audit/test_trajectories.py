@@ -1,57 +1,60 @@
 """Trajectories and flags, against a plain walk over the table of decisions."""
 
 import math
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 from audit.worlds import BELIEFS, EMBEDDINGS, C, E, live, lived, new_router
 
-from moe_posterior.audit import AuditLog, flags
-from moe_posterior.audit.flags import Falls, below_pool
+from moe_posterior.audit import AuditLog
+from moe_posterior.audit.falls import uniform
+from moe_posterior.audit.flags import below_pool
 from moe_posterior.audit.survey import Survey, kind_of_refusal, survey
 from moe_posterior.audit.trajectories import Sampler
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def read(folder: Path) -> Survey:
     return survey(AuditLog(folder, mode="r").read())
 
 
-def moments(alpha: list[float], beta: list[float]) -> tuple[list[float], list[float]]:
-    pairs = list(zip(alpha, beta, strict=True))
-    return [a / (a + b) for a, b in pairs], [a * b / ((a + b) ** 2 * (a + b + 1)) for a, b in pairs]
-
-
-def plain_flags(folder: Path) -> dict[tuple, dict]:
-    """(against, cluster or None, expert) -> first decision, kind, times and end, of a log that was told nothing but a flat prior."""
-    table = {cluster: moments([1.0] * E, [1.0] * E) for cluster in range(C)}
-    start, low, found, peak = 0.5, {}, {}, {}
-    for number, row in enumerate(AuditLog(folder, mode="r").decisions().to_pylist()):
-        cluster = row["cluster"]
-        table[cluster] = moments(row["alpha"], row["beta"])
-        over_all = (
-            [math.fsum(table[c][0][e] for c in table) / C for e in range(E)],
-            [math.fsum(table[c][1][e] for c in table) / C**2 for e in range(E)],
-        )
-        for place, (mean, variance) in ((cluster, table[cluster]), (None, over_all)):
-            for against, level in (("pool", math.fsum(mean) / E), ("start", start)):
-                for e in range(E):
-                    key = against, place, e
-                    peak[key] = max(peak.get(key, start), mean[e])
-                    now = mean[e] + 2 * math.sqrt(variance[e]) < level
-                    if now and not low.get(key):
-                        one = {
-                            "number": number,
-                            "id": row["id"],
-                            "fell": mean[e] + math.sqrt(variance[e]) < peak[key],
-                            "times": 0,
-                        }
-                        found.setdefault(key, one)["times"] += 1
-                    if low.get(key) and not now:
-                        found[key]["ended"] = row["id"]
-                    low[key] = now
-    for key, one in found.items():
-        one["ended"] = None if low[key] else one["ended"]
+def plain_flags(folder: Path, told: float = 0.0) -> dict[tuple, dict]:
+    """(cluster or None, expert) -> decision and number of the first fall, how often, and the rise after the last; one by one."""
+    log = AuditLog(folder, mode="r")
+    decisions = {row["id"]: (number, row) for number, row in enumerate(log.decisions().to_pylist())}
+    records: dict[tuple, list[float]] = {}
+    states: dict[tuple, dict] = {}
+    found: dict[tuple, dict] = {}
+    for outcome in log.outcomes().to_pylist():
+        if not outcome["accepted"] or math.isnan(outcome["signal"]):
+            continue
+        row = decisions[outcome["id"]][1]
+        expert, cluster = row["experts"][outcome["slot"]], row["cluster"]
+        salted = np.array([outcome["id"] * E + expert])
+        failed, tie = outcome["signal"] < uniform(salted, 2)[0], uniform(salted, 1)[0]
+        for place, level in ((None, 0.005), (cluster, 0.005 / C)):
+            record = records.setdefault((place is None, cluster, expert), [told, told])
+            state = states.setdefault((place, expert), {"bets": [], "fallen": False})
+            total = sum(record) + 1
+            p = tie * (record[1] + 1) / total if failed else (record[1] + tie * (record[0] + 1)) / total
+            p = 1 - p if state["fallen"] else p
+            bet = 0.25 / math.sqrt(p) + (1.6 if p < 0.25 else 0.4 / 3)
+            state["bets"] = [product * bet for product in [*state["bets"], 1.0]]  # from every outcome on
+            record[int(failed)] += 1
+            weights = [1 / math.log2(begin + 2) - 1 / math.log2(begin + 3) for begin in range(len(state["bets"]))]
+            average = math.fsum(weight * product for weight, product in zip(weights, state["bets"], strict=True))
+            if average < 1 / (0.05 if state["fallen"] else level):
+                continue
+            state["fallen"], state["bets"] = not state["fallen"], []
+            for key in records:
+                if key[0] == (place is None) and key[2] == expert and (place is None or key[1] == cluster):
+                    records[key] = [0.0, 0.0]
+            one = found.setdefault((place, expert), {"id": outcome["id"], "times": 0})
+            one["times"] += state["fallen"]
+            one["ended"] = None if state["fallen"] else outcome["id"]
     return found
 
 
@@ -60,8 +63,8 @@ def uneven(folder: Path, rotate_bytes: int = 64 << 20, **options: object) -> Non
     rng = np.random.default_rng(5)
     with AuditLog(folder, rotate_bytes=rotate_bytes) as log:
         router = new_router(log, exploration=0.7, half_life=8.0, abstain_below=None, **options)
-        for step in range(90):
-            quality = np.array([0.9, 0.8, 0.1, 0.9, 0.5]) if step % 30 < 15 else np.array([0.1, 0.8, 0.9, 0.9, 0.5])
+        for step in range(200):
+            quality = np.array([0.9, 0.8, 0.1, 0.9, 0.5]) if step % 80 < 40 else np.array([0.1, 0.8, 0.9, 0.9, 0.5])
             decisions = router.route_batch(EMBEDDINGS[rng.integers(200, size=rng.integers(1, 25))])
             router.resolve_batch(decisions.ids, (rng.random(decisions.experts.shape) < quality[decisions.experts]))
             if step % 7 == 0:
@@ -69,55 +72,38 @@ def uneven(folder: Path, rotate_bytes: int = 64 << 20, **options: object) -> Non
 
 
 @pytest.mark.parametrize("rotate_bytes", [64 << 20, 3000])
-def test_flags_are_those_of_a_plain_walk_over_the_decisions(tmp_path, rotate_bytes: int) -> None:
+def test_flags_are_those_of_a_plain_walk_over_the_outcomes(tmp_path, rotate_bytes: int) -> None:
     uneven(tmp_path, rotate_bytes)
     assert rotate_bytes > 3000 or len(list(tmp_path.glob("*.audit"))) > 2
-    wanted = plain_flags(tmp_path)
     (source,) = read(tmp_path).sources.values()
     raised = source.flags()
     assert [flag.number for flag in raised] == sorted(flag.number for flag in raised)
     found = {
-        (f.against, f.cluster, f.expert): {
-            "number": f.number,
-            "id": f.decision,
-            "fell": f.fell,
-            "times": f.times,
-            "ended": f.ended,
-        }
+        (f.cluster, f.expert): {"id": f.decision, "times": f.times, "ended": f.ended}
         for f in raised
+        if f.against == "start"
     }
-    assert found == wanted
-    assert len(wanted) > 15
-    for against in ("pool", "start"):
-        for over_all in (False, True):
-            assert any(key[0] == against and (key[1] is None) == over_all for key in wanted)
-    assert any(one["ended"] is not None for one in wanted.values())
-    assert any(one["times"] > 1 for one in wanted.values())
+    assert found == plain_flags(tmp_path)
+    assert max(one["times"] for one in found.values()) > 1
+    assert len({place for place, _ in found}) > 1
 
 
-def test_flags_do_not_depend_on_how_many_rows_are_looked_at_together(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flag_holds_the_numbers_of_the_outcome_that_raised_it(tmp_path) -> None:
     uneven(tmp_path)
-    whole = next(iter(read(tmp_path).sources.values())).flags()
-    monkeypatch.setattr(flags, "_CHUNK", 7 * E)
-    assert next(iter(read(tmp_path).sources.values())).flags() == [
-        flag._replace(mean=pytest.approx(flag.mean), std=pytest.approx(flag.std), level=pytest.approx(flag.level))
-        for flag in whole
-    ]
-
-
-def test_a_flag_holds_the_numbers_and_the_time_of_its_decision(tmp_path) -> None:
-    uneven(tmp_path)
-    rows = AuditLog(tmp_path, mode="r").decisions().to_pylist()
-    for flag in next(iter(read(tmp_path).sources.values())).flags():
-        row = rows[flag.number]
-        assert row["id"] == flag.decision
-        assert round(row["time"].timestamp() * 1e6) == flag.time
-        assert flag.mean + 2 * flag.std < flag.level
-        if flag.cluster is not None:
-            assert row["cluster"] == flag.cluster
-            mean, variance = moments(row["alpha"], row["beta"])
-            assert (flag.mean, flag.std) == pytest.approx((mean[flag.expert], math.sqrt(variance[flag.expert])))
-            assert flag.level == pytest.approx(0.5 if flag.against == "start" else sum(mean) / E)
+    log = AuditLog(tmp_path, mode="r")
+    rows = {row["id"]: (number, row) for number, row in enumerate(log.decisions().to_pylist())}
+    flags = next(iter(read(tmp_path).sources.values())).flags()
+    assert {flag.against for flag in flags} == {"start", "pool"}
+    for flag in flags:
+        number, row = rows[flag.decision]
+        assert (row["time" if flag.against == "pool" else "resolved"] - EPOCH) // timedelta(microseconds=1) == flag.time
+        if flag.against == "pool":
+            assert number == flag.number
+            assert flag.mean + 2 * flag.std < flag.level
+            assert any(one.against == "start" and one[:2] == flag[:2] and one.number <= flag.number for one in flags)
+        else:
+            assert number < flag.number <= len(rows)
+            assert flag.level == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("belief", [name for name in BELIEFS if "several" not in name])  # whose rows are mixed
@@ -159,32 +145,34 @@ def test_a_huge_pool_is_sampled_more_rarely() -> None:
     assert Sampler(table[:, :32], table[:, :32], 0).points == 240
 
 
-def test_who_is_low_when_the_log_is_told_has_not_fallen(tmp_path) -> None:
-    outcomes = np.full((200, E), 0.9)
-    outcomes[:, 2] = 0.05
-    with AuditLog(tmp_path) as log:
-        router = new_router(log, abstain_below=None)
-        router.warm_start(EMBEDDINGS, outcomes, strength=60.0)
-        for row in range(40):
-            router.resolve(router.route(EMBEDDINGS[row]).id, 1.0)
-    (source,) = read(tmp_path).sources.values()
-    pool, start = source.flagging.cells
-    assert pool.low[:, 2].all()
-    assert not start.low.any()
-    assert not any(flag.expert == 2 for flag in source.flags())
+def test_who_is_low_when_the_log_is_told_or_all_along_has_not_fallen(tmp_path) -> None:
+    outcomes = np.tile([0.9, 0.9, 0.05, 0.9, 0.9], (200, 1))
+    rng = np.random.default_rng(0)
+    for name, warm in (("warm", True), ("cold", False)):
+        with AuditLog(tmp_path / name) as log:
+            router = new_router(log, abstain_below=None, exploration=0.9)
+            if warm:
+                router.warm_start(EMBEDDINGS, outcomes, strength=60.0)
+            for _ in range(30):
+                made = router.route_batch(EMBEDDINGS)
+                router.resolve_batch(made.ids, rng.random(made.experts.shape) < outcomes[0, made.experts])
+            router.route_batch(EMBEDDINGS)
+        (source,) = read(tmp_path / name).sources.values()
+        assert source.flagging.low()[:, 2].all()
+        assert source.flags() == []
 
 
 def test_a_replaced_expert_is_no_longer_flagged_and_clusters_found_anew_begin_anew(tmp_path) -> None:
     with AuditLog(tmp_path) as log:
         router = new_router(log, exploration=0.5, abstain_below=None)
-        for _ in range(30):
+        for step in range(60):
             decisions = router.route_batch(EMBEDDINGS[:50])
-            router.resolve_batch(decisions.ids, (decisions.experts != 1).astype(float))
+            router.resolve_batch(decisions.ids, ((decisions.experts != 1) | (step < 30)).astype(float))
         router.replace_expert(1)
         replaced_at = router.route(EMBEDDINGS[0]).id
         log.flush()
         first = [flag for flag in next(iter(read(tmp_path).sources.values())).flags() if flag.expert == 1]
-        assert len(first) == 2 * (C + 1)
+        assert {flag.cluster for flag in first} == {None, *range(C)}
         assert {flag.ended for flag in first} == {replaced_at}
         router.add_expert()
         router.route_batch(EMBEDDINGS)
@@ -195,7 +183,7 @@ def test_a_replaced_expert_is_no_longer_flagged_and_clusters_found_anew_begin_an
         router.route_batch(EMBEDDINGS)
     (source,) = read(tmp_path).sources.values()
     assert source.flags() == []
-    assert (source.earlier, source.samples().numbers[-1]) == (1701, 200)
+    assert (source.earlier, source.samples().numbers[-1]) == (3201, 200)
 
 
 def test_an_expert_alone_or_a_pool_without_anyone_is_never_below_it() -> None:
@@ -204,29 +192,18 @@ def test_an_expert_alone_or_a_pool_without_anyone_is_never_below_it() -> None:
     assert not below_pool(mean, std, np.array([False, True, False]))[0].any()
 
 
-def test_an_expert_that_others_overtake_is_told_from_one_that_fell() -> None:
-    start = np.array([[0.5, 0.5, 0.5]]), np.full((1, 3), 0.05)
-    falls = Falls(*start, np.ones(3, dtype=bool), "pool")
-    one = np.array([0])
-    falls.look(one, np.array([[0.5, 0.9, 0.9]]), start[1], one + 7, one + 70, one + 700)
-    falls.look(one, np.array([[0.9, 0.2, 0.9]]), start[1], one + 8, one + 80, one + 800)
-    overtaken, fallen = falls.flags()
-    assert (overtaken.expert, overtaken.number, overtaken.fell, overtaken.ended) == (0, 7, False, 80)
-    assert (fallen.expert, fallen.decision, fallen.fell, fallen.ended) == (1, 80, True, None)
-
-
 def test_a_newcomer_ends_nobody_elses_flags(tmp_path) -> None:
     with AuditLog(tmp_path) as log:
         router = new_router(log, exploration=0.5, abstain_below=None)
-        for _ in range(30):
+        for step in range(60):
             decisions = router.route_batch(EMBEDDINGS[:50])
-            router.resolve_batch(decisions.ids, (decisions.experts != 1).astype(float))
+            router.resolve_batch(decisions.ids, ((decisions.experts != 1) | (step < 30)).astype(float))
         log.flush()
         before = [flag for flag in next(iter(read(tmp_path).sources.values())).flags() if flag.expert == 1]
         router.replace_expert(3)
         router.route_batch(EMBEDDINGS[:50])
     after = [flag for flag in next(iter(read(tmp_path).sources.values())).flags() if flag.expert == 1]
-    assert len(before) == 2 * (C + 1)
+    assert {flag.cluster for flag in before} == {None, *range(C)}
     assert after == before
 
 
