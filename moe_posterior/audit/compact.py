@@ -5,6 +5,7 @@ files hold the columns an auditor asks for (ids and times spelled out), and besi
 """
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ BEGUN = (
     "after",
 )  # by the clock, in seconds since 1970; seconds after the segment before, in one run of a writer
 _BLOCK = 1 << 20
+_MOST_PACKED = 1000  # bytes that one of a large Parquet file may unpack to
 
 
 def file_hash(path: Path, key: bytes | None, files: FileSystem = DISK) -> str:
@@ -158,8 +160,16 @@ def _records(
 
 
 def _table_of(path: Path, files: FileSystem) -> Any:
-    with files.read(path) as file:
-        return parquet.read_table(file)
+    """A table of ours, once its footer has said that it is compressed as we do it and unpacks to no more than such a file can."""
+    with files.read(path) as file, parquet.ParquetFile(file) as whole:
+        said = whole.metadata
+        chunks = [said.row_group(g).column(c) for g in range(said.num_row_groups) for c in range(said.num_columns)]
+        if any(chunk.compression not in ("ZSTD", "UNCOMPRESSED") for chunk in chunks):
+            raise AuditError(f"{path.name} is compressed in another way than this library does it")
+        size = sum(max(chunk.total_uncompressed_size, 8 * chunk.num_values) for chunk in chunks)
+        if size > max(MAX_PAYLOAD, _MOST_PACKED * os.fstat(file.fileno()).st_size):
+            raise AuditError(f"{path.name} unpacks to {size} bytes, more than a file of its size is believed")
+        return whole.read()
 
 
 def _groups(tables: dict[str, Any]) -> list[tuple[int, Group]]:

@@ -67,6 +67,7 @@ TABLES: dict[str, tuple[_Column, ...]] = {
 }
 _NAMES = tuple(TABLES)
 _MOST = {"time": MAX_TIME, "first": 1 << 62, "steps": 1 << 62}
+_HEADER, _COMPRESSION = 2, 3  # fields of an Arrow message, and of the record batch that is its header
 _PART = struct.Struct("<BxHIII")  # table, k, source, rows, bytes
 _CALLED = {ROUTE: "decisions", RESOLVE: "outcomes", REFUSE: "refusals"}
 
@@ -207,13 +208,32 @@ def _batch(table: str, top_k: int, columns: Columns) -> Any:
 
 def _columns(table: str, top_k: int, rows: int, message: bytes) -> Columns:
     try:
-        batch = pa.ipc.read_record_batch(pa.py_buffer(message), _schema(table, top_k))
+        whole = pa.ipc.read_message(pa.py_buffer(message))
+        if _is_compressed(memoryview(whole.metadata)):  # to any size; we compress the frame as a whole, within a limit
+            raise AuditError(f"a table of {table} is compressed")
+        batch = pa.ipc.read_record_batch(whole, _schema(table, top_k))
         batch.validate(full=True)
         if batch.num_rows != rows or any(column.null_count for column in batch.columns):
             raise AuditError(f"a table of {table} holds nulls or another number of rows than its part says")
         return {c.name: _values(c, top_k, batch.column(i)) for i, c in enumerate(TABLES[table])}
-    except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError) as error:
+    except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError, struct.error) as error:
         raise AuditError(f"a table of {table} is malformed: {error}") from error
+
+
+def _is_compressed(metadata: memoryview) -> bool:
+    """Whether a record batch's message, a flatbuffer, has the field that names a compression."""
+    (root,) = struct.unpack_from("<I", metadata)
+    offset = _flatbuffer_field(metadata, root, _HEADER)
+    header = root + offset + struct.unpack_from("<I", metadata, root + offset)[0]
+    return _flatbuffer_field(metadata, header, _COMPRESSION) != 0
+
+
+def _flatbuffer_field(data: memoryview, table: int, slot: int) -> int:
+    """Where a field of a flatbuffer's table lies, counted from the table; 0 where it is left out."""
+    layout = table - struct.unpack_from("<i", data, table)[0]
+    (size,) = struct.unpack_from("<H", data, layout)
+    place = 4 + 2 * slot
+    return int(struct.unpack_from("<H", data, layout + place)[0]) if place + 2 <= size else 0
 
 
 def _values(column: _Column, top_k: int, array: Any) -> NDArray[Any]:
