@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from moe_posterior import validation
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.precision import FixedPrecision
 from moe_posterior.soundness import require_sound
@@ -75,7 +76,7 @@ class ChangingPool(FixedPrecision):
         Raises:
             InvalidArgumentError: there is no such active expert, or it is the last one.
         """
-        self._require_active(expert)
+        expert = self._require_active(expert)
         if int(self.active.sum()) == 1:
             raise InvalidArgumentError(f"expert {expert} is the last active one and cannot be removed")
         self.active[expert] = False
@@ -86,7 +87,7 @@ class ChangingPool(FixedPrecision):
         self, expert: int, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0
     ) -> None:
         """A retrained or exchanged expert in the same place: its evidence is dropped; arguments as :meth:`add_expert`."""
-        self._require_active(expert)
+        expert = self._require_active(expert)
         alpha, beta = self._inherited(prior_from, strength)
         self.prior_alpha[:, expert], self.prior_beta[:, expert] = alpha, beta
         self.successes[:, expert], self.failures[:, expert] = 0.0, 0.0
@@ -96,21 +97,25 @@ class ChangingPool(FixedPrecision):
     def _inherited(self, prior_from: Mapping[int, float] | None, strength: float) -> tuple[Tensor, Tensor]:  # 2 x (C,)
         if prior_from is None:
             return tuple(self.prior_alpha.new_full((self.num_clusters,), value) for value in self.initial_prior)  # type: ignore[return-value]
-        if not prior_from or not 0 < strength < float("inf"):
+        worth = validation.real(strength)
+        if not isinstance(prior_from, Mapping) or not prior_from or worth is None or not 0 < worth < float("inf"):
             raise InvalidArgumentError(
                 f"prior_from needs donors and a positive, finite strength; got {prior_from}, {strength}"
             )
         for donor, weight in prior_from.items():
-            if not 0 <= donor < self.num_experts or not 0 < weight < float("inf"):
+            share = validation.real(weight)
+            known = validation.is_index(donor, self.num_experts)
+            if not known or share is None or not 0 < share < float("inf"):
                 raise InvalidArgumentError(
                     f"prior_from must map experts in [0, {self.num_experts}) to positive, finite weights; got {donor}: {weight}"
                 )
-        weights = self.prior_alpha.new_tensor(list(prior_from.values()))
-        mean = self.mean()[:, list(prior_from)] @ (weights / weights.sum())
+        weights = self.prior_alpha.new_tensor([float(weight) for weight in prior_from.values()])
+        mean = self.mean()[:, [int(donor) for donor in prior_from]] @ (weights / weights.sum())
         alpha, beta = strength * mean, strength * (1 - mean)
         require_sound({"alpha": alpha, "beta": beta}, of="inherited ")
         return alpha, beta
 
-    def _require_active(self, expert: int) -> None:
-        if not 0 <= expert < self.num_experts or not bool(self.active[expert]):
+    def _require_active(self, expert: int) -> int:
+        if not validation.is_index(expert, self.num_experts) or not bool(self.active[int(expert)]):
             raise InvalidArgumentError(f"expert must be an active index below {self.num_experts}; got {expert}")
+        return int(expert)

@@ -147,7 +147,7 @@ class BetaPosterior(ChangingPool):
 
     def lcb(self, risk_aversion: float) -> Tensor:  # (C, E)
         """Lower confidence bound, ``mean - risk_aversion * std``."""
-        return beta_functions.lcb(*self.parameters_of(), risk_aversion)
+        return beta_functions.lcb(*self.parameters_of(), validation.number("risk_aversion", risk_aversion))
 
     def quantile(self, probability: float) -> Tensor:  # (C, E)
         """Exact credible bound: competence exceeds it with probability ``1 - probability``."""
@@ -231,6 +231,8 @@ class BetaPosterior(ChangingPool):
         Raises:
             InvalidArgumentError: the shapes differ, or there are counts that are negative, NaN or inf; nothing has changed.
         """
+        if not isinstance(other, (BetaPosterior, Evidence)):
+            raise InvalidArgumentError(f"other must be a BetaPosterior or Evidence; got {validation.described(other)}")
         expected = tuple(self.successes.shape)
         for name, counts in (("successes", other.successes), ("failures", other.failures)):
             if tuple(counts.shape) != expected:

@@ -186,6 +186,13 @@ def is_empty_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(is_empty_list(item) for item in value)
 
 
+def is_index(value: Any, size: int) -> bool:
+    """Whether this is one integer, Python's, numpy's or torch's, in [0, size); no boolean."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        value = value.item() if value.ndim == 0 else None
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= int(value) < size
+
+
 def real(value: Any) -> float | None:
     """One real number as a float; None for anything else, booleans included."""
     if isinstance(value, (Tensor, np.ndarray)):

@@ -251,3 +251,30 @@ def test_a_bandit_without_clusters_reads_types_too() -> None:
     gate = BanditGate(HIDDEN_SIZE, NUM_EXPERTS, top_k=1, contextual=False)
     gate.observe(gate(data(2)), [[1], [0]])
     assert gate.posterior.successes.sum() == 1
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 2.5, -1, 99, "x", None, 1j, True])
+def test_experts_weights_and_strengths_that_are_none_are_refused(wrong: Any) -> None:
+    posterior = BetaPosterior(2, 3)
+    calls = [
+        lambda: posterior.remove_expert(wrong),
+        lambda: posterior.replace_expert(wrong),
+        lambda: posterior.add_expert({wrong: 1.0}),
+        lambda: posterior.merge(wrong),
+    ]
+    if wrong not in (2.5, 99):
+        calls += [lambda: posterior.add_expert({0: wrong}), lambda: posterior.add_expert({0: 1.0}, strength=wrong)]
+    if wrong not in (2.5, 99, -1):
+        calls.append(lambda: posterior.lcb(wrong))
+    for call in calls:
+        with pytest.raises(InvalidArgumentError):
+            call()
+    assert posterior.num_experts == 3
+
+
+def test_an_expert_is_named_by_an_integer_of_any_type() -> None:
+    for kind in (int, torch.tensor, *(lambda v, kind=kind: torch.tensor(v, dtype=kind).numpy() for kind in INTEGERS)):
+        posterior = BetaPosterior(2, 3)
+        posterior.replace_expert(kind(1), {0: 2})
+        posterior.remove_expert(kind(2))
+        assert posterior.active.tolist() == [True, True, False]
