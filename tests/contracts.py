@@ -48,7 +48,9 @@ GATES: dict[str, Callable[[int], Gate]] = {
     "posterior quantile": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="quantile"),
     "posterior outliers": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, novelty="class"),
     "posterior thompson": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="thompson"),
-    "several clusters": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, clusterings=2, neighbours=3),
+    "posterior in several clusters": lambda k: PosteriorGate(
+        HIDDEN_SIZE, NUM_EXPERTS, 7, k, clusterings=2, neighbours=3
+    ),
     "prior": lambda k: PriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k),
     "prior with amnesty": lambda k: PriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, amnesty=50.0, pooling=None),
     "expert threshold": lambda k: ExpertThresholdGate(HIDDEN_SIZE, NUM_EXPERTS, k),
@@ -66,7 +68,7 @@ GATES: dict[str, Callable[[int], Gate]] = {
 # Thompson draws come from an explicit generator, which a graph cannot hold, and are made per batch.
 DRAWN_PER_BATCH = ["posterior thompson", "bandit thompson"]
 # Memberships come beside the five fields of a Routing, which a graph's outputs have no place for.
-COMPILED_WHOLE = [name for name in GATES if name not in (*DRAWN_PER_BATCH, "several clusters")]
+COMPILED_WHOLE = [name for name in GATES if name not in (*DRAWN_PER_BATCH, "posterior in several clusters")]
 
 
 def fitted(name: str, top_k: int = 2) -> Gate:
