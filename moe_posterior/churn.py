@@ -41,8 +41,8 @@ class ChangingPool(FixedPrecision):
         """Bring everything derived up to date."""
 
     @abstractmethod
-    def _notify(self, cluster_ids: Tensor | None) -> None:
-        """Tell the listeners."""
+    def _starts(self) -> dict[str, float]:
+        """What of a newcomer beside its cells begins with which value, by buffer; experts are the last dimension."""
 
     @torch.no_grad()
     def add_expert(self, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0) -> int:
@@ -63,8 +63,10 @@ class ChangingPool(FixedPrecision):
         columns = {"prior_alpha": alpha, "prior_beta": beta, "successes": nothing, "failures": nothing}
         for name, column in columns.items():
             setattr(self, name, torch.cat([getattr(self, name), column[:, None]], dim=1))
-        for name, start in (("trust", 1.0), ("suspicion", 0.0), ("active", True), ("odds", 1.0)):
-            setattr(self, name, torch.cat([getattr(self, name), getattr(self, name).new_full((1,), start)]))
+        for name, start in self._starts().items():
+            per_expert = getattr(self, name)
+            room = per_expert.new_full((*per_expert.shape[:-1], 1), start)
+            setattr(self, name, torch.cat([per_expert, room], dim=-1))
         self.num_experts += 1
         self._changed()
         return self.num_experts - 1
@@ -80,7 +82,7 @@ class ChangingPool(FixedPrecision):
         if int(self.active.sum()) == 1:
             raise InvalidArgumentError(f"expert {expert} is the last active one and cannot be removed")
         self.active[expert] = False
-        self._notify(None)
+        self._changed()
 
     @torch.no_grad()
     def replace_expert(
@@ -91,7 +93,8 @@ class ChangingPool(FixedPrecision):
         alpha, beta = self._inherited(prior_from, strength)
         self.prior_alpha[:, expert], self.prior_beta[:, expert] = alpha, beta
         self.successes[:, expert], self.failures[:, expert] = 0.0, 0.0
-        self.trust[expert], self.suspicion[expert] = 1.0, 0.0
+        for name, start in self._starts().items():
+            getattr(self, name)[..., expert] = start
         self._changed()
 
     def _inherited(self, prior_from: Mapping[int, float] | None, strength: float) -> tuple[Tensor, Tensor]:  # 2 x (C,)

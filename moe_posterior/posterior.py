@@ -4,13 +4,15 @@ Dimensions: N tokens, C clusters, E experts, k experts per token.
 """
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moe_posterior import beta as beta_functions
 from moe_posterior import evidence as evidence_functions
-from moe_posterior import validation
+from moe_posterior import hierarchy, validation
 from moe_posterior.churn import ChangingPool
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import Evidence, Observation, ProxyNoise
@@ -21,6 +23,8 @@ _LEAST_TRUST = (
     1e-100  # nothing beside any evidence; without it 308 surprises leave no prior, and an unseen cell's mean is NaN
 )
 _DEGRADED_SHARE = 0.5  # the change that surprise looks for: competence fell to half of what was believed
+_RECOVERY_SHARE = 0.5  # of the threshold of surprise: the one at which an expert that fell is taken for recovered
+Pooling = Literal["odds", "hierarchy"]
 
 
 class BetaPosterior(ChangingPool):
@@ -38,7 +42,12 @@ class BetaPosterior(ChangingPool):
             does a cell that is not observed. None (default) never forgets.
         shrinkage: how strongly an expert's clusters inform each other, as the number of observations after which the expert's
             pooled record moves its prior means half-way; smaller is stronger, and it shrinks with the trust that an expert has
-            lost. None (default) keeps cells apart. See :func:`~moe_posterior.evidence.pooled_odds`.
+            lost. None (default) keeps cells apart, or, with ``pooling="hierarchy"``, is as many as a cell's prior is worth.
+        pooling: what the pooled records do. ``"odds"`` (default) moves prior means, see
+            :func:`~moe_posterior.evidence.pooled_odds`. ``"hierarchy"`` also lends them the strength of the record, as far as clusters
+            are alike, and lets all experts share a drift, so that one whose outcomes nobody has seen lately is not thought better than
+            the rest after they all lost the same, see :mod:`moe_posterior.hierarchy`. Surprise then compares with that drift, and an
+            expert that has recovered from a fall is noticed in the same way.
         surprise: threshold in nats of a CUSUM on each expert's log-likelihood ratio "competence has halved" against "as
             believed". When it is crossed, the expert keeps a tenth of its prior strength and evidence, so that what is seen
             from then on decides. About ln(observations between false alarms); None (default) never does this.
@@ -66,6 +75,11 @@ class BetaPosterior(ChangingPool):
     suspicion: Tensor  # (E,) float64, the CUSUM of surprise, in nats
     active: Tensor  # (E,) bool, False once an expert was removed
     odds: Tensor  # (E,) float64, derived: how the pooled record moves an expert's prior odds
+    # With pooling="hierarchy" alone:
+    relief: Tensor  # (E,) float64, the CUSUM of recovery of an expert that fell, in nats
+    alike: Tensor  # (E,) float64, how many observations an expert's pooled record is worth in a cluster
+    record: Tensor  # (7, E) float64, derived: a hierarchy.Record
+    deviations: Tensor  # (3, E) float64, derived: hierarchy.Deviations
 
     def __init__(
         self,
@@ -79,6 +93,7 @@ class BetaPosterior(ChangingPool):
         surprise: float | None = None,
         noise: ProxyNoise | None = None,
         clusterings: int = 1,
+        pooling: Pooling = "odds",
     ) -> None:
         super().__init__()
         for name, size in (("num_clusters", num_clusters), ("num_experts", num_experts)):
@@ -94,10 +109,13 @@ class BetaPosterior(ChangingPool):
             noise.validate()
         if clusterings < 1 or num_clusters % clusterings:
             raise InvalidArgumentError(f"clusterings must divide num_clusters={num_clusters}; got {clusterings}")
+        if pooling not in get_args(Pooling):
+            raise InvalidArgumentError(f"pooling must be one of {list(get_args(Pooling))}; got {pooling!r}")
         self.num_clusters, self.num_experts = num_clusters, num_experts
         self.initial_prior = (float(prior_alpha), float(prior_beta))
         self.half_life, self.shrinkage, self.surprise, self.noise = half_life, shrinkage, surprise, noise
         self.clusterings = clusterings
+        self.pooling: Pooling = pooling
         cells, experts = (num_clusters, num_experts), (num_experts,)
         self.register_buffer("prior_alpha", torch.full(cells, prior_alpha, dtype=torch.float64))
         self.register_buffer("prior_beta", torch.full(cells, prior_beta, dtype=torch.float64))
@@ -107,6 +125,8 @@ class BetaPosterior(ChangingPool):
         self.register_buffer("suspicion", torch.zeros(experts, dtype=torch.float64))
         self.register_buffer("active", torch.ones(experts, dtype=torch.bool))
         self.register_buffer("odds", torch.ones(experts, dtype=torch.float64), persistent=False)
+        if pooling == "hierarchy":
+            self._register_hierarchy()
         self._listeners: list[Callable[[Tensor | None], None]] = []
         self.register_load_state_dict_post_hook(_notify_after_load)
 
@@ -129,13 +149,13 @@ class BetaPosterior(ChangingPool):
         """Alpha and beta in the given clusters (None: in all C), with pooling and lost trust taken into account."""
         rows = slice(None) if cluster_ids is None else _as_index(cluster_ids)
         cells = [table[rows] for table in (self.prior_alpha, self.prior_beta, self.successes, self.failures)]
-        return self._combined(cells, self.trust, self.odds)
+        return self._combined(cells, slice(None))
 
     def parameters_at(self, cluster_ids: Tensor, expert_indices: Tensor) -> tuple[Tensor, Tensor]:  # -> 2 x their shape
         """Alpha and beta of single cells; the two index tensors broadcast. The same bits as :meth:`parameters_of` has there."""
         tables = (self.prior_alpha, self.prior_beta, self.successes, self.failures)
         cells = [table[cluster_ids, expert_indices] for table in tables]
-        return self._combined(cells, self.trust[expert_indices], self.odds[expert_indices])
+        return self._combined(cells, expert_indices)
 
     def mean(self) -> Tensor:  # (C, E)
         """Posterior mean competence."""
@@ -220,7 +240,7 @@ class BetaPosterior(ChangingPool):
         kept = 1.0 if fading is None else fading ** sums[2]
         for counts, added in ((self.successes.view(-1), sums[0]), (self.failures.view(-1), sums[1])):
             counts[cells] = counts[cells] * kept + added
-        if self.shrinkage is not None:
+        if self.pools:
             self._pool(None if fired or keep is not None else (cells % self.num_experts).unique())
             touched = None  # an expert's pooled record speaks in every cluster
         self._notify(None if fired else touched)
@@ -258,7 +278,7 @@ class BetaPosterior(ChangingPool):
         """Turn held-out outcomes into the prior; evidence is left as it is.
 
         The new prior is the initial one plus the counts, so its mean is the observed rate drawn slightly to the initial
-        mean, cell by cell. With ``shrinkage`` the initial mean is each expert's pooled rate, worth as many observations as
+        mean, cell by cell. With pooling the initial mean is each expert's pooled rate, worth as many observations as
         its clusters are alike (:func:`~moe_posterior.evidence.between_cluster_strength`): rarely seen cells start there.
 
         Args:
@@ -279,7 +299,7 @@ class BetaPosterior(ChangingPool):
         successes, failures = torch.zeros_like(self.successes), torch.zeros_like(self.failures)
         successes.view(-1)[cells], failures.view(-1)[cells] = sums[0].clamp(min=0), sums[1].clamp(min=0)
         alpha, beta = (torch.full_like(successes, value) for value in self.initial_prior)
-        if self.shrinkage is not None:
+        if self.pools:
             totals = (counts.sum(0) / self.clusterings for counts in (successes, failures))
             pooled = beta_functions.mean(
                 *(prior + total for prior, total in zip((alpha[0], beta[0]), totals, strict=True))
@@ -294,6 +314,8 @@ class BetaPosterior(ChangingPool):
         self.prior_alpha.copy_(alpha)
         self.prior_beta.copy_(beta)
         self.trust.fill_(1.0)
+        if self.pooling == "hierarchy":
+            self.alike.copy_(hierarchy.likeness(successes + failures, worth))
         self._changed()
 
     @torch.no_grad()
@@ -303,7 +325,11 @@ class BetaPosterior(ChangingPool):
         self.failures.zero_()
         self.suspicion.zero_()
         self.trust.fill_(1.0)
+        if self.pooling == "hierarchy":
+            self.relief.zero_()
         if prior:
+            if self.pooling == "hierarchy":
+                self.alike.fill_(hierarchy.ALIKE)
             self.prior_alpha.fill_(self.initial_prior[0])
             self.prior_beta.fill_(self.initial_prior[1])
         self._changed()
@@ -343,6 +369,7 @@ class BetaPosterior(ChangingPool):
             "noise": self.noise,
         }
         given = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
+        given += f", pooling={self.pooling!r}" * (self.pooling != "odds")
         observed = float((self.successes + self.failures).sum()) / self.clusterings
         return f"num_clusters={self.num_clusters}, num_experts={self.num_experts}, observations={observed:g}{given}"
 
@@ -366,52 +393,134 @@ class BetaPosterior(ChangingPool):
         weights = validation.floats("shares", shares).to(device)
         return evidence_functions.shared_outcomes(ids, weights, signal, experts, shape, threshold)
 
-    def _combined(self, cells: list[Tensor], trust: Tensor, odds: Tensor) -> tuple[Tensor, Tensor]:
-        """Alpha and beta, elementwise, from prior alpha, prior beta, successes and failures."""
+    def _combined(
+        self, cells: list[Tensor], experts: Tensor | slice, shift: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Alpha and beta, elementwise, from prior alpha, prior beta, successes and failures of these experts' cells."""
         prior_alpha, prior_beta, successes, failures = cells
+        trust = self.trust[experts]
         prior_alpha, prior_beta = prior_alpha * trust, prior_beta * trust
-        if self.shrinkage is not None:
+        if self.pooling == "hierarchy":
+            total, own, alike = prior_alpha + prior_beta, self.deviations[:, experts], self.alike[experts]
+            mean, strength = hierarchy.cell_prior(prior_alpha / total, total, own[0], own[2], alike)
+            if shift is not None:
+                mean = evidence_functions.shift_odds(mean, torch.exp(shift[experts] - own[0]))
+            prior_alpha, prior_beta = strength * mean, strength * (1 - mean)
+        elif self.shrinkage is not None:
             total = prior_alpha + prior_beta
-            prior_alpha = total * evidence_functions.shift_odds(prior_alpha / total, odds)
+            prior_alpha = total * evidence_functions.shift_odds(prior_alpha / total, self.odds[experts])
             prior_beta = total - prior_alpha
         if self.noise is not None:  # de-biased counts can fall below zero while they are few
             successes, failures = successes.clamp(min=0), failures.clamp(min=0)
         return prior_alpha + successes, prior_beta + failures
 
-    def _alarm(self, seen: Observation) -> Tensor:  # -> (E,)
-        """What a batch adds to each expert's suspicion: it counts as one step of the CUSUM."""
+    def _alarm(self, seen: Observation) -> Tensor:  # -> (1, E), or (2, E) with pooling="hierarchy"
+        """What a batch adds to each expert's suspicion, and to its relief: it counts as one step of the CUSUM."""
         cells, experts = seen.cells, seen.cells % self.num_experts
-        believed = beta_functions.mean(*self.parameters_at(cells // self.num_experts, experts))
-        step = evidence_functions.degraded_log_likelihood_ratio(seen.signal, believed, _DEGRADED_SHARE, self.noise)
+        believed = beta_functions.mean(*self._believed_of(cells // self.num_experts, experts))
+        ratio = evidence_functions.degraded_log_likelihood_ratio
+        steps = [ratio(seen.signal, believed, _DEGRADED_SHARE, self.noise)]
+        if self.pooling == "hierarchy":  # recovery: failures have halved
+            mirrored = self.noise and ProxyNoise(self.noise.false_negative, self.noise.false_positive)
+            steps.append(ratio(1 - seen.signal, 1 - believed, _DEGRADED_SHARE, mirrored))
         if seen.weight is not None:
-            step = step * (seen.weight / self.clusterings)
-        return torch.zeros_like(self.suspicion).index_put_((experts,), step, accumulate=True)
+            steps = [step * (seen.weight / self.clusterings) for step in steps]
+        added = self.suspicion.new_zeros(len(steps), self.num_experts)
+        rows = torch.arange(len(steps), device=experts.device)[:, None].expand(-1, len(experts))
+        return added.index_put_((rows, experts.expand_as(rows)), torch.stack(steps), accumulate=True)
 
-    def _suspect(self, alarm: Tensor) -> bool:  # (E,)
-        self.suspicion.copy_((self.suspicion + alarm).clamp(min=0.0))
-        fired = self.suspicion > (self.surprise or torch.inf)
-        if not bool(fired.any()):
+    def _believed_of(self, clusters: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:  # 2 x (M,) -> 2 x (M,)
+        """Alpha and beta that outcomes are judged by: with a hierarchy as far as the pool's drift is known from other experts."""
+        if self.pooling != "hierarchy":
+            return self.parameters_at(clusters, experts)
+        tables = (self.prior_alpha, self.prior_beta, self.successes, self.failures)
+        return self._combined([table[clusters, experts] for table in tables], experts, self.deviations[1])
+
+    def _suspect(self, alarm: Tensor) -> bool:  # (1, E) or (2, E)
+        threshold = self.surprise or torch.inf
+        self.suspicion.copy_((self.suspicion + alarm[0]).clamp(min=0.0))
+        fell = changed = self.suspicion > threshold
+        if len(alarm) > 1:
+            fallen = self.trust < 1
+            self.relief.copy_(torch.where(fallen, (self.relief + alarm[1]).clamp(min=0.0), 0.0))
+            changed = fell | (self.relief > _RECOVERY_SHARE * threshold)
+        if not bool(changed.any()):
             return False
-        kept = torch.where(fired, _KEPT_AFTER_SURPRISE, 1.0).to(self.trust.dtype)
-        self.trust.mul_(kept).clamp_(min=_LEAST_TRUST)
+        kept = torch.where(changed, _KEPT_AFTER_SURPRISE, 1.0).to(self.trust.dtype)
+        self.trust.mul_(torch.where(fell, _KEPT_AFTER_SURPRISE, 1.0)).clamp_(min=_LEAST_TRUST)
+        self.trust.masked_fill_(changed & ~fell, 1.0)  # what was known of it before it fell holds again
         self.successes *= kept
         self.failures *= kept
-        self.suspicion.masked_fill_(fired, 0.0)
+        self.suspicion.masked_fill_(changed, 0.0)
+        if len(alarm) > 1:
+            self.relief.masked_fill_(changed, 0.0)
         return True
 
+    @property
+    def pools(self) -> bool:
+        """Whether an expert's pooled record speaks in all its clusters."""
+        return self.shrinkage is not None or self.pooling == "hierarchy"
+
+    @property
+    def fallen(self) -> Tensor:  # (E,) bool
+        """Experts that surprise has taken trust from and that have not recovered since."""
+        return (self.trust < 1) & self.active
+
     def _pool(self, experts: Tensor | None) -> None:  # (M,) int64; None: all
-        """Bring the pooled odds of these experts up to date."""
-        if self.shrinkage is None:
+        """Bring what the pooled records say up to date, after a change to these experts."""
+        device = self.successes.device
+        if not self.pools or device.type == "meta":
             return
-        columns = torch.arange(self.num_experts, device=self.odds.device) if experts is None else experts
+        for name in ("odds", "record", "deviations"):  # a load with assign=True leaves derived buffers where they were
+            derived = self._buffers.get(name)
+            if derived is not None and derived.device != device:
+                setattr(self, name, torch.zeros_like(derived, device=device))
+        columns = torch.arange(self.num_experts, device=device) if experts is None else experts
         tables = (self.prior_alpha, self.prior_beta, self.successes, self.failures)
         # One contiguous row an expert: a sum then takes the same steps however many experts are brought up to date.
         alpha, beta, successes, failures = (table.T[columns].contiguous() for table in tables)
         expected = beta_functions.mean(alpha, beta)
+        if self.pooling == "hierarchy":
+            self.record[:, columns] = self._record_of(expected, alpha + beta, successes, failures, self.trust[columns])
+            self._deviate()
+            return
         # An expert whose prior has lost its weight is judged by its record sooner, by as much.
         # Each clustering has seen everything: what they have seen in all is M times what happened.
-        strength = self.shrinkage * self.trust[columns] * self.clusterings
+        strength = (self.shrinkage or 1.0) * self.trust[columns] * self.clusterings
         self.odds[columns] = evidence_functions.pooled_odds(successes, failures, expected, strength)
+
+    def _starts(self) -> dict[str, float]:
+        starts = {"trust": 1.0, "suspicion": 0.0, "active": True, "odds": 1.0}
+        if self.pooling == "hierarchy":
+            starts |= {"relief": 0.0, "alike": hierarchy.ALIKE, "record": 0.0, "deviations": 0.0}
+        return starts
+
+    def _register_hierarchy(self) -> None:
+        nothing = torch.zeros_like(self.trust)
+        self.register_buffer("relief", nothing.clone())
+        self.register_buffer("alike", nothing + hierarchy.ALIKE)
+        for name, fields in (("record", hierarchy.Record), ("deviations", hierarchy.Deviations)):
+            self.register_buffer(name, nothing.repeat(len(fields._fields), 1), persistent=False)
+        self._pool(None)
+
+    def _deviate(self) -> None:
+        """Write down how the experts deviate from their priors, from their records."""
+        record = hierarchy.Record(*self.record.numpy(force=True))
+        found = np.stack(hierarchy.deviations(record, self.active.numpy(force=True)))
+        self.deviations.copy_(torch.from_numpy(found))
+
+    def _record_of(
+        self, expected: Tensor, strength: Tensor, successes: Tensor, failures: Tensor, trust: Tensor
+    ) -> Tensor:  # 4 x (M, C), (M,) -> (7, M)
+        total, centre = successes + failures, expected.mean(dim=1)
+        # The variance of log odds under a Beta of so many observations around a half; lost trust loosens it.
+        worth = strength.mean(dim=1).clamp(max=hierarchy.ALIKE) if self.shrinkage is None else self.shrinkage
+        own = 4 / (trust * worth)
+        beyond = (strength - sum(self.initial_prior)).clamp(min=0.0).sum(dim=1)
+        known = beyond * trust * centre * (1 - centre)
+        tables = (successes, failures, total * expected, total * (1 - expected))
+        seen = [table.sum(dim=1) / self.clusterings for table in tables]  # each clustering has seen everything
+        return torch.stack([*seen, centre, own, known / self.clusterings])
 
     def _over_ranks(self, cells: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
         dense = sums.new_zeros(3, self.successes.numel())

@@ -34,6 +34,8 @@ RULES = {
     "failures": _COUNT,
     "trust": _SHARE,
     "suspicion": _COUNT,
+    "relief": _COUNT,
+    "alike": _POSITIVE,
     "outcomes": _SHARE,
     "mean_outcome": _SHARE_OR_UNKNOWN,
     "evidence_bias": _PENALTY,  # -inf for an expert that was removed

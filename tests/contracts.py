@@ -48,6 +48,9 @@ GATES: dict[str, Callable[[int], Gate]] = {
     "posterior quantile": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="quantile"),
     "posterior outliers": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, novelty="class"),
     "posterior thompson": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="thompson"),
+    "posterior race": lambda k: PosteriorGate(
+        HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="race", pooling="hierarchy", surprise=3.0
+    ),
     "posterior in several clusters": lambda k: PosteriorGate(
         HIDDEN_SIZE, NUM_EXPERTS, 7, k, clusterings=2, neighbours=3
     ),
@@ -65,8 +68,8 @@ GATES: dict[str, Callable[[int], Gate]] = {
     "fixed": lambda k: warm(FixedGate(HIDDEN_SIZE, NUM_EXPERTS, k)),
     "oracle": lambda k: OracleGate(HIDDEN_SIZE, NUM_EXPERTS, k, competence=competence),
 }
-# Thompson draws come from an explicit generator, which a graph cannot hold, and are made per batch.
-DRAWN_PER_BATCH = ["posterior thompson", "bandit thompson"]
+# These draws come from an explicit generator or from numpy, which a graph cannot hold, and are made per batch.
+DRAWN_PER_BATCH = ["posterior thompson", "posterior race", "bandit thompson"]
 # Memberships come beside the five fields of a Routing, which a graph's outputs have no place for.
 COMPILED_WHOLE = [name for name in GATES if name not in (*DRAWN_PER_BATCH, "posterior in several clusters")]
 

@@ -115,7 +115,7 @@ def test_a_batch_larger_than_the_limit_is_refused() -> None:
 
 
 def test_outcomes_of_an_expert_that_left_or_was_replaced_are_refused() -> None:
-    router = fitted_router()
+    router = fitted_router(score="lcb")
     first, second = router.route(EMBEDDINGS[0]), router.route(EMBEDDINGS[0])
     router.replace_expert(first.expert)
     with pytest.raises(InvalidArgumentError, match="which has left or been replaced since"):
@@ -160,12 +160,13 @@ def test_novelty_makes_far_queries_abstain() -> None:
 
 
 def test_exploration_is_seeded_flagged_and_about_as_frequent_as_asked() -> None:
-    router, twin = fitted_router(exploration=0.2, seed=7), fitted_router(exploration=0.2, seed=7)
+    options = {"score": "lcb", "exploration": 0.2, "seed": 7}
+    router, twin = fitted_router(**options), fitted_router(**options)
     decisions = [router.route(EMBEDDINGS[i % 200]) for i in range(1000)]
     assert decisions == [twin.route(EMBEDDINGS[i % 200]) for i in range(1000)]
     share = np.mean([d.explored for d in decisions])
     assert 0.15 < share < 0.25
-    plain = fitted_router()
+    plain = fitted_router(score="lcb")
     for i, decision in enumerate(decisions):
         assert (decision.expert != plain.route(EMBEDDINGS[i % 200]).expert) == decision.explored
 

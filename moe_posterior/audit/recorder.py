@@ -119,7 +119,7 @@ class BeliefTracker:
         """Where the prior stays and cells are apart, alpha and beta are the prior plus the counts."""
         belief = self.gate.posterior
         self._base = None
-        plain = belief.shrinkage is None and belief.noise is None and belief.surprise is None
+        plain = not belief.pools and belief.noise is None and belief.surprise is None
         if plain and belief.successes.device.type == "cpu":
             self._base = ((belief.prior_alpha * belief.trust).numpy(), (belief.prior_beta * belief.trust).numpy())
             self._evidence = (belief.successes.numpy(), belief.failures.numpy())
@@ -149,7 +149,10 @@ class RouterRecorder:
         self._generation = -1
         self._knobs: tuple[Any, ...] = ()
         self._steps = 0
-        self._owed: str | None = None  # a change that found no room
+        self._owed: str | None = None  # a change that is still to be written down
+        self._fallen: NDArray[np.bool_] | None = (
+            None  # (E,) whom the draws of a race treat apart, as the log last heard
+        )
         self._lost: dict[str, int] = {}  # what was dropped since the log last had room
         self._open = True  # whether the call under way is recorded
         with router.locked():
@@ -246,6 +249,8 @@ class RouterRecorder:
             self._drop("outcomes", len(ids))
             return
         self._steps += 1
+        if self._fallen is not None and not np.array_equal(self._fallen, self.router.gate.fallen.numpy()):
+            self._owed = self._owed or "trust changed"
         self._belief.notified -= 1  # if somebody else changed the belief too, the next call writes a checkpoint
         item = Resolved(self.source, now(), self._steps, ids.astype(np.int64), np.array(outcomes, dtype=np.float64))
         self.log.put(item, 400 + item.ids.nbytes + item.signal.nbytes)
@@ -278,6 +283,9 @@ class RouterRecorder:
         require_knobs(named)
         self._generation, self._knobs = self.log.generation, knobs
         self._steps, self._owed = int(gate.steps), None
+        self._fallen = gate.fallen.numpy().copy() if gate.score == "race" else None
+        if self._belief.gate is not gate:  # a fit chose another number of clusters
+            self._belief = BeliefTracker(gate)
         state = router.state()
         settings = {
             **self._source(),

@@ -19,7 +19,7 @@ from moe_posterior.gates.posterior import KNOBS
 from moe_posterior.pending import Members
 from moe_posterior.router import PosteriorRouter
 
-_FOLDED = ("rotated", "configured", "recovered")  # reasons of checkpoints that only outcomes lead to
+_FOLDED = ("rotated", "configured", "recovered", "trust changed")  # reasons of checkpoints that only outcomes lead to
 
 
 def restore(checkpoint: Checkpoint) -> PosteriorRouter:
@@ -57,7 +57,7 @@ class Fold:
         self.router = router
         belief = router.gate.posterior
         self._plain = belief.half_life is None and belief.surprise is None and belief.noise is None
-        self._plain = self._plain and belief.shrinkage is None and router.gate.members is None
+        self._plain = self._plain and not belief.pools and router.gate.members is None
         self._listeners, belief._listeners = belief._listeners, []  # nobody reads the tables meanwhile
 
     def advance(self, group: Group) -> None:

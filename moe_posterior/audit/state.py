@@ -169,6 +169,8 @@ def _check_options(
     options: dict[str, Any], num_clusters: int, num_experts: int, top_k: int, arrays: dict[str, NDArray[Any]]
 ) -> None:
     names = ("num_clusters", "num_experts", "hidden_size", "top_k", "max_pending")
+    if options.get("num_clusters", 0) is None:  # to be found by a fit; until then there are the fewest
+        options = {**options, "num_clusters": options.get("neighbours", 1)}
     _require("checkpoint", all(type(options.get(name)) is int for name in names))
     clusters, experts, hidden_size, chosen, pending = (int(options[name]) for name in names)
     centroids = arrays.get("gate.clusterer.centroids", np.zeros(0))

@@ -24,9 +24,9 @@ from moe_posterior.audit.read import Reader, Source
 from moe_posterior.audit.state import decode_json
 from moe_posterior.audit.tables import ROUTE, Group, split
 from moe_posterior.errors import AuditError
+from moe_posterior.gates import PosteriorGate
 from moe_posterior.kernels import reference
 from moe_posterior.memberships import Memberships
-from moe_posterior.router import PosteriorRouter
 
 _SLACK = 1e-6  # of a score that is no plain arithmetic: a quantile's last bits depend on how many are computed together
 
@@ -146,8 +146,8 @@ class Recomputed:
 def verify_decisions(reader: Reader) -> Recomputed:
     """Recompute every choice from the posterior rows and the configuration that the log holds.
 
-    Choices that depend on the cluster alone are recomputed from the rows. Those that were drawn (exploration, ``thompson``) or
-    blended (``novelty="discount"``) are made again by a gate with these rows and the recorded state of its random generator.
+    Choices that depend on the cluster alone are recomputed from the rows. Those that were drawn (exploration, ``thompson``,
+    ``race``) or blended (``novelty="discount"``) are made again by a gate with these rows and the recorded state of its draws.
 
     Raises:
         AuditError: the log was altered or is malformed.
@@ -173,7 +173,11 @@ def verify_decisions(reader: Reader) -> Recomputed:
 def _undrawn(source: Source) -> bool:
     said = knobs(source.checkpoint)
     options = source.checkpoint.settings.get("options") or {}
-    return said.get("score") != "thompson" and not said.get("exploration") and options.get("novelty") != "discount"
+    return (
+        said.get("score") not in ("thompson", "race")
+        and not said.get("exploration")
+        and options.get("novelty") != "discount"
+    )
 
 
 def table_choices(
@@ -235,15 +239,32 @@ class _ReplayedMembers(torch.nn.Module):
         return self.assignment, self.members
 
 
+class _StandIn(PosteriorGate):
+    """A gate whose belief is put in its place, and what the belief has lost trust in with it."""
+
+    lost: Tensor  # (E,) bool
+
+    @property
+    def fallen(self) -> Tensor:
+        return self.lost
+
+
+def _stand_in(source: Source) -> _StandIn:
+    settings, said, arrays = source.checkpoint.settings, knobs(source.checkpoint), source.checkpoint.arrays
+    options = {**settings["options"], "num_experts": settings["num_experts"], "lazy": True}
+    made_the_rows = ("half_life", "shrinkage", "surprise", "pooling", "false_positive_rate", "false_negative_rate")
+    of_the_router = ("abstain_below", "max_pending")
+    gate = _StandIn(**{name: value for name, value in options.items() if name not in made_the_rows + of_the_router})
+    gate.configure(**{name: said[name] for name in ("score", "risk_aversion", "temperature", "exploration")})
+    gate.lost = torch.from_numpy(arrays["gate.posterior.trust"] < 1) & torch.from_numpy(arrays["active"])
+    return gate
+
+
 def _drawn_choices(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDArray, NDArray]:  # (N, k), (N, k)
     """Call by call, with a gate whose belief is the recorded rows and whose draws start where they did."""
     assert source.belief is not None
-    settings, said = source.checkpoint.settings, knobs(source.checkpoint)
-    options = {**settings["options"], "num_experts": settings["num_experts"], "lazy": True, "max_pending": 1}
-    for name in ("half_life", "shrinkage", "surprise", "false_positive_rate", "false_negative_rate"):
-        options.pop(name, None)  # they made the rows, and are in them
-    gate = PosteriorRouter(**options).gate
-    gate.configure(**{name: said[name] for name in ("score", "risk_aversion", "temperature", "exploration")})
+    said = knobs(source.checkpoint)
+    gate = _stand_in(source)
     belief, decisions, calls = gate.posterior, group.tables["decisions"], group.tables["calls"]
     belief.active.copy_(torch.from_numpy(source.belief.active))
     members = group.members()
@@ -252,6 +273,7 @@ def _drawn_choices(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDA
     bumps = said["score"] == "thompson" or said["exploration"] > 0
     radius = torch.from_numpy(source.checkpoint.arrays["radius"])
     ends = np.cumsum(calls["rows"][routed].astype(np.int64))
+    numbers = torch.from_numpy(group.decision_ids())
     experts, scores = [], []
     tables = _table_walk(source.belief, rows)
     for end, size, steps in zip(
@@ -269,7 +291,7 @@ def _drawn_choices(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDA
             several = Memberships(*(torch.from_numpy(part) for part in parts))
             gate.members = _ReplayedMembers(assignment, several)  # type: ignore[assignment]
         gate.steps.fill_(steps - bumps)
-        routing = gate(torch.zeros(1).expand(size, gate.hidden_size))
+        routing = gate.route(torch.zeros(1).expand(size, gate.hidden_size), numbers[here])
         experts.append(routing.expert_indices.numpy())
         scores.append(routing.scores.numpy())
     return np.concatenate(experts), np.concatenate(scores)
@@ -292,7 +314,7 @@ def _table_walk(belief: BeliefState, rows: RowsOfGroup) -> Any:
 def _compare(group: Group, source: Source, found: Recomputed, experts: NDArray, scores: NDArray) -> None:
     decisions = group.tables["decisions"]
     near = np.isclose(decisions["scores"], scores, rtol=0, atol=_SLACK, equal_nan=True).all(axis=1)
-    exact = knobs(source.checkpoint).get("score") in ("lcb", "mean")
+    exact = knobs(source.checkpoint).get("score") in ("lcb", "mean", "race")
     same = (decisions["experts"] == experts).all(axis=1)
     good = (same & near) if exact else near  # two quantiles may tie up to rounding
     if exact:

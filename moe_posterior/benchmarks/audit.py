@@ -61,7 +61,7 @@ def under_load(seed: int) -> dict[str, float]:
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, AuditLog(folder) as log:
         routers = {
-            name: PosteriorRouter(size.experts, size.hidden, size.clusters, seed=seed, audit=audit)
+            name: PosteriorRouter(size.experts, size.hidden, size.clusters, seed=seed, audit=audit, score="lcb")
             for name, audit in (("off", None), ("on", log))
         }
         for name, router in sorted(routers.items(), reverse=bool(seed % 2)):
@@ -108,7 +108,7 @@ def sustained(seed: int) -> dict[str, float]:
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         log = AuditLog(folder)
-        router = PosteriorRouter(32, 16, 32, seed=seed, audit=log)
+        router = PosteriorRouter(32, 16, 32, seed=seed, audit=log, score="lcb")
         router.fit(embeddings[:2000], seed=seed)
         began = time.perf_counter()
         back_to_back(router, embeddings, SUSTAINED // 3, SUSTAINED_BATCH, random)
@@ -117,7 +117,7 @@ def sustained(seed: int) -> dict[str, float]:
         log.close()
     with tempfile.TemporaryDirectory() as folder:
         log = AuditLog(folder)
-        router = PosteriorRouter(32, 16, 32, seed=seed)
+        router = PosteriorRouter(32, 16, 32, seed=seed, score="lcb")
         router.fit(embeddings[:2000], seed=seed)
         recorder = log.follow(router)
         made = [router.route_batch(embeddings[i::8]) for i in range(8)]
@@ -148,7 +148,7 @@ def realistic(seed: int) -> dict[str, float]:
     hidden, outcomes = stream.hidden.numpy(), stream.outcomes.numpy()
     with tempfile.TemporaryDirectory() as folder:
         with AuditLog(folder, fsync_every=3600.0) as log:
-            router = PosteriorRouter(32, environment.hidden_size, 32, seed=seed, audit=log, threshold=0.5)
+            router = PosteriorRouter(32, environment.hidden_size, 32, seed=seed, audit=log, threshold=0.5, score="lcb")
             router.fit(environment.warm_hidden.numpy(), seed=seed)
             router.warm_start(environment.warm_hidden.numpy(), environment.warm_outcomes.numpy(), strength=20.0)
             waiting: tuple[Any, Any] | None = None

@@ -97,7 +97,11 @@ def play_logged(environment: Environment, knobs: Mapping[str, Any], seed: int, f
     chosen = np.empty(len(hidden), dtype=np.int64)
     with AuditLog(folder) as log:
         router = PosteriorRouter(
-            environment.num_experts, environment.hidden_size, num_clusters, audit=log, **{"seed": seed, **keywords}
+            environment.num_experts,
+            environment.hidden_size,
+            num_clusters,
+            audit=log,
+            **{"seed": seed, "score": "lcb", **keywords},
         )
         router.fit(environment.warm_hidden.numpy(), seed=seed)
         router.warm_start(environment.warm_hidden.numpy(), environment.warm_outcomes.numpy(), strength=strength)

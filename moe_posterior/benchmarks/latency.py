@@ -43,8 +43,15 @@ class Size:
 
 SIZES = (Size(32, 64), Size(1000, 512))
 VARIANTS: dict[str, dict[str, Any]] = {
-    "posterior": {},
-    "posterior, all options": {"half_life": 300.0, "shrinkage": 20.0, "surprise": 6.0, "exploration": 0.02},
+    "posterior": {"score": "lcb"},
+    "posterior, all options": {
+        "score": "lcb",
+        "half_life": 300.0,
+        "shrinkage": 20.0,
+        "surprise": 6.0,
+        "exploration": 0.02,
+    },
+    "posterior, the router's defaults": {},
 }
 
 

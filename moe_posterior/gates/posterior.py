@@ -3,6 +3,7 @@
 Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -15,14 +16,16 @@ from moe_posterior import beta as beta_functions
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import ProxyNoise, novelty_weight
+from moe_posterior.gates import race
 from moe_posterior.gates.base import Gate, Routing, SharedRouting, refuse_export
 from moe_posterior.kernels import cpu, dispatch, reference
 from moe_posterior.memberships import Memberships, SeveralClusters, mixed, mixed_at
-from moe_posterior.posterior import BetaPosterior
+from moe_posterior.posterior import BetaPosterior, Pooling
 from moe_posterior.precision import FixedPrecision
 
-Score = Literal["lcb", "mean", "quantile", "thompson"]
+Score = Literal["lcb", "mean", "quantile", "thompson", "race"]
 Novelty = Literal["off", "discount", "class"]
+_ROW_BITS = 32  # of a draw's number, for the row of the batch; the rest counts observe calls
 KNOBS = ("score", "risk_aversion", "credible_level", "temperature", "exploration")
 
 
@@ -37,7 +40,9 @@ class PosteriorGate(Gate, FixedPrecision):
     Args:
         hidden_size, num_experts, num_clusters, top_k: D, E, C, k.
         score: ``"lcb"`` (default) mean − λ·std; ``"mean"``; ``"quantile"`` the exact lower credible bound; ``"thompson"`` one draw
-            per token, which explores.
+            per token, which explores; ``"race"`` ranks by ``lcb`` and explores while, and where, the bounds do not yet tell the experts
+            apart: one draw per token among those that may still be the best, see :mod:`moe_posterior.gates.race`. The scores of a
+            routing are then the bounds, whoever was drawn.
         risk_aversion: λ ≥ 0 of ``lcb``, in posterior standard deviations. 1 (default) is the paper's conservative posture.
         credible_level: probability, in (0, 1), that competence lies below the ``quantile`` score; default 0.05.
         temperature: > 0; weights are ``softmax(score / temperature)`` over the chosen. Competence lives in [0, 1], so the default
@@ -49,7 +54,7 @@ class PosteriorGate(Gate, FixedPrecision):
             relies less on the cluster's evidence and more on the experts' pooled record, see
             :func:`~moe_posterior.evidence.novelty_weight`, so that its scores fall and ``abstain`` fires. ``"class"``: all such tokens
             form a class of their own, one more row of the belief, so that which experts cope with the unknown is learned at once.
-        prior_alpha, prior_beta, half_life, shrinkage, surprise: of the belief, see :class:`BetaPosterior`.
+        prior_alpha, prior_beta, half_life, shrinkage, surprise, pooling: of the belief, see :class:`BetaPosterior`.
         false_positive_rate, false_negative_rate: known error rates of the outcomes; counts are de-biased by them.
         lazy: where a change of the belief touches every cluster, as under ``shrinkage``, refresh a row of the tables when it is next
             needed: for many clusters and experts and few tokens at a time. Such a gate cannot be compiled to one graph.
@@ -63,7 +68,7 @@ class PosteriorGate(Gate, FixedPrecision):
             centroid. Default 0.1.
         levels: 2 looks for the nearest of many clusters in two steps, faster and approximately, see :class:`Clusterer`.
         seed: start of the draws. They depend on (seed, number of ``observe`` calls) alone: a forward run twice, as under
-            activation checkpointing, draws the same.
+            activation checkpointing, draws the same. A router numbers its decisions instead, see :meth:`route`.
         backend: ``"auto"`` or ``"eager"`` or ``"triton"``, see ``kernels/dispatch.py``.
 
     Raises:
@@ -83,6 +88,8 @@ class PosteriorGate(Gate, FixedPrecision):
     topk_weights: Tensor  # (C, k) float32
     topk_scores: Tensor  # (C, k) float32
     topk_counts: Tensor  # (C, 2, k) float64, alpha and beta of the chosen
+    believed: Tensor  # (C, 2, E) float64, alpha and beta of all experts; with score="race" alone
+    unsettled: Tensor  # (C,) bool, clusters in which score="race" still draws
     stale: Tensor  # (C,) bool, rows that a lazy gate must rewrite before use
     steps: Tensor  # () int64, observe calls so far
     score: Score
@@ -111,6 +118,7 @@ class PosteriorGate(Gate, FixedPrecision):
         half_life: float | None = None,
         shrinkage: float | None = None,
         surprise: float | None = None,
+        pooling: Pooling = "odds",
         false_positive_rate: float = 0.0,
         false_negative_rate: float = 0.0,
         clusterings: int = 1,
@@ -140,6 +148,7 @@ class PosteriorGate(Gate, FixedPrecision):
             half_life=half_life,
             shrinkage=shrinkage,
             surprise=surprise,
+            pooling=pooling,
             noise=ProxyNoise(false_positive_rate, false_negative_rate) if noisy else None,
             clusterings=clusterings,
         )
@@ -153,6 +162,8 @@ class PosteriorGate(Gate, FixedPrecision):
         self.register_buffer("topk_weights", torch.zeros(table, dtype=torch.float32), persistent=False)
         self.register_buffer("topk_scores", torch.zeros(table, dtype=torch.float32), persistent=False)
         self.register_buffer("topk_counts", torch.zeros(table[0], 2, top_k, dtype=torch.float64), persistent=False)
+        self.register_buffer("believed", torch.zeros(table[0], 2, 0, dtype=torch.float64), persistent=False)
+        self.register_buffer("unsettled", torch.zeros(table[0], dtype=torch.bool), persistent=False)
         self.register_buffer("stale", torch.ones(table[0], dtype=torch.bool), persistent=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.configure(
@@ -204,9 +215,19 @@ class PosteriorGate(Gate, FixedPrecision):
     @property
     def chooses_per_token(self) -> bool:
         """Whether a choice depends on more than the cluster, so that the tables cannot answer it."""
-        return (
-            self.score == "thompson" or self.exploration > 0 or self.novelty == "discount" or self.members is not None
-        )
+        drawn = self.score in ("thompson", "race") or self.exploration > 0
+        return drawn or self.novelty == "discount" or self.members is not None
+
+    @property
+    def races_by_table(self) -> bool:
+        """Whether the tables answer for clusters whose race is over, see ``unsettled``."""
+        alone = self.exploration == 0 and self.novelty != "discount" and self.members is None
+        return self.score == "race" and alone
+
+    @property
+    def draws_by_steps(self) -> bool:
+        """Whether draws depend on ``steps``, which whoever decides often between outcomes must count up."""
+        return self.score == "thompson" or self.exploration > 0
 
     @property
     def fitted(self) -> bool:
@@ -245,10 +266,15 @@ class PosteriorGate(Gate, FixedPrecision):
         modules: dict[str, Any] = self._modules  # read directly: nn.Module's attribute access takes half a microsecond
         if alone and not self.lazy and not self.chooses_per_token and modules["clusterer"].fitted:
             return self._forward_one(hidden)
+        return self.route(hidden)
+
+    def route(self, hidden: Tensor, numbers: Tensor | None = None) -> Routing:  # (N, D), (N,) int64
+        """:meth:`forward`, with the numbers that the draws of ``score="race"`` depend on: by default the ``observe`` calls so far and
+        the row, so that a forward run twice draws the same."""
         self.validate_hidden(hidden)
         self.clusterer.require_fitted()
         if self.chooses_per_token:
-            return self._forward_per_token(hidden)
+            return self._forward_per_token(hidden, numbers)
         if self.lazy:
             ids, distance = self.clusterer(hidden)
             self.refresh_rows(ids)
@@ -328,7 +354,7 @@ class PosteriorGate(Gate, FixedPrecision):
         return self._scores(*self.posterior.parameters_of(cluster_ids), None)
 
     def _scores(self, alpha: Tensor, beta: Tensor, generator: torch.Generator | None) -> Tensor:  # (M, E)
-        if self.score == "lcb":
+        if self.score in ("lcb", "race"):
             scores = beta_functions.lcb(alpha, beta, self.risk_aversion)
         elif self.score == "quantile":
             scores = beta_functions.quantile(alpha, beta, self.credible_level)
@@ -363,12 +389,16 @@ class PosteriorGate(Gate, FixedPrecision):
         return self._views.assign_one(vector, centroids, tables)
 
     @torch.no_grad()
-    def _forward_per_token(self, hidden: Tensor) -> Routing:
+    def _forward_per_token(self, hidden: Tensor, numbers: Tensor | None) -> Routing:
         assignment, members = self.assign(hidden)
-        draws = self.score == "thompson" or self.exploration > 0
-        generator = self._generator(hidden.device, "route") if draws else None
-        scores = self._scores(*self._believed(assignment, members), generator)
+        generator = self._generator(hidden.device, "route") if self.draws_by_steps else None
+        alpha, beta = self._believed(assignment, members)
+        scores = self._scores(alpha, beta, generator)
         selection = reference.select(scores, assignment.cluster_ids, self.top_k)
+        if self.score == "race":
+            chosen = self._raced(alpha, beta, selection.expert_indices, numbers)
+            only = torch.ones_like(scores, dtype=torch.bool).scatter_(1, chosen, False)
+            selection = reference.select(scores.masked_fill(only, -torch.inf), assignment.cluster_ids, self.top_k)
         indices, chosen = selection.expert_indices, selection.scores
         if generator is not None and self.exploration > 0 and int(self.posterior.active.sum()) > self.top_k:
             drawn = torch.rand(len(indices), generator=generator, device=indices.device) < self.exploration
@@ -379,6 +409,49 @@ class PosteriorGate(Gate, FixedPrecision):
         weights = reference.weigh(chosen, self.temperature).float()
         routing = Routing(indices, weights, assignment.cluster_ids, chosen.float(), assignment.distance)
         return routing if members is None else SharedRouting.of(routing, members)
+
+    def _raced(
+        self, alpha: Tensor, beta: Tensor, leaders: Tensor, numbers: Tensor | None
+    ) -> Tensor:  # 2 x (N, E), (N, k), (N,)
+        """The experts that the tokens' draws say, on the host, so that a choice is the same wherever it is made again."""
+        refuse_export()
+        if numbers is None:
+            numbers = (int(self.steps) << _ROW_BITS) + torch.arange(len(alpha))
+        running = self._running(alpha, beta, leaders)
+        chosen = running.leaders.copy()
+        rows = np.flatnonzero(running.open)
+        if len(rows):
+            uniform = race.uniforms(self.seed, numbers.numpy(force=True)[rows], 2 * alpha.shape[1] + 1)
+            chosen[rows] = race.choose(running.of(rows), uniform)
+        return torch.from_numpy(chosen).to(leaders.device)
+
+    def race_one(self, cluster: int, number: int) -> int:
+        """The expert that one decision's draw says, from the belief's row as :meth:`refresh_rows` left it; of gates with one expert a
+        token. In numpy, as :meth:`assign_one`."""
+        alpha, beta = self.believed.numpy()[cluster]
+        total = alpha + beta
+        mean, leaders = alpha / total, self.topk_indices.numpy()[cluster][None]
+        std = np.sqrt(mean * (beta / total) / (total + 1))
+        active, fallen = self.posterior.active.numpy(), self.fallen.numpy()
+        running = race.start(mean[None], std[None], total[None], active, fallen, leaders, width=self.risk_aversion)
+        return int(race.choose(running, race.uniforms(self.seed, np.array([number]), 2 * len(total) + 1))[0, 0])
+
+    def bound_of(self, alpha: float, beta: float) -> float:
+        """The lower confidence bound of one cell, the same bits as in the tables."""
+        total = alpha + beta
+        std = math.sqrt((alpha / total) * (beta / total) / (total + 1))
+        return float(np.float32(alpha / total - self.risk_aversion * std))
+
+    def _running(self, alpha: Tensor, beta: Tensor, leaders: Tensor) -> race.Race:  # 2 x (M, E), (M, k)
+        belief = (beta_functions.mean(alpha, beta), beta_functions.std(alpha, beta), alpha + beta)
+        mean, std, count = (part.numpy(force=True) for part in belief)
+        active, fallen = self.posterior.active.numpy(force=True), self.fallen.numpy(force=True)
+        return race.start(mean, std, count, active, fallen, leaders.numpy(force=True), width=self.risk_aversion)
+
+    @property
+    def fallen(self) -> Tensor:  # (E,) bool
+        """Experts that the race tries now and then, see :attr:`BetaPosterior.fallen`."""
+        return self.posterior.fallen
 
     def assign(self, hidden: Tensor) -> tuple[reference.Assignment, Memberships | None]:  # (N, D)
         """Cluster and distance of each token, and its memberships where it has several."""
@@ -428,7 +501,15 @@ class PosteriorGate(Gate, FixedPrecision):
         ):  # a token of several clusters has no row that could answer it
             return
         if self.topk_indices.device != device:  # a load with assign=True leaves derived buffers where they were
-            for name in ("topk_indices", "topk_weights", "topk_scores", "topk_counts", "stale"):
+            for name in (
+                "topk_indices",
+                "topk_weights",
+                "topk_scores",
+                "topk_counts",
+                "believed",
+                "unsettled",
+                "stale",
+            ):
                 setattr(self, name, torch.zeros_like(getattr(self, name), device=device))
             self.stale.fill_(True)
         clusters = torch.arange(self.num_clusters, device=device)
@@ -505,6 +586,12 @@ class PosteriorGate(Gate, FixedPrecision):
         self.topk_scores[clusters] = selection.scores.float()
         self.topk_weights[clusters] = reference.weigh(selection.scores, self.temperature).float()
         self.topk_counts[clusters] = _chosen(alpha, beta, selection.expert_indices)
+        if self.score == "race":
+            if self.believed.shape[-1] != self.num_experts:  # the pool grew, or the score was another
+                self.believed = self.posterior.successes.new_empty(self.num_clusters, 2, self.num_experts)
+            self.believed[clusters] = torch.stack([alpha, beta], dim=1)
+            running = self._running(alpha, beta, selection.expert_indices)
+            self.unsettled[clusters] = torch.from_numpy(running.open).to(self.unsettled.device)
 
 
 def _chosen(alpha: Tensor, beta: Tensor, expert_indices: Tensor) -> Tensor:  # 2 x (N, E), (N, k) -> (N, 2, k)

@@ -72,7 +72,7 @@ def test_stats_page_and_live_view_tell_the_same_competence_as_the_router_believe
 ) -> None:
     quality = np.array([0.95, 0.2, 0.6, 0.9, 0.4])
     with AuditLog(tmp_path / "log") as log:
-        router = new_router(log, abstain_below=None)
+        router = new_router(log, abstain_below=None, score="lcb")  # by default the unobserved inherit a drift
         if warm:
             router.warm_start(EMBEDDINGS, np.tile(quality, (200, 1)), strength=40.0)
         for row in range(60):

@@ -28,7 +28,9 @@ def views(folder: Path) -> str:  # NaN equals itself in text
     return repr([log.decisions().to_pylist(), log.outcomes().to_pylist(), log.read().posterior().to_pylist()])
 
 
-@pytest.mark.parametrize("belief", ["plain", "two experts", "everything", "several clusters and everything"])
+@pytest.mark.parametrize(
+    "belief", ["plain", "two experts", "everything", "defaults", "several clusters and everything"]
+)
 def test_compaction_changes_nothing_that_can_be_read(tmp_path: Path, belief: str) -> None:
     with AuditLog(tmp_path, rotate_bytes=2_000) as log:
         router, waiting = fill(log, belief)

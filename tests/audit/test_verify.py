@@ -163,7 +163,7 @@ def test_every_logged_choice_is_recomputed(tmp_path: Path, belief: str) -> None:
     assert found.skipped == 0
 
 
-@pytest.mark.parametrize("belief", ["plain", "everything", "thompson"])
+@pytest.mark.parametrize("belief", ["plain", "everything", "defaults", "defaults, two experts", "thompson"])
 def test_a_choice_that_the_belief_does_not_explain_is_reported(tmp_path: Path, belief: str) -> None:
     with AuditLog(tmp_path) as log:
         router = new_router(log, **BELIEFS[belief])
@@ -202,7 +202,7 @@ def test_the_full_entry_holds_the_posterior_as_the_decision_saw_it(tmp_path: Pat
         assert (row["abstain"], row["explored"]) == (decision.abstain, decision.explored)
         assert (row["alpha"], row["beta"]) == (alpha, beta)
         assert row["signal"] == (None if outcome is None else [outcome])
-        assert row["mode"] == "lcb"
+        assert row["mode"] == router.gate.score
     filtered = AuditLog(tmp_path, mode="r").decisions(cluster=rows[0]["cluster"], last=5, posterior=False).to_pylist()
     wanted = [row for row in rows if row["cluster"] == rows[0]["cluster"]][-5:]
     assert [row["id"] for row in filtered] == [row["id"] for row in wanted]

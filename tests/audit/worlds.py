@@ -11,10 +11,11 @@ from moe_posterior.audit import AuditLog
 E, C, D = 5, 4, 6
 EMBEDDINGS = np.random.default_rng(0).normal(size=(200, D)).astype(np.float32)
 BELIEFS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "paper": {"threshold": 0.5, "risk_aversion": 0.7},
+    "plain": {"score": "lcb"},
+    "paper": {"score": "lcb", "threshold": 0.5, "risk_aversion": 0.7},
     "two experts": {"top_k": 2, "score": "mean"},
     "everything": {
+        "score": "lcb",
         "half_life": 30.0,
         "shrinkage": 8.0,
         "surprise": 3.0,
@@ -25,6 +26,8 @@ BELIEFS: dict[str, dict[str, Any]] = {
     },
     "thompson": {"score": "thompson", "novelty": "class", "half_life": 50.0},
     "quantile": {"score": "quantile", "max_pending": 60},
+    "defaults": {"surprise": 2.0},
+    "defaults, two experts": {"top_k": 2, "surprise": 3.0, "exploration": 0.1},
     "several clusters": {"clusterings": 2, "neighbours": 2, "max_pending": 60},
     "several clusters and everything": {
         "clusterings": 2,

@@ -256,7 +256,7 @@ def test_a_saved_gate_and_a_saved_router_go_on_as_they_were(options: dict, tmp_p
 
 
 def test_explored_means_not_what_the_mixed_belief_would_have_chosen() -> None:
-    router = PosteriorRouter(E, D, C, clusterings=3, exploration=0.5)
+    router = PosteriorRouter(E, D, C, score="lcb", clusterings=3, exploration=0.5)
     router.fit(data(300).numpy())
     decided = router.route_batch(data(200, 2).numpy())
     router.gate.configure(exploration=0.0)
