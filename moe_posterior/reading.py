@@ -20,7 +20,7 @@ def decoding(
         path: the file, for the message.
         what: the file should be, for instance "valid JSON".
         advice: what to do then.
-        error: its type; our own errors pass as they are.
+        error: its type; our own errors pass as they are, on one line.
 
     >>> with decoding("a.json", "valid JSON", "make it again"):
     ...     json.loads("{")
@@ -30,7 +30,9 @@ quotes: line 1 column 2 (char 1)); make it again
     """
     try:
         yield
-    except MoEPosteriorError:
+    except MoEPosteriorError as cause:
+        if "\n" in str(cause):
+            raise error(one_line(cause)) from cause
         raise
     except Exception as cause:  # a decoder given torn or foreign bytes fails in any way there is
         text = f"{path} is not {what} ({type(cause).__name__}: {one_line(cause)})"

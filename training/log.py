@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from moe_posterior.atomic import append, write_text
 from moe_posterior.errors import DamagedFileError
+from moe_posterior.torchfile import read_plain_file
 
 __all__ = ["MetricsFile"]
 
@@ -81,7 +82,9 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     if not path.exists():
         return [], []
     try:
-        whole, _, _ = path.read_bytes().rpartition(b"\n")  # what follows the last line end is unfinished
+        whole, end, rest = read_plain_file(path).rpartition(b"\n")  # what follows the last line end is unfinished
+        if rest and not end:  # the columns come whole or not at all
+            raise ValueError("it has no line of columns")
         reader = csv.DictReader(io.StringIO(whole.decode(), newline=""), strict=True)
         columns, rows = list(reader.fieldnames or []), list(reader)
         if columns and STEP not in columns:
@@ -89,6 +92,8 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
         for row in rows:
             if None in row or not row[STEP].isdecimal():
                 raise ValueError(f"line {row} does not fit the columns")
+    except DamagedFileError:
+        raise
     except (OSError, ValueError, csv.Error, TypeError, AttributeError) as error:
         raise DamagedFileError(f"{path} must be the figures of this run; got {error}; move it away to go on") from error
     return columns, rows

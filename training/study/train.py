@@ -93,6 +93,8 @@ def load_outputs(path: Path) -> dict[str, tuple[Outputs, Tensor]]:
     advice = "delete it and run the same command again"
     with decoding(path, "what a cell said", advice), np.load(path, allow_pickle=False) as stored:
         names = dict.fromkeys(key.split("/")[0] for key in stored.files)
+        if not names:
+            raise ValueError("it is empty")
         return {
             name: (
                 Outputs(*(torch.from_numpy(stored[f"{name}/{field}"]) for field in Outputs._fields)),
