@@ -46,7 +46,7 @@ NOTES = (
     "The other intervals are 95 % percentile bootstrap intervals over rows, less the bootstrap's estimate of bias; every arm and every "
     "evaluation set of the same size sees the same resamples.",
     "Differences are marked where their 95 % interval excludes 0 and Holm's correction for the comparisons of the table agrees: one "
-    "family is the stored test rows and the mean of all shifted sets with their subsets, the other all further places.",
+    "family is the main table with its subsets, the other all further places.",
 )
 NOTES_ON_SHIFTS = (
     "severity null is the mean over evaluation sets; a mean of ECEs is not the ECE of the pooled predictions.",
