@@ -4,8 +4,8 @@ Models whose calibration error is known: confidences sharp (beta(30, 1)), mild (
 often than they say by one amount everywhere, chosen so that the binned l1 error of the population is the one wanted. All goes through
 :func:`~moe_posterior.metrics.calibration_interval` and :func:`~moe_posterior.metrics.calibration_difference`.
 
-    python -m moe_posterior.benchmarks.coverage                                      both tables in about two minutes on one core
-    python -m moe_posterior.benchmarks.coverage --runs 150 --out results/statistics  and coverage.json, coverage.md there
+    python -m moe_posterior.benchmarks.coverage                                      both tables in under two minutes on one idle core
+    python -m moe_posterior.benchmarks.coverage --runs 200 --out results/statistics  and coverage.json, coverage.md there
 """
 
 import argparse
