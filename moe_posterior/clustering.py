@@ -56,9 +56,8 @@ class Clusterer(FixedPrecision):
 
     def __init__(self, num_clusters: int, hidden_size: int, *, outliers: bool = False, levels: int = 1) -> None:
         super().__init__()
-        for name, size in (("num_clusters", num_clusters), ("hidden_size", hidden_size)):
-            if size < 1:
-                raise InvalidArgumentError(f"{name} must be at least 1; got {size}")
+        num_clusters = validation.count("num_clusters", num_clusters)
+        hidden_size = validation.count("hidden_size", hidden_size)
         if levels not in (1, 2):
             raise InvalidArgumentError(f"levels must be 1 or 2; got {levels}")
         self.num_clusters, self.hidden_size, self.outliers, self.levels = num_clusters, hidden_size, outliers, levels

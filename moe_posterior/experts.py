@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_posterior import validation
 from moe_posterior.dispatch import split_by_expert
 from moe_posterior.errors import InvalidArgumentError
 
@@ -47,9 +48,7 @@ class ExpertsFFN(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
-        for name, size in sizes.items():
-            if size < 1:
-                raise InvalidArgumentError(f"{name} must be at least 1; got {size}")
+        num_experts, hidden_size, intermediate_size = (validation.count(name, size) for name, size in sizes.items())
         if activation not in get_args(Activation):
             raise InvalidArgumentError(f"activation must be one of {list(get_args(Activation))}; got {activation!r}")
         if implementation not in get_args(Implementation):

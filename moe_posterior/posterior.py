@@ -96,9 +96,8 @@ class BetaPosterior(ChangingPool):
         pooling: Pooling = "odds",
     ) -> None:
         super().__init__()
-        for name, size in (("num_clusters", num_clusters), ("num_experts", num_experts)):
-            if size < 1:
-                raise InvalidArgumentError(f"{name} must be at least 1; got {size}")
+        num_clusters = validation.count("num_clusters", num_clusters)
+        num_experts = validation.count("num_experts", num_experts)
         for name, value in (("prior_alpha", prior_alpha), ("prior_beta", prior_beta)):
             if not 0.0 < value < float("inf"):
                 raise InvalidArgumentError(f"{name} must be positive and finite; got {value}")

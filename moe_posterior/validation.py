@@ -172,7 +172,7 @@ def count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> 
     >>> count("num_experts", np.int8(4))
     4
     """
-    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0 and not _is_meta(value):
         value = value.item()
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or int(value) < least or (most is not None and int(value) > most):
@@ -189,20 +189,25 @@ def is_empty_list(value: Any) -> bool:
 def is_index(value: Any, size: int) -> bool:
     """Whether this is one integer, Python's, numpy's or torch's, in [0, size); no boolean."""
     if isinstance(value, (Tensor, np.ndarray)):
-        value = value.item() if value.ndim == 0 else None
+        value = value.item() if value.ndim == 0 and not _is_meta(value) else None
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and 0 <= int(value) < size
 
 
 def real(value: Any) -> float | None:
     """One real number as a float; None for anything else, booleans included."""
     if isinstance(value, (Tensor, np.ndarray)):
-        value = value.item() if value.ndim == 0 else None
+        value = value.item() if value.ndim == 0 and not _is_meta(value) else None
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         return None
     try:
         return float(value)
     except OverflowError:  # a Python integer beyond the largest float
         return math.inf if value > 0 else -math.inf  # type: ignore[operator]
+
+
+def _is_meta(value: Tensor | np.ndarray) -> bool:
+    """Whether this has a shape and no values."""
+    return isinstance(value, Tensor) and value.is_meta
 
 
 def fits(found: Tensor, shape: Shape | None) -> bool:
@@ -234,7 +239,7 @@ def described(value: Any) -> str:
     """
     if hasattr(value, "dtype") and hasattr(value, "shape") and len(value.shape) > 0:
         return f"{value.dtype} of shape {tuple(value.shape)}"
-    text = repr(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
+    text = repr(value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value)
     return text if len(text) <= 80 else f"{type(value).__name__} {text[:60]}..."
 
 

@@ -89,12 +89,12 @@ class Gate(nn.Module, ABC):
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__()
-        for name, size in (("hidden_size", hidden_size), ("num_experts", num_experts)):
-            if size < 1:
-                raise InvalidArgumentError(f"{name} must be at least 1; got {size}")
-        if not 1 <= top_k <= num_experts:
-            raise InvalidArgumentError(f"top_k must lie in [1, num_experts={num_experts}]; got {top_k}")
-        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+        self.hidden_size = validation.count("hidden_size", hidden_size)
+        self.num_experts = validation.count("num_experts", num_experts)
+        whole = validation.real(top_k)  # None for what is no number
+        if whole is None or not whole.is_integer() or not 1 <= whole <= self.num_experts:
+            raise InvalidArgumentError(f"top_k must lie in [1, num_experts={num_experts}]; got {top_k!r}")
+        self.top_k = int(whole)
 
     @abstractmethod
     def forward(self, hidden: Tensor) -> Routing:  # (N, D)
