@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from moe_posterior.huggingface import restore_gates, swap_gates, token_outcomes
     from moe_posterior.layer import MixtureOfExperts, PosteriorMoE
     from moe_posterior.posterior import BetaPosterior
-    from moe_posterior.record import Trace, record
-    from moe_posterior.replay import replay
+    from moe_posterior.replay.record import Trace, record
+    from moe_posterior.replay.replay import replay
     from moe_posterior.router import Decision, Decisions, PosteriorRouter
     from moe_posterior.serving import export_routing
 
@@ -77,8 +77,7 @@ _HOMES = {  # part -> the names of the package that it defines
     "huggingface": ("restore_gates", "swap_gates", "token_outcomes"),
     "layer": ("MixtureOfExperts", "PosteriorMoE"),
     "posterior": ("BetaPosterior",),
-    "record": ("Trace", "record"),
-    "replay": ("replay",),
+    "replay": ("Trace", "record", "replay"),
     "router": ("Decision", "Decisions", "PosteriorRouter"),
     "serving": ("export_routing",),
 }
@@ -101,7 +100,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """The package where ``record`` and ``replay`` stay functions: importing the modules of these names would put those there."""
+    """The package where ``replay`` stays a function: importing the room of that name would put the room there."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if isinstance(value, ModuleType) and _HOME.get(name) == name:

@@ -64,7 +64,7 @@ def test_the_package_loads_a_name_when_it_is_used_and_keeps_record_and_replay_fu
         "import sys, moe_posterior as package\n"
         "assert 'torch' not in sys.modules\n"
         "assert set(package.__all__) <= set(dir(package))\n"
-        "import moe_posterior.record, moe_posterior.replay\n"
+        "import moe_posterior.replay\n"
         "from moe_posterior import record, replay\n"
         "assert callable(record) and callable(replay) and callable(package.record)\n"
         "assert package.gates.PosteriorGate is package.PosteriorGate\n"
@@ -72,6 +72,20 @@ def test_the_package_loads_a_name_when_it_is_used_and_keeps_record_and_replay_fu
         "from moe_posterior import *\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_record_and_replay_are_the_same_functions_wherever_they_are_imported_from() -> None:
+    ways = {
+        "from moe_posterior import record, replay\n",
+        "from moe_posterior.replay import record, replay\n",
+        "from moe_posterior.replay.record import record\nfrom moe_posterior.replay.replay import replay\n",
+    }
+    for first in sorted(ways):
+        code = "found = set()\n" + "".join(
+            f"{way}found.add((record, replay))\n" for way in [first, *sorted(ways - {first})]
+        )
+        code += "((record, replay),) = found\nassert record.__name__ == 'record' and replay.__name__ == 'replay'\n"
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_public_name_has_a_home() -> None:

@@ -23,8 +23,6 @@ ORDER = [
     ["gates"],
     ["dispatch", "experts"],
     ["layer", "router"],
-    ["auxiliary", "recording", "rerun", "reweigh"],
-    ["record"],
     ["replay"],
     ["audit", "huggingface", "serving"],
     ["benchmarks"],

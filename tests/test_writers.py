@@ -14,7 +14,7 @@ from faults import calls_of, error_of, full_disk, interposed, names_beside
 from report_example import full_report
 
 from moe_posterior import MixtureOfExperts, MoEPosteriorError, PosteriorGate, PosteriorRouter
-from moe_posterior.record import record
+from moe_posterior.replay.record import record
 from moe_posterior.serving import export_routing, save_routing
 from moe_posterior.tensorfile import save_plain, save_tensors
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_posterior.auxiliary import chosen_by, handed_on
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.replay.auxiliary import chosen_by, handed_on
 
 Decide = Callable[
     [Tensor, Tensor], tuple[Tensor, Tensor] | None
@@ -109,7 +109,7 @@ class Adapter:
         return (output[0], weights, indices, *output[3:])
 
     def hand_on(self, output: Any, told: Callable[[], None]) -> Any:
-        """The output with its logits passed through :func:`~moe_posterior.auxiliary.handed_on`."""
+        """The output with its logits passed through :func:`~moe_posterior.replay.auxiliary.handed_on`."""
         place = self.logits
         if place is None or not self.whole or not isinstance(output, tuple) or len(output) <= place:
             return output

@@ -14,7 +14,7 @@ from moe_posterior.huggingface.adapters import UnknownRouterError
 from moe_posterior.huggingface.gates import Choice, HostedPosteriorGate, HostedPriorGate
 from moe_posterior.huggingface.host import Binding, SwappedRouter
 from moe_posterior.huggingface.intercept import LogitsInterceptor
-from moe_posterior.record import auxiliary_listener
+from moe_posterior.replay.record import auxiliary_listener
 
 
 @torch.compiler.disable

@@ -16,7 +16,7 @@ from moe_posterior.errors import InvalidArgumentError, MissingDependencyError, N
 from moe_posterior.gates import Routing
 from moe_posterior.huggingface.gates import HostedGate, HostedPriorGate
 from moe_posterior.huggingface.host import CHILD, SwappedRouter, swapped_routers
-from moe_posterior.record import record
+from moe_posterior.replay.record import record
 
 Batches = Iterable[Mapping[str, Any]]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError
 from moe_posterior.gates import Gate, PosteriorGate, PriorGate
-from moe_posterior.record import HOSTED, find_gates, hosting_router
+from moe_posterior.replay.find import HOSTED, find_gates, hosting_router
 from moe_posterior.serving.routing import CustomRouting, PosteriorRouting, PriorRouting
 from moe_posterior.serving.rule import HostRule
 from moe_posterior.tensorfile import load_tensors, save_tensors

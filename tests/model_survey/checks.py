@@ -27,7 +27,7 @@ from model_survey.probe import (
 from model_survey.tiny import EXPERTS, tiny_batch
 from moe_posterior.huggingface.host import swapped_routers
 from moe_posterior.huggingface.swap import swapped_gates
-from moe_posterior.record import record
+from moe_posterior.replay.record import record
 
 
 def check_identical(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from model_survey.tiny import EXPERTS
 from moe_posterior.huggingface.gates import HostedPriorGate
 from moe_posterior.huggingface.host import SwappedRouter
 from moe_posterior.huggingface.swap import Mode, restore_gates, swap_gates, swapped_gates
-from moe_posterior.record import Trace, record
+from moe_posterior.replay.record import Trace, record
 
 CLUSTERS, PADDED = 3, 3
 

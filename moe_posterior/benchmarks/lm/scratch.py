@@ -19,7 +19,7 @@ from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.experts import ExpertsFFN
 from moe_posterior.gates import Gate, PosteriorGate, PriorGate, SoftmaxGate
 from moe_posterior.layer import MixtureOfExperts
-from moe_posterior.record import record
+from moe_posterior.replay.record import record
 
 ARMS = ("softmax", "softmax, balanced", "prior, balanced", "replace")
 NUM_CLUSTERS = 64

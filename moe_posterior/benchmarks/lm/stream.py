@@ -18,7 +18,7 @@ from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import PriorGate
 from moe_posterior.huggingface import swap_gates, token_outcomes
 from moe_posterior.posterior import BetaPosterior
-from moe_posterior.record import Trace, record
+from moe_posterior.replay.record import Trace, record
 
 Signal = Literal["gradient", "top1", "probability"]
 _FIT_BATCH = 16

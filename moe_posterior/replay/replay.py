@@ -15,10 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, PriorGate, Routing
-from moe_posterior.record import HOSTED, Trace, find_gates, hosting_router
-from moe_posterior.recording import GateMark, Recording, load_recording, mark, recording_of
-from moe_posterior.rerun import in_backward, may_run_again, signature
-from moe_posterior.reweigh import ForcedChoice, has_rule, reweigh
+from moe_posterior.replay.checkpointing import in_backward, may_run_again, signature
+from moe_posterior.replay.file import GateMark, Recording, load_recording, mark, recording_of
+from moe_posterior.replay.find import HOSTED, find_gates, hosting_router
+from moe_posterior.replay.record import Trace
+from moe_posterior.replay.reweigh import ForcedChoice, has_rule, reweigh
 
 Weights = Literal["recorded", "recomputed"]
 
@@ -184,7 +185,7 @@ def replay(
     Args:
         model: holds the same gates, by name, order and sizes, as the model recorded; not compiled.
         recorded: a trace that has not been observed yet, a file of :meth:`Trace.save`, what
-            :func:`~moe_posterior.recording.load_recording` read, or :func:`recording_from_experts`.
+            :func:`~moe_posterior.replay.load_recording` read, or :func:`recording_from_experts`.
         weights: ``"recorded"`` (default) also forces the routing weights, as constants: the same outputs bit for bit, whatever has
             become of the gates, and no gradient to them. ``"recomputed"`` forces the experts alone and weighs them by the gate's own
             rule as of now, with gradient, as training a router on a rollout needs; outputs are the same while the gates are.
