@@ -47,6 +47,7 @@ class Deviations(NamedTuple):
     total: Floats  # shared and own
     by_others: Floats  # the same, but the shared part is what the other experts' records say
     variance: Floats  # of the expert's own level
+    others: Floats  # the shared part alone, as the other experts' records say
 
 
 def deviations(record: Record, active: NDArray[np.bool_]) -> Deviations:  # (E,)
@@ -77,7 +78,7 @@ def deviations(record: Record, active: NDArray[np.bool_]) -> Deviations:  # (E,)
     others = (said.sum() - said) / (precision - weight)
     share = spread / (spread + variance)
     total, by_others = (base + (residual - base) * share for base in (drift, others))
-    return Deviations(total, by_others, 1 / (1 / spread + 1 / variance + record.known))
+    return Deviations(total, by_others, 1 / (1 / spread + 1 / variance + record.known), others)
 
 
 def _residual(record: Record) -> tuple[Floats, Floats]:

@@ -47,7 +47,7 @@ class BetaPosterior(ChangingPool):
             :func:`~moe_posterior.evidence.pooled_odds`. ``"hierarchy"`` also lends them the strength of the record, as far as clusters
             are alike, and lets all experts share a drift, so that one whose outcomes nobody has seen lately is not thought better than
             the rest after they all lost the same, see :mod:`moe_posterior.hierarchy`. Surprise then compares with that drift, and an
-            expert that has recovered from a fall is noticed in the same way.
+            expert that does again as its prior says is trusted again.
         surprise: threshold in nats of a CUSUM on each expert's log-likelihood ratio "competence has halved" against "as
             believed". When it is crossed, the expert keeps a tenth of its prior strength and evidence, so that what is seen
             from then on decides. About ln(observations between false alarms); None (default) never does this.
@@ -79,7 +79,7 @@ class BetaPosterior(ChangingPool):
     relief: Tensor  # (E,) float64, the CUSUM of recovery of an expert that fell, in nats
     alike: Tensor  # (E,) float64, how many observations an expert's pooled record is worth in a cluster
     record: Tensor  # (7, E) float64, derived: a hierarchy.Record
-    deviations: Tensor  # (3, E) float64, derived: hierarchy.Deviations
+    deviations: Tensor  # (4, E) float64, derived: hierarchy.Deviations
 
     def __init__(
         self,
@@ -416,12 +416,14 @@ class BetaPosterior(ChangingPool):
     def _alarm(self, seen: Observation) -> Tensor:  # -> (1, E), or (2, E) with pooling="hierarchy"
         """What a batch adds to each expert's suspicion, and to its relief: it counts as one step of the CUSUM."""
         cells, experts = seen.cells, seen.cells % self.num_experts
-        believed = beta_functions.mean(*self._believed_of(cells // self.num_experts, experts))
+        clusters = cells // self.num_experts
+        believed = beta_functions.mean(*self._believed_of(clusters, experts))
         ratio = evidence_functions.degraded_log_likelihood_ratio
         steps = [ratio(seen.signal, believed, _DEGRADED_SHARE, self.noise)]
-        if self.pooling == "hierarchy":  # recovery: failures have halved
-            mirrored = self.noise and ProxyNoise(self.noise.false_negative, self.noise.false_positive)
-            steps.append(ratio(1 - seen.signal, 1 - believed, _DEGRADED_SHARE, mirrored))
+        if self.pooling == "hierarchy":  # recovery: it does as its prior says and no longer half as well
+            prior = beta_functions.mean(self.prior_alpha[clusters, experts], self.prior_beta[clusters, experts])
+            before = evidence_functions.shift_odds(prior, torch.exp(self.deviations[3, experts]))
+            steps.append(-ratio(seen.signal, before, _DEGRADED_SHARE, self.noise))
         if seen.weight is not None:
             steps = [step * (seen.weight / self.clusterings) for step in steps]
         added = self.suspicion.new_zeros(len(steps), self.num_experts)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moe_posterior.atomic import write_text
-from moe_posterior.benchmarks import latency, records, render, tune
+from moe_posterior.benchmarks import latency, records, render, router, tune
 from moe_posterior.benchmarks.banks import BANKS
 from moe_posterior.benchmarks.llm import STREAMS
 from moe_posterior.benchmarks.records import Record, Results
@@ -57,6 +57,8 @@ def benchmark(arguments: Sequence[str]) -> int:
         return show(asked, _latency(asked, command))
     if asked.benchmark == "audit":
         return show(asked, _audit(asked, command))
+    if asked.benchmark == "router":
+        return show(asked, _router(asked, command))
     return show(asked, _run(asked, command))
 
 
@@ -67,7 +69,7 @@ def show(asked: argparse.Namespace, results: Results) -> int:
     if asked.markdown:
         write_text(asked.markdown, render.to_markdown(tables))
         print(f"tables: {terminal(asked.markdown)}")
-    if asked.figures and asked.benchmark not in ("latency", "audit"):
+    if asked.figures and asked.benchmark not in ("latency", "audit", "router"):
         for path in render.draw(results.records, asked.figures):
             print(f"figure: {terminal(path)}")
     about = results.about
@@ -79,6 +81,8 @@ def show(asked: argparse.Namespace, results: Results) -> int:
 def _tables(benchmark: str, records: list[Record]) -> list[Table]:
     if benchmark == "latency":
         return latency.tables(records)
+    if benchmark == "router":
+        return router.tables(records)
     if benchmark == "audit":
         from moe_posterior.benchmarks import audit, horizon
 
@@ -94,8 +98,11 @@ def environments(asked: argparse.Namespace) -> list[str]:
     Raises:
         InvalidArgumentError: one that the benchmark does not have.
     """
-    known = ["static", *STREAMS] if asked.benchmark == "llm" else ["synthetic", *BANKS]
-    chosen = asked.environments or (known if asked.benchmark == "llm" else ["synthetic", "digits"])
+    if asked.benchmark == "router":
+        known = list(router.STREAMS)
+    else:
+        known = ["static", *STREAMS] if asked.benchmark == "llm" else ["synthetic", *BANKS]
+    chosen = asked.environments or (known if asked.benchmark in ("llm", "router") else ["synthetic", "digits"])
     if unknown := [name for name in chosen if name not in known]:
         raise InvalidArgumentError(
             f"--environments must be among {known} for benchmark {asked.benchmark}; got {unknown}"
@@ -148,6 +155,21 @@ def _latency(asked: argparse.Namespace, command: str) -> Results:
     if asked.out:
         records.write(results, asked.out)
     return results
+
+
+def _router(asked: argparse.Namespace, command: str) -> Results:
+    names, seeds = environments(asked), range(asked.first_seed, asked.first_seed + asked.seeds)
+    found = records.read(asked.out).records if asked.out and Path(asked.out).is_file() else []
+    about, done = _about(command), {record.case for record in found}
+    if asked.out:
+        records.write(Results(found, about), asked.out)  # an unwritable place is found out before the work
+    with progress(len(names) * len(seeds) * (1 + len(router.POLICIES)) - len(done), asked.quiet) as advance:
+        for new in router.measure(names, seeds, done):
+            found.extend(new)
+            advance()
+            if asked.out:
+                records.write(Results(found, about), asked.out)
+    return Results([record for record in found if record.benchmark == asked.benchmark], about)
 
 
 def _audit(asked: argparse.Namespace, command: str) -> Results:

@@ -30,6 +30,7 @@ b    one of 16 experts fails on 60 % of the query classes, without a trace in wh
 c    after half of the stream the queries come from classes that no gate has seen
 llm  which of nine language models should answer: static, with the best one failing midway, with a change of tasks
 lm   gates swapped into a small language model of its own, experts damaged and repaired; see: moe-posterior benchmark lm --help
+router   the router's defaults: from nothing, warm, with failures, recoveries, newcomers and shared losses, beside plain bandits
 latency  how long a decision takes: one at a time, and when queries arrive at 1,000 to 100,000 a second; wants an idle machine
 audit    what the audit log costs, how fast it is written, verified and replayed; wants an idle machine
 
@@ -47,14 +48,18 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("benchmark", choices=("a", "b", "c", "llm", "lm", "latency", "audit"), help="which; see below")
+    made.add_argument(
+        "benchmark", choices=("a", "b", "c", "llm", "lm", "router", "latency", "audit"), help="which; see below"
+    )
     made.add_argument("--seeds", type=int, metavar="S", help="how many seeds (default 5; audit --horizon 20)")
     made.add_argument("--first-seed", type=int, default=0, metavar="S", help="start the seeds there (default 0)")
     made.add_argument("--out", metavar="FILE.json", help="write tidy records; what it already holds is not run again")
     made.add_argument("--from", dest="source", metavar="FILE.json", help="render these records, run nothing")
     made.add_argument("--markdown", metavar="FILE.md", help="write the tables as Markdown too")
     made.add_argument("--figures", metavar="FOLDER", help="draw figures into this folder")
-    made.add_argument("--environments", nargs="+", metavar="NAME", help="default: synthetic digits; for llm: all three")
+    made.add_argument(
+        "--environments", nargs="+", metavar="NAME", help="default: synthetic digits; for llm and router: all"
+    )
     made.add_argument(
         "--gates", nargs="+", metavar="NAME", choices=sorted(GATES), help=f"default: all of {', '.join(GATES)}"
     )
