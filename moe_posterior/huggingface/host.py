@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.gates.host import GateHost
 from moe_posterior.huggingface.adapters import Adapter
 from moe_posterior.huggingface.gates import HostedGate, HostedPriorGate
 
@@ -30,11 +31,19 @@ class Binding:
         )
 
 
-class SwappedRouter(nn.Module):
+class SwappedRouter(GateHost):
     """Mixed into a router's class by :func:`swapped_class`; a router becomes one by having its ``__class__`` set."""
 
     moe_posterior: Binding
     posterior_gate: HostedGate
+
+    @property
+    def chooses(self) -> bool:
+        return isinstance(self.posterior_gate, HostedPriorGate)
+
+    @property
+    def whole(self) -> bool:
+        return self.moe_posterior.adapter.whole
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The router's own forward, untouched while there is neither evidence nor anybody listening."""

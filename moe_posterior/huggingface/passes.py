@@ -15,7 +15,8 @@ from moe_posterior import validation
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError, NotFittedError
 from moe_posterior.gates import Routing
 from moe_posterior.huggingface.gates import HostedGate, HostedPriorGate
-from moe_posterior.huggingface.host import CHILD, SwappedRouter, swapped_routers
+from moe_posterior.huggingface.host import SwappedRouter, swapped_routers
+from moe_posterior.replay.find import outer_name
 from moe_posterior.replay.record import record
 
 Batches = Iterable[Mapping[str, Any]]
@@ -105,7 +106,7 @@ def warm_start(model: nn.Module, dataloader: Batches, max_tokens: int | None) ->
             loss.backward()
             outcomes = trace.gradient_outcomes()
             for gate_name, routing, outcome in outcomes:
-                name = gate_name.removesuffix(f".{CHILD}")
+                name = outer_name(model, gate_name)
                 if name in counts:
                     _count(counts[name], routing, outcome)
             trace.close()

@@ -4,8 +4,7 @@ from torch import nn
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate
-
-HOSTED = "posterior_gate"  # the name of a gate inside another library's router
+from moe_posterior.gates.host import GateHost
 
 
 def find_gates(model: nn.Module) -> dict[str, Gate]:
@@ -39,7 +38,12 @@ def _require_uncompiled(model: nn.Module) -> None:
         raise InvalidArgumentError(f"model must not be compiled: a compiled graph runs no hooks; {wanted}")
 
 
-def hosting_router(model: nn.Module, name: str) -> nn.Module | None:
+def hosting_router(model: nn.Module, name: str) -> GateHost | None:
     """The router that the gate of this name lives in; None for a gate that decides by itself."""
-    holder, _, child = name.rpartition(".")
-    return model.get_submodule(holder) if child == HOSTED else None
+    holder = model.get_submodule(name.rpartition(".")[0]) if name else None
+    return holder if isinstance(holder, GateHost) else None
+
+
+def outer_name(model: nn.Module, name: str) -> str:
+    """The name by which the rest of the model knows a gate: that of the router it lives in, or its own."""
+    return name if hosting_router(model, name) is None else name.rpartition(".")[0]

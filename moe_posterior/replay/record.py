@@ -16,7 +16,7 @@ from moe_posterior.gates import Gate, Routing
 from moe_posterior.replay.auxiliary import Apart
 from moe_posterior.replay.checkpointing import in_backward, may_run_again, signature
 from moe_posterior.replay.file import recording_of, save_recording
-from moe_posterior.replay.find import HOSTED, find_gates
+from moe_posterior.replay.find import find_gates, hosting_router
 
 
 class _Listener:
@@ -75,7 +75,7 @@ class Trace:
         self._handles = [
             gate.register_forward_hook(_Listener(self, name), with_kwargs=True) for name, gate in gates.items()
         ]
-        if model is not None and any(name.split(".")[-1] == HOSTED for name in gates):
+        if model is not None and any(hosting_router(model, name) for name in gates):
             self._handles.append(model.register_forward_hook(_Watcher(self)))
         weakref.finalize(self, _remove, self._handles)
 

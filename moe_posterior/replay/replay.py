@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.gates import Gate, PriorGate, Routing
+from moe_posterior.gates import Gate, Routing
+from moe_posterior.gates.host import GateHost
 from moe_posterior.replay.checkpointing import in_backward, may_run_again, signature
 from moe_posterior.replay.file import GateMark, Recording, load_recording, mark, recording_of
-from moe_posterior.replay.find import HOSTED, find_gates, hosting_router
+from moe_posterior.replay.find import find_gates, hosting_router, outer_name
 from moe_posterior.replay.record import Trace
 from moe_posterior.replay.reweigh import ForcedChoice, has_rule, reweigh
 
@@ -245,7 +246,7 @@ def recording_from_experts(model: nn.Module, experts: Mapping[str, Tensor]) -> R
     tensor([[3, 0]])
     """
     gates = find_gates(model)
-    names = {name.removesuffix(f".{HOSTED}"): name for name in gates}
+    names = {outer_name(model, name): name for name in gates}
     if experts.keys() != names.keys():
         raise InvalidArgumentError(f"experts must be given for the gates {list(names)}; got {list(experts)}")
     calls = []
@@ -291,12 +292,12 @@ def _validate_gates(recorded: dict[str, GateMark], gates: dict[str, Gate], same_
         raise InvalidArgumentError(f"model must have the gates that were recorded; {'; '.join(wrong)}")
 
 
-def _validate_weights(name: str, gate: Gate, router: Any, weights: Weights) -> None:
-    if weights == "recomputed" and not (has_rule(gate) if router is None else isinstance(gate, PriorGate)):
+def _validate_weights(name: str, gate: Gate, router: GateHost | None, weights: Weights) -> None:
+    if weights == "recomputed" and not (has_rule(gate) if router is None else router.chooses):
         raise InvalidArgumentError(
             f"weights must be 'recorded': gate {name!r}, a {type(gate).__name__}, has no rule to weigh a given choice"
         )
-    if weights == "recorded" and router is not None and not router.moe_posterior.adapter.whole:
+    if weights == "recorded" and router is not None and not router.whole:
         raise InvalidArgumentError(
             f"weights must be 'recomputed': the router of gate {name!r} returns more than was recorded, a choice and its weights"
         )

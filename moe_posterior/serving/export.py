@@ -9,7 +9,7 @@ from torch import nn
 
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError
 from moe_posterior.gates import Gate, PosteriorGate, PriorGate
-from moe_posterior.replay.find import HOSTED, find_gates, hosting_router
+from moe_posterior.replay.find import find_gates, hosting_router, outer_name
 from moe_posterior.serving.routing import CustomRouting, PosteriorRouting, PriorRouting
 from moe_posterior.serving.rule import HostRule
 from moe_posterior.tensorfile import load_tensors, save_tensors
@@ -52,7 +52,7 @@ def export_routing(
     functions = {}
     for name, gate in find_gates(model).items():
         router = hosting_router(model, name)
-        key = name if router is None else name.removesuffix(HOSTED).removesuffix(".")
+        key = outer_name(model, name)
         own = rule.get(key) if isinstance(rule, Mapping) else rule
         if own is None:
             own = HostRule() if router is None else _rule_of(key, router)

@@ -1,0 +1,19 @@
+"""What a router of another library says of itself while a gate lives in it, to whoever records, replays or exports its routing."""
+
+from abc import abstractmethod
+
+from torch import nn
+
+
+class GateHost(nn.Module):
+    """A router that a gate lives in, as its child; the router is what the model calls."""
+
+    @property
+    @abstractmethod
+    def chooses(self) -> bool:
+        """Whether the router's own rule chooses and weighs experts; False where the gate does it in its place."""
+
+    @property
+    @abstractmethod
+    def whole(self) -> bool:
+        """Whether a choice and its weights are all that the router makes of its logits."""
