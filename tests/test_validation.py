@@ -65,7 +65,7 @@ def test_floats_and_booleans_are_no_integers(given: Any) -> None:
         integers("ids", given)
 
 
-@pytest.mark.parametrize("given", NOT_NUMBERS, ids=repr)
+@pytest.mark.parametrize("given", NOT_NUMBERS)
 def test_what_is_no_number_is_refused_by_name(given: Any) -> None:
     for read in (tensor, integers, floats, outcomes, number, count):
         with pytest.raises(InvalidArgumentError, match=r"^thing"):

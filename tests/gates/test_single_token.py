@@ -80,7 +80,6 @@ def learned_more(gate: PosteriorGate) -> PosteriorGate:
         lambda gate: (gate.add_expert(), learned_more(gate))[1],
         lambda gate: (gate.replace_expert(1), gate)[1],
     ],
-    ids=str,
 )
 def test_the_kept_views_follow_every_change(tokens, change) -> None:
     gate = learned_gate()
