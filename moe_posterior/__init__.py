@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from moe_posterior.evidence import Evidence, ProxyNoise
     from moe_posterior.experts import ExpertsFFN
-    from moe_posterior.gates import Gate, PosteriorGate, PriorGate, Routing, SoftmaxGate
+    from moe_posterior.gates import BeliefGate, Gate, PosteriorGate, PriorGate, Routing, SoftmaxGate
     from moe_posterior.huggingface import restore_gates, swap_gates, token_outcomes
     from moe_posterior.layer import MixtureOfExperts, PosteriorMoE
     from moe_posterior.posterior import BetaPosterior
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from moe_posterior.serving import export_routing
 
 __all__ = [
+    "BeliefGate",
     "BetaPosterior",
     "Clusterer",
     "DamagedFileError",

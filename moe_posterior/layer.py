@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_posterior.dispatch import combine, dispatch, run_experts
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.experts import ExpertsFFN
-from moe_posterior.gates import Gate, PosteriorGate, PriorGate, Routing
+from moe_posterior.gates import BeliefGate, Gate, PosteriorGate, PriorGate, Routing
 from moe_posterior.precision import require_all_loadable
 
 
@@ -102,6 +102,7 @@ class PosteriorMoE(MixtureOfExperts):
         hidden_size: D.
         num_clusters: C; more clusters separate competence finer and need more evidence.
         top_k: k experts a token.
+        gate: a gate that holds a belief, to be used as it is; None (default) makes a :class:`PosteriorGate` of the other options.
         gate_options: everything else :class:`PosteriorGate` takes: ``risk_aversion``, ``score``, ``temperature``, …
 
     >>> generator = torch.Generator().manual_seed(0)
@@ -115,7 +116,7 @@ class PosteriorMoE(MixtureOfExperts):
     128.0
     """
 
-    gate: PosteriorGate | PriorGate
+    gate: BeliefGate
 
     def __init__(
         self,
@@ -123,9 +124,18 @@ class PosteriorMoE(MixtureOfExperts):
         hidden_size: int,
         num_clusters: int = 32,
         top_k: int = 2,
+        *,
+        gate: BeliefGate | None = None,
         **gate_options: Any,
     ) -> None:
-        super().__init__(experts, PosteriorGate(hidden_size, len(experts), num_clusters, top_k, **gate_options))
+        if gate is None:
+            gate = PosteriorGate(hidden_size, len(experts), num_clusters, top_k, **gate_options)
+        elif gate_options or gate.hidden_size != hidden_size:
+            raise InvalidArgumentError(
+                f"gate must have hidden_size={hidden_size} and comes with its own options; got "
+                f"hidden_size={gate.hidden_size} and {sorted(gate_options)}"
+            )
+        super().__init__(experts, gate)
 
     @classmethod
     def from_softmax_moe(
@@ -168,7 +178,7 @@ class PosteriorMoE(MixtureOfExperts):
         """
         router, experts, k = _parts_of(block, top_k)
         sizes = (router.in_features, router.out_features, num_clusters, k)
-        gate: PosteriorGate | PriorGate
+        gate: BeliefGate
         if mode == "replace":
             gate = PosteriorGate(*sizes, **gate_options)
         elif mode == "prior":
@@ -176,8 +186,7 @@ class PosteriorMoE(MixtureOfExperts):
             gate.router = router
         else:
             raise InvalidArgumentError(f"mode must be 'prior' or 'replace'; got {mode!r}")
-        moe = cls.__new__(cls)
-        MixtureOfExperts.__init__(moe, experts, gate.to(router.weight.device))
+        moe = cls(experts, router.in_features, gate=gate.to(router.weight.device))
         moe.training = gate.training = block.training
         if mode == "prior":
             _validate_same_outputs(block, moe, router.weight)

@@ -356,9 +356,19 @@ class BetaPosterior(ChangingPool):
             return found
         return validation.integers("experts", experts, ("M",), low=0, high=self.num_experts - 1)
 
-    def subscribe(self, listener: Callable[[Tensor | None], None]) -> None:
-        """Call ``listener(cluster_ids)`` after every change of the belief; None instead of ids means any cluster changed."""
+    def subscribe(self, listener: Callable[[Tensor | None], None]) -> Callable[[], None]:
+        """Call ``listener(cluster_ids)`` after every change of the belief; None instead of ids means any cluster changed.
+
+        Returns:
+            A function that ends the subscription; calling it again does nothing.
+        """
         self._listeners.append(listener)
+
+        def unsubscribe() -> None:
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+
+        return unsubscribe
 
     def extra_repr(self) -> str:
         options = {

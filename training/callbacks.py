@@ -10,7 +10,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.gates import PosteriorGate
+from moe_posterior.gates import BeliefGate
 from moe_posterior.tensorfile import save_plain
 from moe_posterior.training.data import Batch
 from moe_posterior.training.data.base import generator_for
@@ -77,7 +77,7 @@ class CompetenceUpdates(lightning.Callback):
         batch_idx: int,
     ) -> None:
         gate, routing = _classifier(pl_module).moe.gate, outputs["routing"]
-        if self.observe_batches and routing is not None and isinstance(gate, PosteriorGate):
+        if self.observe_batches and routing is not None and isinstance(gate, BeliefGate):
             gate.observe(routing, outputs["expert_correct"].double(), dense=True)
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class CompetenceUpdates(lightning.Callback):
         """Cluster the training rows' features anew and count the evidence again."""
         model = _classifier(pl_module)
         gate = model.moe.gate
-        if not isinstance(gate, PosteriorGate):
+        if not isinstance(gate, BeliefGate):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         was_training = model.training
@@ -97,7 +97,7 @@ class CompetenceUpdates(lightning.Callback):
         gate.fit(hidden_of_all[rows.to(hidden.device)], generator=generator)
         if self.evidence == "val":
             hidden, correct = _pass_over(model, data.val_dataloader())
-        gate.observe(gate(hidden), correct, dense=True)
+        gate.measure(hidden, correct)
         model.train(was_training)
 
 

@@ -21,7 +21,7 @@ from moe_posterior.calibrators import Calibrator
 from moe_posterior.commands.evaluate import parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.escape import terminal
-from moe_posterior.gates import PosteriorGate
+from moe_posterior.gates import BeliefGate
 from moe_posterior.reading import one_line
 from moe_posterior.tensorfile import save_plain
 from moe_posterior.training.cli import ExperimentCLI, chosen, read_checkpoint, read_config
@@ -135,7 +135,7 @@ def load_model(arm: Arm) -> MoEClassifier:
 def predict(model: MoEClassifier, arm: str, item: EvaluationSet) -> tuple[Predictions, Judged]:
     """What one arm says of one evaluation set, for the table and for the further sections."""
     outputs, target, routing = routed_outputs_of(model, item.loader)
-    routed = isinstance(model.moe.gate, PosteriorGate)
+    routed = isinstance(model.moe.gate, BeliefGate)
     predictions = Predictions(
         probs=outputs.probs,
         target=target,
@@ -250,7 +250,7 @@ def _write(
         reliability_diagram(report, draft / "reliability.png")
         for name, model in models.items():
             gate = model.moe.gate
-            if isinstance(gate, PosteriorGate):
+            if isinstance(gate, BeliefGate):
                 observed = gate.posterior.successes + gate.posterior.failures
                 posterior_heatmap(gate.posterior.mean(), observed, draft / f"competence-{name}.png")
         for name, kinds in calibrators.items():

@@ -18,7 +18,7 @@ from moe_posterior import losses
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate
 from moe_posterior.training.lowpass import lowpass
-from moe_posterior.training.prediction import Prediction, configurations, dense_weights, num_configurations
+from moe_posterior.training.prediction import Prediction, dense_weights
 
 __all__ = [
     "FGR",
@@ -302,7 +302,7 @@ class RobustConfiguration(Method):
             self.register_buffer(name, torch.zeros(0))
 
     def bind(self, gate: Gate, num_groups: int) -> None:
-        start = losses.ConfigurationState.start(num_configurations(gate))
+        start = losses.ConfigurationState.start(gate.num_configurations)
         for name in start._fields:
             setattr(self, name, getattr(start, name).clone())
 
@@ -310,7 +310,7 @@ class RobustConfiguration(Method):
         if prediction.routing is None:
             return Terms(losses.nll(prediction.probs, target), {})
         state = losses.ConfigurationState(*(getattr(self, name) for name in losses.ConfigurationState._fields))
-        ids = configurations(prediction.routing, gate)
+        ids = gate.configurations(prediction.routing)
         penalised = partial(losses.robust_config, state=state, weight=self.weight, step=self.step)
         loss, after = penalised(prediction.probs, target, ids)
         if _several_ranks():

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from moe_posterior.calibrators import Outputs
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.gates import PosteriorGate, Routing
+from moe_posterior.gates import BeliefGate, Routing
 from moe_posterior.metrics import Configurations, configuration_ids
 from moe_posterior.training.data import Batch
 from moe_posterior.training.module import MoEClassifier
-from moe_posterior.training.prediction import configurations, dense_weights
+from moe_posterior.training.prediction import dense_weights
 
 __all__ = ["normalised", "numbered_configurations", "outputs_of", "routed_outputs_of"]
 
@@ -46,18 +46,14 @@ def routed_outputs_of(model: MoEClassifier, batches: Iterable[Batch]) -> tuple[O
         assert routing is not None
         weights = dense_weights(prediction)
         gap = prediction.expert_probs - prediction.probs[:, None]
-        novelty = torch.zeros_like(routing.distance)
-        if isinstance(gate, PosteriorGate):
-            inside = routing.cluster_ids.clamp(
-                max=len(gate.clusterer.radius) - 1
-            )  # outliers have no radius of their own
-            radius = gate.clusterer.radius[inside].clamp(min=torch.finfo(torch.float32).tiny)
-            novelty = routing.distance / radius
+        novelty = (
+            gate.relative_distance(routing) if isinstance(gate, BeliefGate) else torch.zeros_like(routing.distance)
+        )
         fields = (
             prediction.probs,
             prediction.expert_probs,
             weights,
-            configurations(routing, gate),
+            gate.configurations(routing),
             novelty,
             (weights * gap.square().sum(dim=-1)).sum(dim=-1),
             batch.get("group", torch.zeros(len(novelty), dtype=torch.int64)),

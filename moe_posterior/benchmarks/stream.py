@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_posterior.benchmarks.environments import Environment
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.gates import ExpertThresholdGate, Gate, PosteriorGate, Routing
+from moe_posterior.gates import BeliefGate, ExpertThresholdGate, Gate, Routing
 
 CHECKPOINTS = (
     0,
@@ -87,7 +87,7 @@ class Exchange:
 
     def tell(self, gate: Gate) -> None:
         """Tell a gate that can be told; others stay as they are."""
-        if isinstance(gate, PosteriorGate):
+        if isinstance(gate, BeliefGate):
             others = {other: 1.0 for other in range(gate.num_experts) if other != self.expert}
             gate.replace_expert(self.expert, others if self.inherits else None)
 
@@ -190,7 +190,7 @@ class _Watch:
     def __init__(self, gate: Gate, environment: Environment) -> None:
         self.degraded_mean: dict[int, Tensor] = {}
         self.log_alarm: int | None = None
-        self.gate = gate if isinstance(gate, PosteriorGate) and environment.degraded is not None else None
+        self.gate = gate if isinstance(gate, BeliefGate) and environment.degraded is not None else None
         if self.gate is None:
             return
         stream = environment.stream

@@ -153,6 +153,19 @@ class Gate(nn.Module, ABC):
         """
         return routing.scores
 
+    @property
+    def num_configurations(self) -> int:
+        """How many routing configurations there can be: the ordered pairs of experts, unless a gate says otherwise."""
+        return self.num_experts**2
+
+    def configurations(self, routing: Routing) -> Tensor:  # -> (N,) int64 in [0, num_configurations)
+        """The routing configuration of every token: the pair of the two experts that weigh most, in order.
+
+        With a soft gate that is the finite part of an infinite configuration.
+        """
+        second = routing.expert_indices[:, 1] if self.top_k > 1 else routing.expert_indices[:, 0]
+        return routing.expert_indices[:, 0] * self.num_experts + second
+
     def slots_of(self, routing: Routing, outcome: Tensor, dense: bool | None) -> Tensor | None:  # -> (N, k) or None
         """The experts that the columns of ``outcome`` belong to; None if the columns are all experts in order."""
         num_tokens, top_k = routing.expert_indices.shape

@@ -17,11 +17,12 @@ from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import ProxyNoise, novelty_weight
 from moe_posterior.gates import race
-from moe_posterior.gates.base import Gate, Routing, SharedRouting, refuse_export
+from moe_posterior.gates.base import Routing, SharedRouting, refuse_export
+from moe_posterior.gates.belief import BeliefGate
+from moe_posterior.gates.rules import Rule, rule_of
 from moe_posterior.kernels import cpu, dispatch, reference
 from moe_posterior.memberships import Memberships, SeveralClusters, mixed, mixed_at
 from moe_posterior.posterior import BetaPosterior, Pooling
-from moe_posterior.precision import FixedPrecision
 
 Score = Literal["lcb", "mean", "quantile", "thompson", "race"]
 Novelty = Literal["off", "discount", "class"]
@@ -29,7 +30,7 @@ _ROW_BITS = 32  # of a draw's number, for the row of the batch; the rest counts 
 KNOBS = ("score", "risk_aversion", "credible_level", "temperature", "exploration")
 
 
-class PosteriorGate(Gate, FixedPrecision):
+class PosteriorGate(BeliefGate):
     """Route by proven competence: the k experts with the highest lower confidence bound in the token's cluster.
 
     The gate reads its :class:`BetaPosterior` and keeps no counts of its own. Where score, choice and weights depend on the
@@ -39,6 +40,8 @@ class PosteriorGate(Gate, FixedPrecision):
 
     Args:
         hidden_size, num_experts, num_clusters, top_k: D, E, C, k.
+        rule: how competence becomes a score, for instance ``LCB(2.0)`` or ``Quantile(0.1)``, see :mod:`moe_posterior.gates.rules`; None
+            (default) takes the options that follow.
         score: ``"lcb"`` (default) mean − λ·std; ``"mean"``; ``"quantile"`` the exact lower credible bound; ``"thompson"`` one draw
             per token, which explores; ``"race"`` ranks by ``lcb`` and explores while, and where, the bounds do not yet tell the experts
             apart: one draw per token among those that may still be the best, see :mod:`moe_posterior.gates.race`. The scores of a
@@ -106,6 +109,7 @@ class PosteriorGate(Gate, FixedPrecision):
         num_clusters: int = 32,
         top_k: int = 2,
         *,
+        rule: Rule | None = None,
         score: Score = "lcb",
         risk_aversion: float = 1.0,
         credible_level: float = 0.05,
@@ -130,6 +134,9 @@ class PosteriorGate(Gate, FixedPrecision):
         backend: dispatch.Backend = "auto",
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k)
+        named: dict[str, Any] = {"score": score, "risk_aversion": risk_aversion, "credible_level": credible_level}
+        if rule is not None:
+            named |= rule.options
         noisy = false_positive_rate != 0 or false_negative_rate != 0
         if novelty not in get_args(Novelty):
             raise InvalidArgumentError(f"novelty must be one of {list(get_args(Novelty))}; got {novelty!r}")
@@ -155,7 +162,7 @@ class PosteriorGate(Gate, FixedPrecision):
         if threshold is not None and not 0.0 <= threshold <= 1.0:
             raise InvalidArgumentError(f"threshold must lie in [0, 1] or be None; got {threshold}")
         self.novelty = novelty
-        self.threshold, self.lazy, self.seed, self.backend = threshold, lazy, seed, backend
+        self.threshold, self.lazy, self.seed, self.backend = threshold, lazy, named.pop("seed", seed), backend
         self._views = cpu.Views()
         table = (self.posterior.num_clusters, top_k)
         self.register_buffer("topk_indices", torch.zeros(table, dtype=torch.int64), persistent=False)
@@ -166,16 +173,10 @@ class PosteriorGate(Gate, FixedPrecision):
         self.register_buffer("unsettled", torch.zeros(table[0], dtype=torch.bool), persistent=False)
         self.register_buffer("stale", torch.ones(table[0], dtype=torch.bool), persistent=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.configure(
-            score=score,
-            risk_aversion=risk_aversion,
-            credible_level=credible_level,
-            temperature=temperature,
-            exploration=exploration,
-        )
-        self.posterior.subscribe(self._refresh)
+        self.configure(**named, temperature=temperature, exploration=exploration)
+        self.posterior.subscribe(self.refresh)
 
-    def configure(
+    def configure(  # type: ignore[override]  # by name, so that each knob is documented and checked
         self,
         *,
         score: Score | None = None,
@@ -197,10 +198,10 @@ class PosteriorGate(Gate, FixedPrecision):
             "exploration": exploration,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        _validate_knobs(given)
+        _validate_knobs(given, self.seed)
         for name, value in given.items():
             setattr(self, name, value)
-        self._refresh(None)
+        self.refresh(None)
 
     @property
     def knobs(self) -> dict[str, Any]:
@@ -208,9 +209,23 @@ class PosteriorGate(Gate, FixedPrecision):
         return {name: getattr(self, name) for name in KNOBS}
 
     @property
-    def num_clusters(self) -> int:
-        """How many rows the belief has, C in each clustering, and one more for the outlier class with ``novelty="class"``."""
-        return self.posterior.num_clusters
+    def rule(self) -> Rule:
+        """How competence becomes a score, as the knobs stand; see :mod:`moe_posterior.gates.rules`."""
+        return rule_of(self.score, self.risk_aversion, self.credible_level, self.seed)
+
+    @property
+    def num_configurations(self) -> int:
+        """The clusters: what this gate chooses depends on nothing else."""
+        return self.num_clusters
+
+    def configurations(self, routing: Routing) -> Tensor:  # -> (N,) int64
+        """The cluster of every token."""
+        return routing.cluster_ids
+
+    @property
+    def reads_other_clusters(self) -> bool:
+        """With ``novelty="discount"`` the pooled record of all clusters speaks in each."""
+        return self.novelty == "discount"
 
     @property
     def chooses_per_token(self) -> bool:
@@ -235,10 +250,7 @@ class PosteriorGate(Gate, FixedPrecision):
         return self.clusterer.fitted and (self.members is None or self.members.fitted)
 
     def fit(self, hidden: Tensor, *, generator: torch.Generator | None = None) -> None:  # (..., D)
-        """Find the clusters by k-means and forget all evidence and any warm start: they spoke of other clusters.
-
-        A Routing made before a fit must not be observed after it. Errors as :meth:`Clusterer.fit`.
-        """
+        """As :meth:`BeliefGate.fit`, in every clustering."""
         self.clusterer.fit(hidden, generator=generator)
         if self.members is not None:
             self.members.fit(self.clusterer, hidden, generator)
@@ -289,17 +301,16 @@ class PosteriorGate(Gate, FixedPrecision):
         )
         return Routing(selection.expert_indices, weights, assignment.cluster_ids, selection.scores, assignment.distance)
 
-    def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (N, k) or (N, E)
-        """Add the outcomes to the belief and refresh the tables of the touched clusters; arguments as :meth:`Gate.observe`."""
-        routing, outcome = self.read(routing, outcome)
-        slots = self.slots_of(routing, outcome, dense)
-        lost = ~torch.isfinite(routing.distance).to(outcome.device)
-        if lost.any():
-            outcome = torch.where(lost[:, None], torch.nan, outcome)
+    def learn(self, routing: Routing, outcome: Tensor, slots: Tensor | None) -> None:  # (N, k) or (N, E)
+        """Add the outcomes to the belief and refresh the tables of the touched clusters."""
         members = self._members_of(routing)
         ids, shares = (routing.cluster_ids, None) if members is None else members
         self.posterior.observe(ids, outcome, slots, shares=shares, threshold=self.threshold)
         self.steps += 1
+
+    def measure(self, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
+        """Count how every expert did on these rows as evidence."""
+        self.observe(self(hidden), outcome, dense=True)
 
     @torch.no_grad()
     def shadow(self, routing: Routing, rate: float) -> Tensor:  # -> (N,) int64
@@ -325,24 +336,6 @@ class PosteriorGate(Gate, FixedPrecision):
         self.num_experts += 1
         return index
 
-    def remove_expert(self, expert: int) -> None:
-        """Never choose this expert again; indices of the others stay. See :meth:`BetaPosterior.remove_expert`.
-
-        Raises:
-            InvalidArgumentError: there is no such active expert, or fewer than ``top_k`` would be left.
-        """
-        if int(self.posterior.active.sum()) <= self.top_k:
-            raise InvalidArgumentError(
-                f"expert {expert} cannot be removed: top_k={self.top_k} experts must stay active"
-            )
-        self.posterior.remove_expert(expert)
-
-    def replace_expert(
-        self, expert: int, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0
-    ) -> None:
-        """A retrained expert in the same place: forget what was known of the old one. See BetaPosterior.replace_expert."""
-        self.posterior.replace_expert(expert, prior_from, strength=strength)
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, score={self.score!r}, risk_aversion={self.risk_aversion:g}"
 
@@ -354,15 +347,7 @@ class PosteriorGate(Gate, FixedPrecision):
         return self._scores(*self.posterior.parameters_of(cluster_ids), None)
 
     def _scores(self, alpha: Tensor, beta: Tensor, generator: torch.Generator | None) -> Tensor:  # (M, E)
-        if self.score in ("lcb", "race"):
-            scores = beta_functions.lcb(alpha, beta, self.risk_aversion)
-        elif self.score == "quantile":
-            scores = beta_functions.quantile(alpha, beta, self.credible_level)
-        elif self.score == "thompson" and generator is not None:
-            scores = beta_functions.thompson(alpha, beta, generator)
-        else:
-            scores = beta_functions.mean(alpha, beta)
-        return scores.masked_fill(~self.posterior.active, -torch.inf)
+        return self.rule(alpha, beta, generator).masked_fill(~self.posterior.active, -torch.inf)
 
     def _forward_one(self, hidden: Tensor) -> Routing:  # (1, D)
         """One token by the tables, in numpy."""
@@ -493,7 +478,7 @@ class PosteriorGate(Gate, FixedPrecision):
         return torch.Generator(device).manual_seed(stream)
 
     @torch.no_grad()
-    def _refresh(self, cluster_ids: Tensor | None) -> None:
+    def refresh(self, cluster_ids: Tensor | None) -> None:
         """Rewrite the tables of the given clusters (None: of all, or, if lazy, mark all to be rewritten)."""
         device = self.posterior.successes.device
         if (
@@ -535,8 +520,7 @@ class PosteriorGate(Gate, FixedPrecision):
         members = self._members_of(routing)
         if members is not None:
             return beta_functions.mean(*mixed_at(self.posterior, members, routing.expert_indices)).float()
-        alpha, beta = self.posterior.parameters_of(routing.cluster_ids)
-        return beta_functions.mean(alpha, beta).gather(1, routing.expert_indices).float()
+        return super().expected_outcome(routing)
 
     @torch.no_grad()
     def estimates(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, E) float64
@@ -598,12 +582,12 @@ def _chosen(alpha: Tensor, beta: Tensor, expert_indices: Tensor) -> Tensor:  # 2
     return torch.stack([alpha.gather(1, expert_indices), beta.gather(1, expert_indices)], dim=1)
 
 
-def _validate_knobs(knobs: Mapping[str, Any]) -> None:
-    if "score" in knobs and knobs["score"] not in get_args(Score):
-        raise InvalidArgumentError(f"score must be one of {list(get_args(Score))}; got {knobs['score']!r}")
+def _validate_knobs(knobs: Mapping[str, Any], seed: int) -> None:
+    standard = {"score": "lcb", "risk_aversion": 1.0, "credible_level": 0.05}
+    rule = {name: knobs.get(name, value) for name, value in standard.items()}
+    for score in {rule["score"], "lcb", "quantile"}:  # a knob that another rule reads is checked all the same
+        rule_of(score, rule["risk_aversion"], rule["credible_level"], seed)
     ranges: dict[str, tuple[str, Callable[[float], bool]]] = {
-        "risk_aversion": ("be at least 0 and finite", lambda value: 0.0 <= value < float("inf")),
-        "credible_level": ("lie in (0, 1)", lambda value: 0.0 < value < 1.0),
         "temperature": ("be positive and finite", lambda value: 0.0 < value < float("inf")),
         "exploration": ("lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
     }

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from moe_posterior import beta as beta_functions
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
-from moe_posterior.gates.base import Gate, Routing
+from moe_posterior.gates.base import Routing
+from moe_posterior.gates.belief import BeliefGate
 from moe_posterior.gates.tempering import evidence_bias, reference_from, shortfall
 from moe_posterior.kernels import dispatch, reference
 from moe_posterior.kernels.reference import Assignment
 from moe_posterior.posterior import BetaPosterior
-from moe_posterior.precision import FixedPrecision
 from moe_posterior.soundness import require_sound
 
 
-class PriorGate(Gate, FixedPrecision):
+class PriorGate(BeliefGate):
     """A softmax gate plus a penalty for experts that are credibly worse than they were: innocent until proven.
 
     Every (cluster, expert) has a reference competence, measured on healthy data by :meth:`warm_start`. The belief starts there, and
@@ -100,12 +100,7 @@ class PriorGate(Gate, FixedPrecision):
         )
         self._biased, self._version = False, 0
         self.register_buffer("evidence_bias", torch.zeros(num_clusters, num_experts), persistent=False)
-        self.posterior.subscribe(self._refresh)
-
-    @property
-    def num_clusters(self) -> int:
-        """C."""
-        return self.clusterer.num_clusters
+        self.posterior.subscribe(self.refresh)
 
     @property
     def biased(self) -> bool:
@@ -124,19 +119,17 @@ class PriorGate(Gate, FixedPrecision):
         """The competence every expert is held to, measured by the warm start; ½ before one."""
         return beta_functions.mean(self.posterior.prior_alpha, self.posterior.prior_beta)
 
-    def fit(self, hidden: Tensor, *, generator: torch.Generator | None = None) -> None:  # (..., D)
-        """Find the clusters by k-means and forget reference and evidence: they spoke of other clusters."""
-        self.clusterer.fit(hidden, generator=generator)
-        self.posterior.reset(prior=True)
-
     def warm_start(self, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
         """Measure the reference from outcomes of healthy experts; NaN = not observed. See :meth:`warm_start_from_counts`.
 
         No collective call: under torch.distributed every rank must be given the same data, or the summed counts.
         """
+        self._warm_start(hidden, outcome, sync=False)
+
+    def _warm_start(self, hidden: Tensor, outcome: Tensor, *, sync: bool) -> None:  # (N, D), (N, E)
         self.validate_hidden(hidden)
         counts = BetaPosterior(self.num_clusters, self.num_experts).to(hidden.device)
-        counts.observe(self.clusterer(hidden).cluster_ids, outcome, sync=False)
+        counts.observe(self.clusterer(hidden).cluster_ids, outcome, sync=sync)
         self.warm_start_from_counts(counts.successes, counts.failures)
 
     @torch.no_grad()
@@ -210,19 +203,14 @@ class PriorGate(Gate, FixedPrecision):
             )
         return plain and (hidden.is_cuda or self.backend != "auto")
 
-    def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (N, k) or (N, E)
-        """Add outcomes to the evidence; arguments as :meth:`Gate.observe`.
-
-        Raises:
-            InvalidArgumentError: as :meth:`Gate.observe`. NotFittedError: before :meth:`fit`; nothing has changed in either case.
-        """
-        routing, outcome = self.read(routing, outcome)
-        slots = self.slots_of(routing, outcome, dense)
-        self.require_observable()
-        lost = ~torch.isfinite(routing.distance).to(outcome.device)
-        outcome = torch.where(lost[:, None], torch.nan, outcome)
+    def learn(self, routing: Routing, outcome: Tensor, slots: Tensor | None) -> None:  # (N, k) or (N, E)
+        """Add outcomes to the evidence, after what the amnesty takes from the evidence so far."""
         keep = None if self.amnesty is None else self._kept(outcome, self.amnesty)
         self.posterior.observe(routing.cluster_ids, outcome, slots, keep=keep)
+
+    def measure(self, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
+        """Hold every expert to how it did on these rows, those of all ranks together: a :meth:`warm_start` that is collective."""
+        self._warm_start(hidden, outcome, sync=True)
 
     def require_observable(self) -> None:
         if not self.clusterer.fitted:
@@ -235,29 +223,12 @@ class PriorGate(Gate, FixedPrecision):
             torch.distributed.all_reduce(tokens)
         return torch.exp2(-tokens / amnesty)
 
-    def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
-        """Posterior mean competence of the chosen experts as of now."""
-        alpha, beta = self.posterior.parameters_of(routing.cluster_ids)
-        return beta_functions.mean(alpha, beta).gather(1, routing.expert_indices).float()
-
-    def remove_expert(self, expert: int) -> None:
-        """Never choose this expert again; indices of the others stay. See :meth:`BetaPosterior.remove_expert`.
-
-        Raises:
-            InvalidArgumentError: there is no such active expert, or fewer than ``top_k`` would be left.
-        """
-        if int(self.posterior.active.sum()) <= self.top_k:
-            raise InvalidArgumentError(
-                f"expert {expert} cannot be removed: top_k={self.top_k} experts must stay active"
-            )
-        self.posterior.remove_expert(expert)
-
     def extra_repr(self) -> str:
         knobs = f"penalty={self.penalty:g}, confidence={self.confidence:g}, strength={self.strength:g}"
         return f"{super().extra_repr()}, num_clusters={self.num_clusters}, {knobs}, biased={self.biased}"
 
     @torch.no_grad()
-    def _refresh(self, cluster_ids: Tensor | None) -> None:
+    def refresh(self, cluster_ids: Tensor | None) -> None:
         """The whole table: pooling lets what was seen in one cluster speak in all."""
         belief = self.posterior
         if belief.successes.device.type == "meta":

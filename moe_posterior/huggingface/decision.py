@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_posterior.huggingface.adapters import UnknownRouterError
-from moe_posterior.huggingface.gates import Choice, HostedPosteriorGate, HostedPriorGate
+from moe_posterior.huggingface.gates import Choice
 from moe_posterior.huggingface.host import Binding, SwappedRouter
 from moe_posterior.huggingface.intercept import LogitsInterceptor
 from moe_posterior.replay.record import auxiliary_listener
@@ -28,11 +28,11 @@ def decide(router: SwappedRouter, args: tuple[Any, ...], kwargs: dict[str, Any])
     if binding.collector is not None:
         binding.collector(hidden if real is None else hidden[real.to(hidden.device)])
     bias, correction, assignment = None, None, None
-    if isinstance(gate, HostedPriorGate) and gate.biased:
-        assignment = gate.assign(hidden)
-        bias = nn.functional.pad(gate.evidence_bias[assignment.cluster_ids], (0, width - gate.num_experts))
+    if (biased := gate.logits_bias(hidden)) is not None:
+        evidence, assignment = biased
+        bias = nn.functional.pad(evidence, (0, width - gate.num_experts))
         correction = adapter.correction(router, args, kwargs)
-    replacing = isinstance(gate, HostedPosteriorGate) and gate.clusterer.fitted and not binding.own_choice
+    replacing = gate.replaces and gate.takes_part and not binding.own_choice
 
     def choose(indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
         interceptor.over = True

@@ -3,13 +3,14 @@
 Dimensions: T tokens, D hidden size, E experts, k experts per token.
 """
 
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.gates import Gate, PosteriorGate, PriorGate, Routing
+from moe_posterior.gates import BeliefGate, Gate, PosteriorGate, PriorGate, Routing
 from moe_posterior.kernels.reference import Assignment
 
 
@@ -23,8 +24,38 @@ class Choice(NamedTuple):
     stands: bool  # whether this choice is final; if not, a gate that replaces the router makes another
 
 
-class HostedPriorGate(PriorGate):
+class HostedGate(BeliefGate):
+    """What a gate inside another router is asked by it."""
+
+    replaces: ClassVar[bool]  # whether it chooses itself, once there are clusters
+
+    @property
+    @abstractmethod
+    def takes_part(self) -> bool:
+        """Whether it changes the router's choice as things stand."""
+
+    def logits_bias(self, hidden: Tensor) -> tuple[Tensor, Assignment] | None:  # (T, D) -> (T, E)
+        """What the evidence adds to the host's logits, and the tokens' clusters; None where it adds nothing."""
+        return None
+
+    @abstractmethod
+    def set_reference(self, successes: Tensor, failures: Tensor) -> None:  # (C, E), (C, E)
+        """Start from counts on healthy data; evidence so far is forgotten."""
+
+    def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (T, k) or (T, E)
+        """As :meth:`BeliefGate.observe`; a slot of weight 0, an expert over capacity, took no part and is not observed."""
+        super().observe(routing, without_idle(self, routing, outcome, dense), dense=dense)
+
+
+class HostedPriorGate(HostedGate, PriorGate):
     """A :class:`PriorGate` without a router of its own: the host chooses, with this gate's bias on its logits."""
+
+    replaces = False
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether the evidence moves any logit."""
+        return self.biased
 
     def forward(self, hidden: Tensor, choice: Choice | None = None) -> Routing:  # (T, D)
         """The host's choice as a Routing; padding lies at distance inf, where nothing is observed."""
@@ -33,13 +64,25 @@ class HostedPriorGate(PriorGate):
         ids, distance = self.assign(hidden) if choice.assignment is None else choice.assignment
         return Routing(choice.indices, choice.weights, ids, choice.weights.detach(), _far(distance, choice.real))
 
-    def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (T, k) or (T, E)
-        """As :meth:`PriorGate.observe`; a slot of weight 0, an expert over capacity, took no part and is not observed."""
-        super().observe(routing, without_idle(self, routing, outcome, dense), dense=dense)
+    def logits_bias(self, hidden: Tensor) -> tuple[Tensor, Assignment] | None:  # (T, D) -> (T, E)
+        if not self.biased:
+            return None
+        assignment = self.assign(hidden)
+        return self.evidence_bias[assignment.cluster_ids], assignment
+
+    def set_reference(self, successes: Tensor, failures: Tensor) -> None:  # (C, E), (C, E)
+        self.warm_start_from_counts(successes, failures)
 
 
-class HostedPosteriorGate(PosteriorGate):
+class HostedPosteriorGate(HostedGate, PosteriorGate):
     """A :class:`PosteriorGate` in a router's place: it chooses; its weights add up to what the host's own would have."""
+
+    replaces = True
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether there are clusters to choose by."""
+        return self.clusterer.fitted
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -63,12 +106,12 @@ class HostedPosteriorGate(PosteriorGate):
         weights = (routing.routing_weights * total).to(choice.weights.dtype)
         return routing._replace(routing_weights=weights, distance=_far(routing.distance, choice.real))
 
-    def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (T, k) or (T, E)
-        """As :meth:`PosteriorGate.observe`; a slot of weight 0 took no part and is not observed."""
-        super().observe(routing, without_idle(self, routing, outcome, dense), dense=dense)
-
-
-HostedGate = HostedPriorGate | HostedPosteriorGate
+    @torch.no_grad()
+    def set_reference(self, successes: Tensor, failures: Tensor) -> None:  # (C, E), (C, E)
+        alpha, beta = self.posterior.initial_prior
+        self.posterior.prior_alpha.copy_(alpha + successes)
+        self.posterior.prior_beta.copy_(beta + failures)
+        self.posterior.reset()
 
 
 def make_gate(
@@ -91,7 +134,7 @@ def make_gate(
         return kinds[mode](hidden_size, num_experts, num_clusters, top_k, **knobs)  # type: ignore[arg-type]
     except TypeError as error:
         raise InvalidArgumentError(
-            f"knobs must be options of {kinds[mode].__mro__[1].__name__}; got {error}"
+            f"knobs must be options of {kinds[mode].__mro__[2].__name__}; got {error}"
         ) from error
 
 

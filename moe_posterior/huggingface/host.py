@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates.host import GateHost
 from moe_posterior.huggingface.adapters import Adapter
-from moe_posterior.huggingface.gates import HostedGate, HostedPriorGate
+from moe_posterior.huggingface.gates import HostedGate
 
 CHILD = "posterior_gate"  # the name of the gate inside its router
 
@@ -72,7 +72,7 @@ def is_awake(router: SwappedRouter) -> bool:
     gate, binding = router.posterior_gate, router.moe_posterior
     if not binding.proved or binding.collector is not None or len(gate._forward_hooks) > 0:
         return True
-    return gate.biased if isinstance(gate, HostedPriorGate) else gate.clusterer.fitted
+    return gate.takes_part
 
 
 def host(router: nn.Module, gate: HostedGate, binding: Binding) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MissingDataError
-from moe_posterior.gates import PosteriorGate
 from moe_posterior.huggingface.saving import ENTRY, FILE, KIND, MARKER, VERSION, libraries
 from moe_posterior.huggingface.swap import SwapReport, restore_gates, swap_gates, swapped_gates
 from moe_posterior.tensorfile import load_tensors
@@ -66,8 +65,8 @@ def load_belief(model: nn.Module, directory: str | os.PathLike[str]) -> SwapRepo
     try:
         _fill(model, belief)
         for name, gate in swapped_gates(model):
-            if isinstance(gate, PosteriorGate):
-                gate.configure(**recipe["configured"].get(name, {}))
+            if configured := recipe["configured"].get(name):
+                gate.configure(**configured)
     except InvalidArgumentError:
         restore_gates(model)
         raise

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from moe_posterior import validation
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError, NotFittedError
 from moe_posterior.gates import Routing
-from moe_posterior.huggingface.gates import HostedGate, HostedPriorGate
 from moe_posterior.huggingface.host import SwappedRouter, swapped_routers
 from moe_posterior.replay.find import outer_name
 from moe_posterior.replay.record import record
@@ -116,7 +115,7 @@ def warm_start(model: nn.Module, dataloader: Batches, max_tokens: int | None) ->
     for name, router in routers.items():
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts[name])
-        _set_reference(router.posterior_gate, counts[name])
+        router.posterior_gate.set_reference(*counts[name])
 
 
 def token_outcomes(
@@ -203,17 +202,6 @@ def _count(counts: Tensor, routing: Routing, outcome: Tensor) -> None:  # (2, C,
     success = outcome[seen].to(counts.dtype)
     counts[0].index_put_(cells, success, accumulate=True)
     counts[1].index_put_(cells, 1 - success, accumulate=True)
-
-
-@torch.no_grad()
-def _set_reference(gate: HostedGate, counts: Tensor) -> None:  # (2, C, E)
-    if isinstance(gate, HostedPriorGate):
-        gate.warm_start_from_counts(counts[0], counts[1])
-        return
-    alpha, beta = gate.posterior.initial_prior
-    gate.posterior.prior_alpha.copy_(alpha + counts[0])
-    gate.posterior.prior_beta.copy_(beta + counts[1])
-    gate.posterior.reset()
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
-from moe_posterior.gates import PosteriorGate
 from moe_posterior.huggingface.host import CHILD, swapped_routers
 from moe_posterior.tensorfile import save_tensors
 
@@ -42,7 +41,7 @@ def save_belief(model: nn.Module, directory: str | os.PathLike[str]) -> str:
     }
     recipe = dict(next(iter(routers.values())).moe_posterior.recipe)
     gates = {name: router.posterior_gate for name, router in routers.items()}
-    recipe["configured"] = {name: gate.knobs for name, gate in gates.items() if isinstance(gate, PosteriorGate)}
+    recipe["configured"] = {name: gate.knobs for name, gate in gates.items() if gate.knobs}
     path = Path(directory) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, belief, {"kind": KIND, "version": VERSION, **recipe})

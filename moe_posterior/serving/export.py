@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError
-from moe_posterior.gates import Gate, PosteriorGate, PriorGate
+from moe_posterior.gates import Gate
 from moe_posterior.replay.find import find_gates, hosting_router, outer_name
 from moe_posterior.serving.routing import CustomRouting, PosteriorRouting, PriorRouting
 from moe_posterior.serving.rule import HostRule
@@ -117,13 +117,13 @@ def update_routing(functions: Mapping[str, CustomRouting], path: str | os.PathLi
 
 
 def _routing_of(name: str, gate: Gate, rule: HostRule, hosted: bool) -> CustomRouting:
-    try:
-        if isinstance(gate, PriorGate):
-            return PriorRouting(gate, rule, spread=not hosted)
-        if isinstance(gate, PosteriorGate):
-            return PosteriorRouting(gate, rule, spread=not hosted, hosted=hosted)
-    except InvalidArgumentError as error:
-        raise InvalidArgumentError(f"gate {name!r} cannot be served: {error}") from error
+    for kind in (PriorRouting, PosteriorRouting):
+        if isinstance(gate, kind.serves):
+            try:
+                # A gate that keeps its host's logits weighs as the host does anyway.
+                return kind(gate, rule, spread=not hosted, hosted=hosted and kind is PosteriorRouting)
+            except InvalidArgumentError as error:
+                raise InvalidArgumentError(f"gate {name!r} cannot be served: {error}") from error
     raise InvalidArgumentError(
         f"gate {name!r} cannot be served: it must be a PriorGate or PosteriorGate; got {type(gate).__name__}"
     )

@@ -5,7 +5,7 @@ Dimensions: T tokens, D hidden size, C clusters, E experts, k experts per token.
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -35,9 +35,11 @@ class CustomRouting(FixedPrecision):
     directions: Tensor  # (C, D)
     offsets: Tensor  # (C,)
     correction: Tensor | None  # (E,)
+    serves: ClassVar[type[Gate]]  # the kind of gate whose decision it is
 
     def __init__(self, gate: Gate, rule: HostRule, *, spread: bool, hosted: bool = False) -> None:
         super().__init__()
+        self._require_served(gate)
         rule.validate(gate.num_experts)
         self.hidden_size, self.num_experts, self.top_k = gate.hidden_size, gate.num_experts, gate.top_k
         self.spread, self.hosted = spread, hosted
@@ -76,6 +78,7 @@ class CustomRouting(FixedPrecision):
         Raises:
             InvalidArgumentError: another kind of gate or other sizes; nothing has changed.
         """
+        self._require_served(gate)
         fresh = self._tables(gate)
         held = {name: tuple(getattr(self, name).shape) for name in fresh}
         given = {name: tuple(table.shape) for name, table in fresh.items()}
@@ -85,6 +88,10 @@ class CustomRouting(FixedPrecision):
             )
         for name, table in fresh.items():
             getattr(self, name).copy_(table)
+
+    def _require_served(self, gate: Gate) -> None:
+        if not isinstance(gate, self.serves):
+            raise InvalidArgumentError(f"gate must be a {self.serves.__name__}; got {type(gate).__name__}")
 
     def settings(self) -> dict[str, Any]:
         """What beside the tables makes this routing, as JSON values."""
@@ -159,6 +166,7 @@ class PriorRouting(CustomRouting):
     """
 
     evidence_bias: Tensor  # (C, E) float32
+    serves = PriorGate
 
     @torch.no_grad()
     def forward(
@@ -171,8 +179,6 @@ class PriorRouting(CustomRouting):
 
     @staticmethod
     def _tables(gate: PriorGate) -> dict[str, Tensor]:
-        if not isinstance(gate, PriorGate):
-            raise InvalidArgumentError(f"gate must be a PriorGate; got {type(gate).__name__}")
         points = gate.clusterer.prepared
         return {
             "centroids": points.points,  # NaN before a fit: all tokens are then of cluster 0, as in the gate
@@ -192,6 +198,7 @@ class PosteriorRouting(CustomRouting):
     topk_weights: Tensor  # (C, k) float32
     topk_scores: Tensor  # (C, k) float32
     radius: Tensor  # (C,); (0,) where no distance counts as unusual
+    serves = PosteriorGate
 
     @torch.no_grad()
     def forward(
@@ -212,8 +219,6 @@ class PosteriorRouting(CustomRouting):
 
     @staticmethod
     def _tables(gate: PosteriorGate) -> dict[str, Tensor]:
-        if not isinstance(gate, PosteriorGate):
-            raise InvalidArgumentError(f"gate must be a PosteriorGate; got {type(gate).__name__}")
         if gate.chooses_per_token:
             raise InvalidArgumentError(
                 f"gate must choose by its tables alone to be served; got score={gate.score!r}, "

@@ -17,7 +17,7 @@ from moe_posterior.benchmarks.lm.models import Recipe, build, evaluate, next_byt
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.experts import ExpertsFFN
-from moe_posterior.gates import Gate, PosteriorGate, PriorGate, SoftmaxGate
+from moe_posterior.gates import BeliefGate, Gate, PosteriorGate, PriorGate, SoftmaxGate
 from moe_posterior.layer import MixtureOfExperts
 from moe_posterior.replay.record import record
 
@@ -143,14 +143,14 @@ class _Backward:
         self.seen: dict[Gate, Tensor] = {}
         self.losses: list[Tensor] = []
         for gate in self.gates:
-            if isinstance(gate, PosteriorGate | PriorGate):
+            if isinstance(gate, BeliefGate):
                 gate.register_forward_pre_hook(self._keep)
             if balanced:
                 gate.register_forward_hook(self._balance)
 
     def __call__(self, model: nn.Module, tokens: Tensor, step: int) -> float:  # (B, T)
         self.losses = []
-        learning = bool([gate for gate in self.gates if isinstance(gate, PosteriorGate | PriorGate)])
+        learning = bool([gate for gate in self.gates if isinstance(gate, BeliefGate)])
         if learning:
             with record(model) as trace:
                 logits = cast(Any, model)(input_ids=tokens).logits

@@ -15,8 +15,8 @@ from moe_posterior.benchmarks.lm.data import WINDOW, Corpus, batches
 from moe_posterior.benchmarks.lm.models import Evaluation, evaluate, next_byte_loss
 from moe_posterior.benchmarks.lm.shares import CHECKPOINTS, regained_traffic
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.gates import PriorGate
 from moe_posterior.huggingface import swap_gates, token_outcomes
+from moe_posterior.huggingface.gates import HostedGate
 from moe_posterior.posterior import BetaPosterior
 from moe_posterior.replay.record import Trace, record
 
@@ -86,7 +86,7 @@ class Service:
         self.before = evaluate(model, self.measured)
         healthy = corpus.windows("warm", _generator(seed))[: plan.warm // WINDOW]
         self.report = swap_gates(model, mode="prior", **method.knobs)
-        self.gates = {name: gate for name, gate in model.named_modules() if isinstance(gate, PriorGate)}
+        self.gates = {name: gate for name, gate in model.named_modules() if isinstance(gate, HostedGate)}
         self.report.fit(_as_dicts(healthy), max_tokens=plan.fit)
         self._measure_reference(healthy)
         self.swapped = evaluate(model, self.measured)
@@ -145,7 +145,7 @@ class Service:
                 counts[name].observe(routing.cluster_ids, slots, routing.expert_indices, sync=False)
             trace.close()
         for name, gate in self.gates.items():
-            gate.warm_start_from_counts(counts[name].successes, counts[name].failures)
+            gate.set_reference(counts[name].successes, counts[name].failures)
 
 
 def measured_windows(corpus: Corpus, plan: Plan, *, tuning: bool = False) -> Tensor:  # -> (n, T)

@@ -1,0 +1,123 @@
+"""What every gate that holds a belief has: clusters of inputs, a Beta posterior of each expert's competence in each, and listeners.
+
+Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_posterior import beta as beta_functions
+from moe_posterior.clustering import Clusterer
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.gates.base import Gate, Routing
+from moe_posterior.posterior import BetaPosterior
+from moe_posterior.precision import FixedPrecision
+
+
+class BeliefGate(Gate, FixedPrecision):
+    """A gate that knows how competent each expert has proved to be on inputs like these, and how sure that is.
+
+    Whoever asks "does it hold a belief?" asks for this class: to fit clusters, to feed outcomes, to record, save or show the belief.
+    :class:`~moe_posterior.PosteriorGate` decides by the belief alone, :class:`~moe_posterior.PriorGate` lets it overrule a learned
+    gate.
+    A gate derives what it decides by (tables, biases) in :meth:`refresh`, which is called after every change of the belief.
+    """
+
+    clusterer: Clusterer
+    posterior: BetaPosterior
+
+    @abstractmethod
+    def refresh(self, cluster_ids: Tensor | None) -> None:  # (M,)
+        """Bring up to date what is derived from the belief, for these clusters or (None) for all."""
+
+    @abstractmethod
+    def learn(self, routing: Routing, outcome: Tensor, slots: Tensor | None) -> None:  # (N, k) or (N, E)
+        """Add outcomes that :meth:`observe` has read to the evidence; NaN is unobserved."""
+
+    @abstractmethod
+    def measure(self, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
+        """Take in how every expert does on rows whose outcomes are known, after a :meth:`fit`.
+
+        Evidence for a gate that decides by the belief; the reference that experts are held to for one that overrules a learned gate.
+        """
+
+    @property
+    def num_clusters(self) -> int:
+        """How many rows the belief has."""
+        return self.posterior.num_clusters
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """What :meth:`configure` changes, as it stands; nothing for a gate that is made once for all."""
+        return {}
+
+    def configure(self, **knobs: Any) -> None:
+        """Change how the belief becomes a decision, on the same belief.
+
+        Raises:
+            InvalidArgumentError: a knob that this gate has not; nothing has changed.
+        """
+        if knobs:
+            raise InvalidArgumentError(f"{type(self).__name__} has nothing to configure; got {sorted(knobs)}")
+
+    @property
+    def reads_other_clusters(self) -> bool:
+        """Whether a decision rests on the rows of other clusters than its token's own."""
+        return False
+
+    def fit(self, hidden: Tensor, *, generator: torch.Generator | None = None) -> None:  # (..., D)
+        """Find the clusters by k-means and forget all evidence and any warm start: they spoke of other clusters.
+
+        A Routing made before a fit must not be observed after it. Errors as :meth:`Clusterer.fit`.
+        """
+        self.clusterer.fit(hidden, generator=generator)
+        self.posterior.reset(prior=True)
+
+    def subscribe(self, listener: Callable[[Tensor | None], None]) -> Callable[[], None]:
+        """Call ``listener(cluster_ids)`` after every change of the belief, None for any cluster; returns what ends it."""
+        return self.posterior.subscribe(listener)
+
+    def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (N, k) or (N, E)
+        """Add outcomes to the belief; arguments and errors as :meth:`Gate.observe`. A row at distance inf adds nothing."""
+        routing, outcome = self.read(routing, outcome)
+        slots = self.slots_of(routing, outcome, dense)
+        self.require_observable()
+        lost = ~torch.isfinite(routing.distance).to(outcome.device)
+        if lost.any():
+            outcome = torch.where(lost[:, None], torch.nan, outcome)
+        self.learn(routing, outcome, slots)
+
+    def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
+        """Posterior mean competence of the chosen experts as of now."""
+        alpha, beta = self.posterior.parameters_of(routing.cluster_ids)
+        return beta_functions.mean(alpha, beta).gather(1, routing.expert_indices).float()
+
+    def relative_distance(self, routing: Routing) -> Tensor:  # -> (N,)
+        """How far tokens lie from their cluster's centroid, in units of its radius; 0 where there are no clusters yet."""
+        if not self.clusterer.fitted:
+            return torch.zeros_like(routing.distance)
+        inside = routing.cluster_ids.clamp(max=len(self.clusterer.radius) - 1)  # outliers have no radius of their own
+        radius = self.clusterer.radius[inside].clamp(min=torch.finfo(torch.float32).tiny)
+        return routing.distance / radius
+
+    def remove_expert(self, expert: int) -> None:
+        """Never choose this expert again; indices of the others stay. See :meth:`BetaPosterior.remove_expert`.
+
+        Raises:
+            InvalidArgumentError: there is no such active expert, or fewer than ``top_k`` would be left.
+        """
+        if int(self.posterior.active.sum()) <= self.top_k:
+            raise InvalidArgumentError(
+                f"expert {expert} cannot be removed: top_k={self.top_k} experts must stay active"
+            )
+        self.posterior.remove_expert(expert)
+
+    def replace_expert(
+        self, expert: int, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0
+    ) -> None:
+        """A retrained expert in the same place: forget what was known of the old one. See BetaPosterior.replace_expert."""
+        self.posterior.replace_expert(expert, prior_from, strength=strength)
