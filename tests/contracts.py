@@ -51,9 +51,7 @@ GATES: dict[str, Callable[[int], Gate]] = {
     "posterior race": lambda k: PosteriorGate(
         HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="race", pooling="hierarchy", surprise=3.0
     ),
-    "posterior in several clusters": lambda k: PosteriorGate(
-        HIDDEN_SIZE, NUM_EXPERTS, 7, k, clusterings=2, neighbours=3
-    ),
+    "several clusters": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, clusterings=2, neighbours=3),
     "prior": lambda k: PriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k),
     "prior with amnesty": lambda k: PriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, amnesty=50.0, pooling=None),
     "expert threshold": lambda k: ExpertThresholdGate(HIDDEN_SIZE, NUM_EXPERTS, k),
@@ -71,7 +69,7 @@ GATES: dict[str, Callable[[int], Gate]] = {
 # These draws come from an explicit generator or from numpy, which a graph cannot hold, and are made per batch.
 DRAWN_PER_BATCH = ["posterior thompson", "posterior race", "bandit thompson"]
 # Memberships come beside the five fields of a Routing, which a graph's outputs have no place for.
-COMPILED_WHOLE = [name for name in GATES if name not in (*DRAWN_PER_BATCH, "posterior in several clusters")]
+COMPILED_WHOLE = [name for name in GATES if name not in (*DRAWN_PER_BATCH, "several clusters")]
 
 
 def fitted(name: str, top_k: int = 2) -> Gate:
