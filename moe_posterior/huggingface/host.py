@@ -39,7 +39,7 @@ class SwappedRouter(GateHost):
 
     @property
     def chooses(self) -> bool:
-        return isinstance(self.posterior_gate, HostedPriorGate)
+        return not self.posterior_gate.replaces
 
     @property
     def whole(self) -> bool:
