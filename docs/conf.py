@@ -45,7 +45,10 @@ nitpick_ignore_regex = [
     ),
     (r"py:(class|obj|exc|data)", r"[A-Za-z_]*"),  # a bare name of a signature
     # Types that signatures name and that are no part of the reference.
-    (r"py:class", r"abc\..*|moe_posterior\.(audit|churn|forking|kernels|metrics|precision|router|training)\.[a-z_.]*[A-Z]\w*"),
+    (
+        r"py:class",
+        r"abc\..*|moe_posterior\.(audit|churn|forking|kernels|metrics|precision|router|training)\.[a-z_.]*[A-Z]\w*",
+    ),
     (r"py:class", r"moe_posterior\.huggingface\.gates\..*"),
 ]
 
