@@ -42,7 +42,8 @@ class BetaPosterior(ChangingPool):
             does a cell that is not observed. None (default) never forgets.
         shrinkage: how strongly an expert's clusters inform each other, as the number of observations after which the expert's
             pooled record moves its prior means half-way; smaller is stronger, and it shrinks with the trust that an expert has
-            lost. None (default) keeps cells apart, or, with ``pooling="hierarchy"``, is as many as a cell's prior is worth.
+            lost. None (default) keeps cells apart, or, with ``pooling="hierarchy"``, is as many as a cell's prior
+            is worth; there a number counts where that is less.
         pooling: what the pooled records do. ``"odds"`` (default) moves prior means, see
             :func:`~moe_posterior.evidence.pooled_odds`. ``"hierarchy"`` also lends them the strength of the record, as far as clusters
             are alike, and lets all experts share a drift, so that one whose outcomes nobody has seen lately is not thought better than
@@ -525,7 +526,7 @@ class BetaPosterior(ChangingPool):
     ) -> Tensor:  # 4 x (M, C), (M,) -> (7, M)
         total, centre = successes + failures, expected.mean(dim=1)
         # The variance of log odds under a Beta of so many observations around a half; lost trust loosens it.
-        worth = strength.mean(dim=1).clamp(max=hierarchy.ALIKE) if self.shrinkage is None else self.shrinkage
+        worth = strength.mean(dim=1).clamp(max=hierarchy.ALIKE).clamp(min=self.shrinkage or 0.0)
         own = 4 / (trust * worth)
         beyond = (strength - sum(self.initial_prior)).clamp(min=0.0).sum(dim=1)
         known = beyond * trust * centre * (1 - centre)
