@@ -23,7 +23,7 @@ from moe_posterior import (
 )
 from moe_posterior.audit import AuditError, AuditLog
 from moe_posterior.audit.replay import restore
-from moe_posterior.audit.state import Checkpoint
+from moe_posterior.audit.storage.state import Checkpoint
 from moe_posterior.calibrators import OnlineConfigurationCalibrator, Outputs, TemperatureScaling
 from moe_posterior.gates import BanditGate, NearestNeighbourGate
 from moe_posterior.serving import export_routing, load_routing, save_routing, update_routing
@@ -233,7 +233,7 @@ def test_an_inherited_prior_that_is_none(donors: dict[int, float], strength: flo
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_posterior_rows_of_an_audit_log(tmp_path: Path, column: str, value: float) -> None:
     from moe_posterior.audit.belief import BeliefState
-    from moe_posterior.audit.tables import Group
+    from moe_posterior.audit.storage.tables import Group
 
     with AuditLog(tmp_path) as log:
         router = experienced_router(log)

@@ -320,10 +320,10 @@ QUALIFIED = {"os.replace", "os.link", "os.symlink", "torch.save", "json.dump", "
 STORAGE = {
     "atomic.py": "is the one place",
     "drafts.py": "is its other half",
-    "audit/files.py": "the log's own files, which grow",
-    "audit/compact.py": "through the log's own files",
-    "audit/upkeep.py": "through the log's own files",
-    "audit/segments.py": "through the log's own files",
+    "audit/storage/files.py": "the log's own files, which grow",
+    "audit/storage/compact.py": "through the log's own files",
+    "audit/storage/upkeep.py": "through the log's own files",
+    "audit/storage/segments.py": "through the log's own files",
     "kernels/aot.py": "hands a compiled kernel to the disassembler",
     "training/runs.py": "removes what --overwrite is asked to",
 }

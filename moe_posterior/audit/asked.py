@@ -6,9 +6,9 @@ Dimensions: N decisions, M outcomes, k experts per decision.
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_posterior.audit.frames import MAX_PAYLOAD
-from moe_posterior.audit.state import Checkpoint
-from moe_posterior.audit.tables import Group
+from moe_posterior.audit.storage.frames import MAX_PAYLOAD
+from moe_posterior.audit.storage.state import Checkpoint
+from moe_posterior.audit.storage.tables import Group
 
 _REMEMBERED = 1_000_000  # decisions, of sources that do not say how many may wait
 _BUDGET = MAX_PAYLOAD // 2  # bytes: what the pending decisions of a router in a log take at most

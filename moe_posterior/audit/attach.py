@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moe_posterior.audit.clock import now
-from moe_posterior.audit.collect import Event, Many, Marked, Resolved
 from moe_posterior.audit.limits import require_pool
 from moe_posterior.audit.recorder import BeliefTracker, knobs_of
-from moe_posterior.audit.state import Checkpoint, require_knobs
-from moe_posterior.audit.tables import Columns
+from moe_posterior.audit.storage.clock import now
+from moe_posterior.audit.storage.collect import Event, Many, Marked, Resolved
+from moe_posterior.audit.storage.state import Checkpoint, require_knobs
+from moe_posterior.audit.storage.tables import Columns
 from moe_posterior.errors import AuditError, InvalidArgumentError
 from moe_posterior.forking import ForkLock
 from moe_posterior.gates import Gate, PosteriorGate, Routing

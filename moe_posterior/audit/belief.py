@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_posterior.audit.state import Checkpoint
-from moe_posterior.audit.tables import Columns, Group
+from moe_posterior.audit.storage.state import Checkpoint
+from moe_posterior.audit.storage.tables import Columns, Group
 from moe_posterior.errors import AuditError, InvalidArgumentError
 from moe_posterior.soundness import require_sound
 

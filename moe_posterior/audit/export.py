@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_posterior.atomic import replacing
-from moe_posterior.audit.arrow import parquet
-from moe_posterior.audit.arrow import pyarrow as pa
 from moe_posterior.audit.read import Reader
+from moe_posterior.audit.storage.arrow import parquet
+from moe_posterior.audit.storage.arrow import pyarrow as pa
 from moe_posterior.escape import spreadsheet
 
 

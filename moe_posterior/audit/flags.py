@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moe_posterior.audit.belief import RowsOfGroup
 from moe_posterior.audit.falls import FALSE_ALARMS, FallTest, Turn, uniform
-from moe_posterior.audit.tables import RESOLVE, ROUTE, Group
+from moe_posterior.audit.storage.tables import RESOLVE, ROUTE, Group
 
 DEVIATIONS = 2.0  # "falling more than two posterior standard deviations below the pool mean"
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_posterior.audit.files import segment_name, segment_numbers
-from moe_posterior.audit.frames import Torn, read_frame
-from moe_posterior.audit.marks import Position
 from moe_posterior.audit.read import Reader, Record, records_of
-from moe_posterior.audit.state import Checkpoint
+from moe_posterior.audit.storage.files import segment_name, segment_numbers
+from moe_posterior.audit.storage.frames import Torn, read_frame
+from moe_posterior.audit.storage.marks import Position
+from moe_posterior.audit.storage.state import Checkpoint
 from moe_posterior.errors import AuditError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from moe_posterior.audit.frames import MAX_PAYLOAD
-from moe_posterior.audit.state import encode_json
+from moe_posterior.audit.storage.frames import MAX_PAYLOAD
+from moe_posterior.audit.storage.state import encode_json
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, PosteriorGate
 from moe_posterior.pending import row_size

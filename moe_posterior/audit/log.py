@@ -13,21 +13,21 @@ from typing import Any, Literal, Self, get_args
 from torch import nn
 
 from moe_posterior.audit.attach import Attachment, attach
-from moe_posterior.audit.chain import Chain, beside_upkeep
-from moe_posterior.audit.clock import Drift, now
-from moe_posterior.audit.collect import Event, Item, Raw
-from moe_posterior.audit.files import HEAD, FileSystem, explained, segment_numbers
-from moe_posterior.audit.frames import Frame, Kind, check_key
 from moe_posterior.audit.limits import require_name, require_router
-from moe_posterior.audit.marks import Note, Position, read_head
 from moe_posterior.audit.read import Reader
 from moe_posterior.audit.recorder import RouterRecorder
 from moe_posterior.audit.replay import rebuild_from_end
-from moe_posterior.audit.segments import Place, Segments, Start, first_start, go_on_from
-from moe_posterior.audit.state import decode_checkpoint, decode_json, encode_json, require_text
-from moe_posterior.audit.tables import decode
-from moe_posterior.audit.upkeep import Upkeep
-from moe_posterior.audit.writer import Writer
+from moe_posterior.audit.storage.chain import Chain, beside_upkeep
+from moe_posterior.audit.storage.clock import Drift, now
+from moe_posterior.audit.storage.collect import Event, Item, Raw
+from moe_posterior.audit.storage.files import HEAD, FileSystem, explained, segment_numbers
+from moe_posterior.audit.storage.frames import Frame, Kind, check_key
+from moe_posterior.audit.storage.marks import Note, Position, read_head
+from moe_posterior.audit.storage.segments import Place, Segments, Start, first_start, go_on_from
+from moe_posterior.audit.storage.state import decode_checkpoint, decode_json, encode_json, require_text
+from moe_posterior.audit.storage.tables import decode
+from moe_posterior.audit.storage.upkeep import Upkeep
+from moe_posterior.audit.storage.writer import Writer
 from moe_posterior.errors import AuditError, AuditWriteError, InvalidArgumentError
 from moe_posterior.router import PosteriorRouter
 

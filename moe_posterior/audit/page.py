@@ -11,11 +11,11 @@ from moe_posterior import escape
 from moe_posterior.atomic import write_text
 from moe_posterior.audit import charts
 from moe_posterior.audit.belief import knobs
-from moe_posterior.audit.clock import now, when
 from moe_posterior.audit.competence import Estimate, standings
 from moe_posterior.audit.falls import FALSE_ALARMS
 from moe_posterior.audit.flags import Flag
 from moe_posterior.audit.read import Reader
+from moe_posterior.audit.storage.clock import now, when
 from moe_posterior.audit.survey import SourceSurvey, Survey, require_sources, survey
 from moe_posterior.page import Cell, Section, Table, estimate, page, paragraph, show, table
 

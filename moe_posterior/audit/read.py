@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_posterior.audit.arrow import pyarrow as pa
 from moe_posterior.audit.belief import BeliefState, RowsOfGroup, belief_of, knobs
-from moe_posterior.audit.chain import Chain
-from moe_posterior.audit.compact import read_compacted
-from moe_posterior.audit.files import DISK, FileSystem
-from moe_posterior.audit.frames import Frame, Kind
-from moe_posterior.audit.marks import Note
-from moe_posterior.audit.state import Checkpoint, decode_checkpoint, decode_event, encode_json
-from moe_posterior.audit.tables import ABSTAIN, EXPLORED, REFUSE, RESOLVE, ROUTE, Group, decode
+from moe_posterior.audit.storage.arrow import pyarrow as pa
+from moe_posterior.audit.storage.chain import Chain
+from moe_posterior.audit.storage.compact import read_compacted
+from moe_posterior.audit.storage.files import DISK, FileSystem
+from moe_posterior.audit.storage.frames import Frame, Kind
+from moe_posterior.audit.storage.marks import Note
+from moe_posterior.audit.storage.state import Checkpoint, decode_checkpoint, decode_event, encode_json
+from moe_posterior.audit.storage.tables import ABSTAIN, EXPLORED, REFUSE, RESOLVE, ROUTE, Group, decode
 from moe_posterior.errors import AuditError
 
 TIME = pa.timestamp("us", tz="UTC")

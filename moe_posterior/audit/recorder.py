@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_posterior.audit.clock import now
-from moe_posterior.audit.collect import Event, Many, Marked, One, Refused, Resolved, Rows
 from moe_posterior.audit.limits import require_router
-from moe_posterior.audit.state import Checkpoint, require_knobs
-from moe_posterior.audit.tables import Columns
+from moe_posterior.audit.storage.clock import now
+from moe_posterior.audit.storage.collect import Event, Many, Marked, One, Refused, Resolved, Rows
+from moe_posterior.audit.storage.state import Checkpoint, require_knobs
+from moe_posterior.audit.storage.tables import Columns
 from moe_posterior.gates import PosteriorGate
 from moe_posterior.gates.posterior import KNOBS
 from moe_posterior.pending import Members

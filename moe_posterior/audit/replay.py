@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moe_posterior.audit.files import DISK, FileSystem, segment_numbers
 from moe_posterior.audit.read import Reader
-from moe_posterior.audit.state import Checkpoint
-from moe_posterior.audit.tables import RESOLVE, Group
+from moe_posterior.audit.storage.files import DISK, FileSystem, segment_numbers
+from moe_posterior.audit.storage.state import Checkpoint
+from moe_posterior.audit.storage.tables import RESOLVE, Group
 from moe_posterior.errors import AuditError, InvalidArgumentError, MoEPosteriorError
 from moe_posterior.gates.posterior import KNOBS
 from moe_posterior.pending import Members

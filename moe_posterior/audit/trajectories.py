@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_posterior.audit.belief import RowsOfGroup
-from moe_posterior.audit.tables import ROUTE, Group
+from moe_posterior.audit.storage.tables import ROUTE, Group
 
 POINTS = 240  # samples of a trajectory at most
 _FEWEST = 8

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from moe_posterior import beta as beta_functions
 from moe_posterior.audit.belief import BeliefState, RowsOfGroup, knobs
-from moe_posterior.audit.chain import Chain, beside_upkeep
-from moe_posterior.audit.compact import read_compacted
-from moe_posterior.audit.files import DISK, FileSystem
-from moe_posterior.audit.frames import Frame, Kind
-from moe_posterior.audit.marks import Note, Position
 from moe_posterior.audit.read import Reader, Source
-from moe_posterior.audit.state import decode_json
-from moe_posterior.audit.tables import ROUTE, Group, split
+from moe_posterior.audit.storage.chain import Chain, beside_upkeep
+from moe_posterior.audit.storage.compact import read_compacted
+from moe_posterior.audit.storage.files import DISK, FileSystem
+from moe_posterior.audit.storage.frames import Frame, Kind
+from moe_posterior.audit.storage.marks import Note, Position
+from moe_posterior.audit.storage.state import decode_json
+from moe_posterior.audit.storage.tables import ROUTE, Group, split
 from moe_posterior.errors import AuditError
 from moe_posterior.gates import PosteriorGate
 from moe_posterior.kernels import reference

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from moe_posterior.audit.files import FileSystem
+from moe_posterior.audit.storage.files import FileSystem
 
 SYNCS = (os.fsync, os.fdatasync)
 

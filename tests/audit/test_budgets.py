@@ -13,12 +13,13 @@ import pytest
 from audit.test_hostile import seal
 from audit.worlds import new_router
 
-from moe_posterior.audit import AuditError, AuditLog, compact, tables
-from moe_posterior.audit.chain import Chain
-from moe_posterior.audit.files import DISK
-from moe_posterior.audit.frames import Frame, Kind
-from moe_posterior.audit.state import decode_checkpoint, encode_checkpoint
-from moe_posterior.audit.tables import Group, decode, empty_tables, encode
+from moe_posterior.audit import AuditError, AuditLog
+from moe_posterior.audit.storage import compact, tables
+from moe_posterior.audit.storage.chain import Chain
+from moe_posterior.audit.storage.files import DISK
+from moe_posterior.audit.storage.frames import Frame, Kind
+from moe_posterior.audit.storage.state import decode_checkpoint, encode_checkpoint
+from moe_posterior.audit.storage.tables import Group, decode, empty_tables, encode
 
 ROOM = 1 << 30  # bytes that reading may take beside what the process has
 READ = """

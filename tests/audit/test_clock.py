@@ -9,10 +9,10 @@ import pytest
 from audit.worlds import EMBEDDINGS, live, new_router
 
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.clock import BELIEVED, now
-from moe_posterior.audit.files import segment_numbers
 from moe_posterior.audit.replay import rebuild
-from moe_posterior.audit.state import MAX_TIME
+from moe_posterior.audit.storage.clock import BELIEVED, now
+from moe_posterior.audit.storage.files import segment_numbers
+from moe_posterior.audit.storage.state import MAX_TIME
 from moe_posterior.audit.verify import verify, verify_decisions
 from moe_posterior.cli import main
 

@@ -14,10 +14,10 @@ import pytest
 from audit.worlds import EMBEDDINGS, flat_state, live, new_router
 
 from moe_posterior.audit import AuditError, AuditLockedError, AuditLog, AuditWriteError
-from moe_posterior.audit.files import HEAD, FileSystem, segment_name
-from moe_posterior.audit.frames import genesis
-from moe_posterior.audit.marks import Head, Position, head_bytes
 from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.storage.files import HEAD, FileSystem, segment_name
+from moe_posterior.audit.storage.frames import genesis
+from moe_posterior.audit.storage.marks import Head, Position, head_bytes
 from moe_posterior.audit.verify import verify, verify_decisions
 
 ROOT = Path(__file__).resolve().parents[2]

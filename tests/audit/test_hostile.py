@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_posterior.audit import AuditError, AuditLog
-from moe_posterior.audit.chain import Chain
-from moe_posterior.audit.files import HEAD, segment_name
-from moe_posterior.audit.frames import MAGIC, MAX_PAYLOAD, Frame, Kind, compress, genesis, pack
-from moe_posterior.audit.marks import Head, Position, head_bytes
 from moe_posterior.audit.replay import rebuild
-from moe_posterior.audit.state import decode_checkpoint, decode_json, encode_checkpoint, encode_json
 from moe_posterior.audit.stats import summarise
-from moe_posterior.audit.tables import decode, encode
+from moe_posterior.audit.storage.chain import Chain
+from moe_posterior.audit.storage.files import HEAD, segment_name
+from moe_posterior.audit.storage.frames import MAGIC, MAX_PAYLOAD, Frame, Kind, compress, genesis, pack
+from moe_posterior.audit.storage.marks import Head, Position, head_bytes
+from moe_posterior.audit.storage.state import decode_checkpoint, decode_json, encode_checkpoint, encode_json
+from moe_posterior.audit.storage.tables import decode, encode
 from moe_posterior.audit.verify import verify, verify_decisions
 
 

@@ -11,7 +11,7 @@ from audit.worlds import BELIEFS, EMBEDDINGS, C, D, E, live, new_router
 
 from moe_posterior import InvalidArgumentError, PosteriorRouter
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.files import FileSystem, segment_name
+from moe_posterior.audit.storage.files import FileSystem, segment_name
 from moe_posterior.audit.verify import verify
 
 

@@ -11,8 +11,8 @@ from audit.worlds import EMBEDDINGS, live, new_router
 
 from moe_posterior import PosteriorRouter
 from moe_posterior.audit import AuditError, AuditLog, AuditWriteError
-from moe_posterior.audit.files import HEAD, segment_name
-from moe_posterior.audit.marks import SEAL
+from moe_posterior.audit.storage.files import HEAD, segment_name
+from moe_posterior.audit.storage.marks import SEAL
 from moe_posterior.audit.verify import verify
 
 

@@ -174,7 +174,7 @@ def test_no_name_becomes_markup(tmp_path) -> None:
 
 
 def _event(name: str):
-    from moe_posterior.audit.collect import Event
+    from moe_posterior.audit.storage.collect import Event
 
     return Event(0, {"event": name, "time": 1, "lost": {name: 7}, "detail": name})
 

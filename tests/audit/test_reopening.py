@@ -13,10 +13,10 @@ from audit.test_verify import frames_of
 from audit.worlds import live, lived, new_router
 
 from moe_posterior.audit import AuditError, AuditLog, AuditWriteError
-from moe_posterior.audit.files import HEAD, FileSystem, segment_name
-from moe_posterior.audit.frames import Kind
-from moe_posterior.audit.marks import SEAL, Head, head_bytes, read_head
 from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.storage.files import HEAD, FileSystem, segment_name
+from moe_posterior.audit.storage.frames import Kind
+from moe_posterior.audit.storage.marks import SEAL, Head, head_bytes, read_head
 from moe_posterior.audit.verify import verify
 
 KEY = b"sixteen bytes or more"

@@ -10,8 +10,8 @@ import pytest
 from audit.worlds import BELIEFS, EMBEDDINGS, live, lived, new_router
 
 from moe_posterior.audit import AuditError, AuditLog
-from moe_posterior.audit.files import segment_name
-from moe_posterior.audit.frames import OVERHEAD
+from moe_posterior.audit.storage.files import segment_name
+from moe_posterior.audit.storage.frames import OVERHEAD
 from moe_posterior.audit.verify import verify, verify_decisions
 
 KEY = b"sixteen bytes or more"

@@ -21,7 +21,7 @@ from moe_posterior import InvalidArgumentError
 from moe_posterior.audit import AuditLog
 from moe_posterior.audit.cli import audit
 from moe_posterior.audit.follow import Follower
-from moe_posterior.audit.tables import Group
+from moe_posterior.audit.storage.tables import Group
 from moe_posterior.audit.watch import Stop, View, Window, watch
 
 ROOT = Path(__file__).resolve().parents[2]

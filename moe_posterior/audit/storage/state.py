@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_posterior.audit.frames import MAX_PAYLOAD
+from moe_posterior.audit.storage.frames import MAX_PAYLOAD
 from moe_posterior.errors import AuditError, InvalidArgumentError
 from moe_posterior.pending import row_size
 

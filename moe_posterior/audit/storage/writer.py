@@ -5,8 +5,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from moe_posterior.audit.collect import Collector, Item, Raw
-from moe_posterior.audit.segments import Segments
+from moe_posterior.audit.storage.collect import Collector, Item, Raw
+from moe_posterior.audit.storage.segments import Segments
 from moe_posterior.errors import AuditWriteError
 
 _LARGE = 8 << 20  # bytes of items that are not kept waiting for the next group commit, and about what one frame holds

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from moe_posterior.audit.arrow import parquet
-from moe_posterior.audit.arrow import pyarrow as pa
-from moe_posterior.audit.files import DISK, FileSystem, parquet_name
-from moe_posterior.audit.frames import MAX_PAYLOAD, Frame, Kind, keyed_hash
-from moe_posterior.audit.marks import Note
-from moe_posterior.audit.state import MAX_TIME, Checkpoint, decode_checkpoint, decode_event, decode_json
-from moe_posterior.audit.tables import RESOLVE, ROUTE, TABLES, Group, check_calls, decode, empty_tables
+from moe_posterior.audit.storage.arrow import parquet
+from moe_posterior.audit.storage.arrow import pyarrow as pa
+from moe_posterior.audit.storage.files import DISK, FileSystem, parquet_name
+from moe_posterior.audit.storage.frames import MAX_PAYLOAD, Frame, Kind, keyed_hash
+from moe_posterior.audit.storage.marks import Note
+from moe_posterior.audit.storage.state import MAX_TIME, Checkpoint, decode_checkpoint, decode_event, decode_json
+from moe_posterior.audit.storage.tables import RESOLVE, ROUTE, TABLES, Group, check_calls, decode, empty_tables
 from moe_posterior.errors import AuditError
 
 BEGUN = (

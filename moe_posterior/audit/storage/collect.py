@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_posterior.audit.frames import Kind
-from moe_posterior.audit.state import Checkpoint, encode_checkpoint, encode_json
-from moe_posterior.audit.tables import REFUSE, RESOLVE, ROUTE, Columns, Group, empty_tables, encode
+from moe_posterior.audit.storage.frames import Kind
+from moe_posterior.audit.storage.state import Checkpoint, encode_checkpoint, encode_json
+from moe_posterior.audit.storage.tables import REFUSE, RESOLVE, ROUTE, Columns, Group, empty_tables, encode
 
 
 class One(NamedTuple):

@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from moe_posterior.audit.chain import Chain
-from moe_posterior.audit.clock import believed
-from moe_posterior.audit.compact import BEGUN, SegmentTables, begun_of, read_compacted
-from moe_posterior.audit.files import note_name, parquet_name, segment_name, segment_numbers
-from moe_posterior.audit.frames import Kind, genesis, read_frame
-from moe_posterior.audit.marks import REMOVED, Note, note_bytes, note_digest, read_note
-from moe_posterior.audit.segments import Place
-from moe_posterior.audit.state import Checkpoint, decode_json
-from moe_posterior.audit.tables import TABLES
+from moe_posterior.audit.storage.chain import Chain
+from moe_posterior.audit.storage.clock import believed
+from moe_posterior.audit.storage.compact import BEGUN, SegmentTables, begun_of, read_compacted
+from moe_posterior.audit.storage.files import note_name, parquet_name, segment_name, segment_numbers
+from moe_posterior.audit.storage.frames import Kind, genesis, read_frame
+from moe_posterior.audit.storage.marks import REMOVED, Note, note_bytes, note_digest, read_note
+from moe_posterior.audit.storage.segments import Place
+from moe_posterior.audit.storage.state import Checkpoint, decode_json
+from moe_posterior.audit.storage.tables import TABLES
 from moe_posterior.errors import AuditError
 
 _COUNTED = ("decisions", "outcomes", "refusals")

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_posterior.audit.files import DISK, HEAD, FileSystem
-from moe_posterior.audit.frames import keyed_hash
-from moe_posterior.audit.state import decode_json, encode_json
+from moe_posterior.audit.storage.files import DISK, HEAD, FileSystem
+from moe_posterior.audit.storage.frames import keyed_hash
+from moe_posterior.audit.storage.state import decode_json, encode_json
 from moe_posterior.errors import AuditError
 
 REMOVED = "removed.json"

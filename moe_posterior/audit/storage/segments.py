@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moe_posterior.audit.chain import Chain
-from moe_posterior.audit.clock import now
-from moe_posterior.audit.collect import Raw
-from moe_posterior.audit.files import HEAD, FileSystem, FolderLock, identity, segment_name, segment_numbers
-from moe_posterior.audit.frames import Kind, compress, genesis, pack
-from moe_posterior.audit.marks import FORMAT, REMOVED, SEAL, Head, Position, head_bytes, read_note, seal_bytes
-from moe_posterior.audit.state import encode_json
+from moe_posterior.audit.storage.chain import Chain
+from moe_posterior.audit.storage.clock import now
+from moe_posterior.audit.storage.collect import Raw
+from moe_posterior.audit.storage.files import HEAD, FileSystem, FolderLock, identity, segment_name, segment_numbers
+from moe_posterior.audit.storage.frames import Kind, compress, genesis, pack
+from moe_posterior.audit.storage.marks import FORMAT, REMOVED, SEAL, Head, Position, head_bytes, read_note, seal_bytes
+from moe_posterior.audit.storage.state import encode_json
 from moe_posterior.errors import AuditError, AuditWriteError
 
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_posterior.audit.arrow import pyarrow as pa
-from moe_posterior.audit.state import MAX_TIME
+from moe_posterior.audit.storage.arrow import pyarrow as pa
+from moe_posterior.audit.storage.state import MAX_TIME
 from moe_posterior.errors import AuditError
 
 ROUTE, RESOLVE, REFUSE = 0, 1, 2  # kinds of calls

@@ -4,7 +4,7 @@ import time
 import warnings
 from datetime import UTC, datetime, timedelta
 
-from moe_posterior.audit.state import MAX_TIME
+from moe_posterior.audit.storage.state import MAX_TIME
 
 BELIEVED = 86_400.0  # seconds between two runs of a writer that its clock alone can show; more ages no segment
 _STEP = 300.0  # seconds by which a clock may run apart from the time that passed, between two looks, before it is said

@@ -11,7 +11,7 @@ import zlib
 from enum import IntEnum
 from typing import BinaryIO, NamedTuple
 
-from moe_posterior.audit.arrow import pyarrow as pa
+from moe_posterior.audit.storage.arrow import pyarrow as pa
 from moe_posterior.errors import AuditError, InvalidArgumentError
 
 MAGIC = b"MPA1"
@@ -27,8 +27,8 @@ class Kind(IntEnum):
     """What a frame holds."""
 
     SEGMENT = 1  # the first of a file: its number, and what it continues
-    GROUP = 2  # decisions, outcomes and posterior rows, see moe_posterior.audit.tables
-    CHECKPOINT = 3  # the whole belief and configuration of one source, see moe_posterior.audit.state
+    GROUP = 2  # decisions, outcomes and posterior rows, see moe_posterior.audit.storage.tables
+    CHECKPOINT = 3  # the whole belief and configuration of one source, see moe_posterior.audit.storage.state
     EVENT = 4  # anything rare, as JSON
     CLOSING = 5  # the last of a log that was closed: when
 

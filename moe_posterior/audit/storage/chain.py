@@ -11,10 +11,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from moe_posterior.audit.files import DISK, HEAD, FileSystem, note_name, segment_name, segment_numbers
-from moe_posterior.audit.frames import Frame, Kind, Torn, genesis, read_frame
-from moe_posterior.audit.marks import MAX_NOTE, REMOVED, SEAL, Head, Note, Position, read_head, read_note, read_seal
-from moe_posterior.audit.state import decode_json
+from moe_posterior.audit.storage.files import DISK, HEAD, FileSystem, note_name, segment_name, segment_numbers
+from moe_posterior.audit.storage.frames import Frame, Kind, Torn, genesis, read_frame
+from moe_posterior.audit.storage.marks import (
+    MAX_NOTE,
+    REMOVED,
+    SEAL,
+    Head,
+    Note,
+    Position,
+    read_head,
+    read_note,
+    read_seal,
+)
+from moe_posterior.audit.storage.state import decode_json
 from moe_posterior.errors import AuditError
 
 _READINGS = 100  # of a log whose writer compacts and removes segments meanwhile
