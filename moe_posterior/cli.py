@@ -35,7 +35,7 @@ COMMANDS = {
         "measure routing gates on streams of queries, and their latency",
     ),
     "audit": _Command(
-        "moe_posterior.audit.cli", "audit", "audit", "read, verify and replay the log of what a router decided"
+        "moe_posterior.audit.views.cli", "audit", "audit", "read, verify and replay the log of what a router decided"
     ),
     "study": _Command(
         "moe_posterior.training.study.cli", "study", "train", "compare all training methods and calibrators over seeds"

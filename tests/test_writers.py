@@ -145,7 +145,7 @@ def report_folder(path: Path, version: int) -> None:
 
 @writer
 def audit_page(path: Path, version: int) -> None:
-    from moe_posterior.audit.page import write_page
+    from moe_posterior.audit.views.page import write_page
 
     write_page(LOGS[version], path)
 
@@ -222,8 +222,8 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def audit_tables(path: Path, version: int, form: Any) -> None:
-    from moe_posterior.audit.export import export
     from moe_posterior.audit.read import Reader
+    from moe_posterior.audit.views.export import export
 
     export(Reader(LOGS[version], None), path, form)
 

@@ -5,7 +5,7 @@ Dimensions: T queries, E experts, S seeds.
 The stream of benchmark B goes through a :class:`PosteriorRouter` with an :class:`AuditLog`, one query at a time, each outcome right
 after its decision. Then the log is read. A flag is up once outcomes show that the expert fell from its own record and from what the log
 was told of it (``start``), or once it fell and its mean + 2 std lies below the plain mean of the active experts (``pool``); on one
-cluster (``cell``), or over all (``expert``). See :mod:`moe_posterior.audit.flags`.
+cluster (``cell``), or over all (``expert``). See :mod:`moe_posterior.audit.views.flags`.
 """
 
 import math
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.falls import FALSE_ALARMS
-from moe_posterior.audit.flags import Against, Flag
-from moe_posterior.audit.survey import survey
+from moe_posterior.audit.views.falls import FALSE_ALARMS
+from moe_posterior.audit.views.flags import Against, Flag
+from moe_posterior.audit.views.survey import survey
 from moe_posterior.benchmarks import measures
 from moe_posterior.benchmarks.cells import NOTHING
 from moe_posterior.benchmarks.environments import NUM_WARM, Environment, synthetic

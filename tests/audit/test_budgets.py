@@ -26,11 +26,11 @@ READ = """
 import resource, sys, tempfile
 from pathlib import Path
 from moe_posterior.audit import AuditError, AuditLog
-from moe_posterior.audit.page import write_page
+from moe_posterior.audit.views.page import write_page
 from moe_posterior.audit.replay import rebuild
-from moe_posterior.audit.stats import summarise
+from moe_posterior.audit.views.stats import summarise
 from moe_posterior.audit.verify import verify, verify_decisions
-from moe_posterior.audit.watch import View
+from moe_posterior.audit.views.watch import View
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + int(sys.argv[1]), resource.RLIM_INFINITY))
 for folder in map(Path, sys.argv[2:]):

@@ -10,13 +10,13 @@ from audit.worlds import EMBEDDINGS, D, new_router
 
 from moe_posterior import InvalidArgumentError, PosteriorRouter
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.follow import Follower
-from moe_posterior.audit.page import to_html
 from moe_posterior.audit.replay import rebuild
-from moe_posterior.audit.stats import summarise
 from moe_posterior.audit.storage.collect import Rows
-from moe_posterior.audit.survey import survey
 from moe_posterior.audit.verify import verify, verify_decisions
+from moe_posterior.audit.views.follow import Follower
+from moe_posterior.audit.views.page import to_html
+from moe_posterior.audit.views.stats import summarise
+from moe_posterior.audit.views.survey import survey
 from moe_posterior.cli import main
 
 NOTHING = np.zeros((0, D), dtype=np.float32)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_posterior.audit.falls import FALSE_ALARMS, FallTest, uniform
+from moe_posterior.audit.views.falls import FALSE_ALARMS, FallTest, uniform
 
 C, LEVEL = 4, FALSE_ALARMS / 2
 

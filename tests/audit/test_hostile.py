@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from moe_posterior.audit import AuditError, AuditLog
 from moe_posterior.audit.replay import rebuild
-from moe_posterior.audit.stats import summarise
 from moe_posterior.audit.storage.chain import Chain
 from moe_posterior.audit.storage.files import HEAD, segment_name
 from moe_posterior.audit.storage.frames import MAGIC, MAX_PAYLOAD, Frame, Kind, compress, genesis, pack
@@ -23,6 +22,7 @@ from moe_posterior.audit.storage.marks import Head, Position, head_bytes
 from moe_posterior.audit.storage.state import decode_checkpoint, decode_json, encode_checkpoint, encode_json
 from moe_posterior.audit.storage.tables import decode, encode
 from moe_posterior.audit.verify import verify, verify_decisions
+from moe_posterior.audit.views.stats import summarise
 
 
 @pytest.fixture(scope="module")

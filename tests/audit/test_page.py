@@ -12,10 +12,10 @@ from scipy.stats import beta
 
 from moe_posterior import PosteriorRouter
 from moe_posterior.audit import AuditError, AuditLog
-from moe_posterior.audit.charts import CLUSTERS, EXPERTS, PANELS, interval
-from moe_posterior.audit.cli import audit
-from moe_posterior.audit.page import when, write_page
-from moe_posterior.audit.survey import survey
+from moe_posterior.audit.views.charts import CLUSTERS, EXPERTS, PANELS, interval
+from moe_posterior.audit.views.cli import audit
+from moe_posterior.audit.views.page import when, write_page
+from moe_posterior.audit.views.survey import survey
 from moe_posterior.escape import terminal
 
 HOSTILE = "\"><img src=x onerror=alert(1)><script>alert(1)</script>&amp;'\x1b[31m"

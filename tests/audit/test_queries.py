@@ -9,7 +9,7 @@ from audit.worlds import EMBEDDINGS, new_router
 
 from moe_posterior import InvalidArgumentError
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.export import export
+from moe_posterior.audit.views.export import export
 
 duckdb = pytest.importorskip("duckdb")
 README = Path(__file__).resolve().parents[2] / "moe_posterior" / "audit" / "README.md"

@@ -9,10 +9,10 @@ import pytest
 from audit.worlds import BELIEFS, EMBEDDINGS, C, E, live, lived, new_router
 
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.falls import uniform
-from moe_posterior.audit.flags import below_pool
-from moe_posterior.audit.survey import Survey, kind_of_refusal, survey
-from moe_posterior.audit.trajectories import Sampler
+from moe_posterior.audit.views.falls import uniform
+from moe_posterior.audit.views.flags import below_pool
+from moe_posterior.audit.views.survey import Survey, kind_of_refusal, survey
+from moe_posterior.audit.views.trajectories import Sampler
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

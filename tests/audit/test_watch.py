@@ -19,18 +19,23 @@ from audit.worlds import EMBEDDINGS, E, new_router
 
 from moe_posterior import InvalidArgumentError
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.cli import audit
-from moe_posterior.audit.follow import Follower
 from moe_posterior.audit.storage.tables import Group
-from moe_posterior.audit.watch import Stop, View, Window, watch
+from moe_posterior.audit.views.cli import audit
+from moe_posterior.audit.views.follow import Follower
+from moe_posterior.audit.views.watch import Stop, View, Window, watch
 
 ROOT = Path(__file__).resolve().parents[2]
+WATCHER = """
+import pathlib, sys
+from moe_posterior.audit.views.watch import watch
+sys.exit(watch(pathlib.Path(sys.argv[1]), every={every}))
+"""
 WRITER = """
 import sys, time
 from audit.worlds import EMBEDDINGS, new_router
 from moe_posterior import InvalidArgumentError
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.cli import audit
+from moe_posterior.audit.views.cli import audit
 log = AuditLog(sys.argv[1], fsync_every=0.02, rotate_bytes=4000)
 router = new_router(log)
 for call in range(int(sys.argv[2])):
@@ -289,7 +294,7 @@ def test_a_request_to_end_ends_it_well_wherever_it_comes(
 
 
 def test_a_request_to_end_wakes_who_waits(tmp_path) -> None:
-    code = "import sys, pathlib; from moe_posterior.audit.watch import watch; sys.exit(watch(pathlib.Path(sys.argv[1]), every=1e9))"
+    code = WATCHER.format(every=1e9)
     with AuditLog(tmp_path) as log:
         fill(log)
     watcher = child(code, str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -303,7 +308,7 @@ def test_a_request_to_end_wakes_who_waits(tmp_path) -> None:
 def test_in_a_terminal_it_repaints_without_clearing_and_ends_well(request_to_end, tmp_path) -> None:
     writer = child(WRITER, str(tmp_path / "log"), "100000", stdout=subprocess.DEVNULL)
     ours, theirs = pty.openpty()
-    code = "import sys, pathlib; from moe_posterior.audit.watch import watch; sys.exit(watch(pathlib.Path(sys.argv[1]), every=0.05))"
+    code = WATCHER.format(every=0.05)
     try:
         watcher = child(code, str(tmp_path / "log"), stdout=theirs, stderr=subprocess.PIPE)
         os.close(theirs)
@@ -339,7 +344,7 @@ def test_in_a_terminal_it_repaints_without_clearing_and_ends_well(request_to_end
 def test_in_a_pipe_it_prints_block_after_block_and_stops_when_nobody_reads(tmp_path) -> None:
     with AuditLog(tmp_path) as log:
         fill(log)
-    code = "import sys, pathlib; from moe_posterior.audit.watch import watch; sys.exit(watch(pathlib.Path(sys.argv[1]), every=0.05))"
+    code = WATCHER.format(every=0.05)
     watcher = child(code, str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = [watcher.stdout.readline() for _ in range(40)]
     watcher.stdout.close()

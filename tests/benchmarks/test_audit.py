@@ -8,7 +8,7 @@ import torch
 from scipy.stats import binom
 
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.flags import Flag
+from moe_posterior.audit.views.flags import Flag
 from moe_posterior.benchmarks import audit, horizon
 from moe_posterior.benchmarks.cli import benchmark
 from moe_posterior.benchmarks.environments import NUM_WARM, synthetic

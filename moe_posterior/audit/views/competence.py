@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_posterior.audit.flags import moments
-from moe_posterior.audit.survey import SourceSurvey
+from moe_posterior.audit.views.flags import moments
+from moe_posterior.audit.views.survey import SourceSurvey
 
 Z = 1.96  # of a central 95 % interval
 

@@ -1,7 +1,7 @@
 """Who fell, from the log alone: flags on every cell and every expert, with the outcome that raised each.
 
-A flag goes up where :class:`~moe_posterior.audit.falls.FallTest` finds that outcomes got worse; whoever has always been bad has not
-fallen. One against the pool asks for more: that the expert then also stands two standard deviations below the others.
+A flag goes up where :class:`~moe_posterior.audit.views.falls.FallTest` finds that outcomes got worse; whoever has always been bad
+has not fallen. One against the pool asks for more: that the expert then also stands two standard deviations below the others.
 
 Dimensions: N decisions, C clusters, E experts, R posterior rows.
 """
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_posterior.audit.belief import RowsOfGroup
-from moe_posterior.audit.falls import FALSE_ALARMS, FallTest, Turn, uniform
 from moe_posterior.audit.storage.tables import RESOLVE, ROUTE, Group
+from moe_posterior.audit.views.falls import FALSE_ALARMS, FallTest, Turn, uniform
 
 DEVIATIONS = 2.0  # "falling more than two posterior standard deviations below the pool mean"
 

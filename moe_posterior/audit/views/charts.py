@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 
 from moe_posterior import beta as posterior
-from moe_posterior.audit.competence import Z
-from moe_posterior.audit.flags import Flag, moments
-from moe_posterior.audit.survey import SourceSurvey
-from moe_posterior.audit.trajectories import Samples
+from moe_posterior.audit.views.competence import Z
+from moe_posterior.audit.views.flags import Flag, moments
+from moe_posterior.audit.views.survey import SourceSurvey
+from moe_posterior.audit.views.trajectories import Samples
 from moe_posterior.page import Axis, Series, details, figure, legend, line_chart, nice_ticks, show
 
 EXPERTS, CLUSTERS, PANELS = 16, 12, 4  # drawn at most: experts over all clusters, clusters, experts of one cluster

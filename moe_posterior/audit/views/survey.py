@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_posterior.audit.asked import Asked
 from moe_posterior.audit.belief import knobs
-from moe_posterior.audit.flags import Flag, Flagging, outcomes_of
 from moe_posterior.audit.read import Reader, Record, Source
 from moe_posterior.audit.storage.marks import REMOVED, read_note
 from moe_posterior.audit.storage.state import Checkpoint
 from moe_posterior.audit.storage.tables import ABSTAIN, EXPLORED, ROUTE, Group
-from moe_posterior.audit.trajectories import Sampler, Samples
+from moe_posterior.audit.views.asked import Asked
+from moe_posterior.audit.views.flags import Flag, Flagging, outcomes_of
+from moe_posterior.audit.views.trajectories import Sampler, Samples
 from moe_posterior.errors import AuditError
 
 _KINDS_OF_REFUSAL = 30  # told apart; the rest count together

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from moe_posterior.audit.export import export
 from moe_posterior.audit.log import AuditLog
-from moe_posterior.audit.page import write_page
 from moe_posterior.audit.replay import rebuild
-from moe_posterior.audit.stats import summarise
 from moe_posterior.audit.storage.clock import when
 from moe_posterior.audit.verify import Verification, verify, verify_decisions
-from moe_posterior.audit.watch import MOST_MINUTES, watch
+from moe_posterior.audit.views.export import export
+from moe_posterior.audit.views.page import write_page
+from moe_posterior.audit.views.stats import summarise
+from moe_posterior.audit.views.watch import MOST_MINUTES, watch
 from moe_posterior.commands.audit import parser
 from moe_posterior.errors import AuditError, InvalidArgumentError
 from moe_posterior.escape import terminal

@@ -17,14 +17,14 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_posterior.audit.competence import standings
-from moe_posterior.audit.flags import Flag
-from moe_posterior.audit.follow import Follower
 from moe_posterior.audit.read import Record
 from moe_posterior.audit.storage.clock import now as now_in_microseconds
 from moe_posterior.audit.storage.clock import when
 from moe_posterior.audit.storage.tables import ABSTAIN, EXPLORED, REFUSE, RESOLVE, ROUTE, Group
-from moe_posterior.audit.survey import SourceSurvey, Survey
+from moe_posterior.audit.views.competence import standings
+from moe_posterior.audit.views.flags import Flag
+from moe_posterior.audit.views.follow import Follower
+from moe_posterior.audit.views.survey import SourceSurvey, Survey
 from moe_posterior.errors import AuditError
 from moe_posterior.escape import ascii_line
 

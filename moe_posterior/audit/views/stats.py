@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from moe_posterior.audit.competence import Estimate, standings
 from moe_posterior.audit.read import Reader
-from moe_posterior.audit.survey import SourceSurvey, survey
+from moe_posterior.audit.views.competence import Estimate, standings
+from moe_posterior.audit.views.survey import SourceSurvey, survey
 
 
 def summarise(reader: Reader) -> dict[str, Any]:
@@ -12,8 +12,8 @@ def summarise(reader: Reader) -> dict[str, Any]:
 
     An expert's ``competence`` is its posterior mean over all clusters, ``low`` and ``high`` its central 95 % interval; ``asked``,
     ``asked_low``, ``asked_high`` are the same with each cluster weighted by how often the expert was asked there. Both come from the
-    posterior as the last decisions saw it, a warm start included, and are what :func:`~moe_posterior.audit.page.write_page` shows.
-    ``observed`` is the plain mean of its outcomes. What is not known is None.
+    posterior as the last decisions saw it, a warm start included, and are what
+    :func:`~moe_posterior.audit.views.page.write_page` shows. ``observed`` is the plain mean of its outcomes. What is not known is None.
 
     Raises:
         AuditError: the log was altered or is malformed.

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from moe_posterior import escape
 from moe_posterior.atomic import write_text
-from moe_posterior.audit import charts
 from moe_posterior.audit.belief import knobs
-from moe_posterior.audit.competence import Estimate, standings
-from moe_posterior.audit.falls import FALSE_ALARMS
-from moe_posterior.audit.flags import Flag
 from moe_posterior.audit.read import Reader
 from moe_posterior.audit.storage.clock import now, when
-from moe_posterior.audit.survey import SourceSurvey, Survey, require_sources, survey
+from moe_posterior.audit.views import charts
+from moe_posterior.audit.views.competence import Estimate, standings
+from moe_posterior.audit.views.falls import FALSE_ALARMS
+from moe_posterior.audit.views.flags import Flag
+from moe_posterior.audit.views.survey import SourceSurvey, Survey, require_sources, survey
 from moe_posterior.page import Cell, Section, Table, estimate, page, paragraph, show, table
 
 TITLE = "Audit log of routing decisions"
@@ -81,7 +81,7 @@ def to_html(found: Survey, chain: Mapping[str, str]) -> str:
     """Render what was found as a whole HTML document that needs no network. Text in it is escaped.
 
     Args:
-        found: from :func:`~moe_posterior.audit.survey.survey`.
+        found: from :func:`~moe_posterior.audit.views.survey.survey`.
         chain: from :func:`chain_state`.
 
     >>> document = to_html(Survey(), {"head": "<b>"})
