@@ -22,7 +22,7 @@ from moe_posterior import (
     ProxyNoise,
 )
 from moe_posterior.audit import AuditError, AuditLog
-from moe_posterior.audit.replay import restore
+from moe_posterior.audit.rebuild import restore
 from moe_posterior.audit.storage.state import Checkpoint
 from moe_posterior.calibrators import OnlineConfigurationCalibrator, Outputs, TemperatureScaling
 from moe_posterior.gates import BanditGate, NearestNeighbourGate

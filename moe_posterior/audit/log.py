@@ -15,8 +15,8 @@ from torch import nn
 from moe_posterior.audit.attach import Attachment, attach
 from moe_posterior.audit.limits import require_name, require_router
 from moe_posterior.audit.read import Reader
+from moe_posterior.audit.rebuild import rebuild_from_end
 from moe_posterior.audit.recorder import RouterRecorder
-from moe_posterior.audit.replay import rebuild_from_end
 from moe_posterior.audit.storage.chain import Chain, beside_upkeep
 from moe_posterior.audit.storage.clock import Drift, now
 from moe_posterior.audit.storage.collect import Event, Item, Raw

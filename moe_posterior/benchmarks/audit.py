@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.rebuild import rebuild
 from moe_posterior.audit.verify import verify
 from moe_posterior.benchmarks.environments import synthetic
 from moe_posterior.benchmarks.latency import SIZES, open_loop

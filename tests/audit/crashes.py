@@ -20,7 +20,7 @@ import numpy as np
 from audit.worlds import EMBEDDINGS, new_router
 
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.rebuild import rebuild
 from moe_posterior.audit.verify import verify, verify_decisions
 
 ACKNOWLEDGED = struct.Struct(

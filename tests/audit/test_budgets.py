@@ -27,7 +27,7 @@ import resource, sys, tempfile
 from pathlib import Path
 from moe_posterior.audit import AuditError, AuditLog
 from moe_posterior.audit.views.page import write_page
-from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.rebuild import rebuild
 from moe_posterior.audit.views.stats import summarise
 from moe_posterior.audit.verify import verify, verify_decisions
 from moe_posterior.audit.views.watch import View

@@ -9,7 +9,7 @@ import pytest
 from audit.worlds import EMBEDDINGS, live, new_router
 
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.rebuild import rebuild
 from moe_posterior.audit.storage.clock import BELIEVED, now
 from moe_posterior.audit.storage.files import segment_numbers
 from moe_posterior.audit.storage.state import MAX_TIME

@@ -10,7 +10,7 @@ from audit.worlds import EMBEDDINGS, D, new_router
 
 from moe_posterior import InvalidArgumentError, PosteriorRouter
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.rebuild import rebuild
 from moe_posterior.audit.storage.collect import Rows
 from moe_posterior.audit.verify import verify, verify_decisions
 from moe_posterior.audit.views.follow import Follower

@@ -14,7 +14,7 @@ import pytest
 from audit.worlds import EMBEDDINGS, flat_state, live, new_router
 
 from moe_posterior.audit import AuditError, AuditLockedError, AuditLog, AuditWriteError
-from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.rebuild import rebuild
 from moe_posterior.audit.storage.files import HEAD, FileSystem, segment_name
 from moe_posterior.audit.storage.frames import genesis
 from moe_posterior.audit.storage.marks import Head, Position, head_bytes

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_posterior.audit import AuditError, AuditLog
-from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.rebuild import rebuild
 from moe_posterior.audit.storage.chain import Chain
 from moe_posterior.audit.storage.files import HEAD, segment_name
 from moe_posterior.audit.storage.frames import MAGIC, MAX_PAYLOAD, Frame, Kind, compress, genesis, pack

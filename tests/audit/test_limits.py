@@ -11,7 +11,7 @@ from torch import nn
 
 from moe_posterior import InvalidArgumentError, PosteriorGate, PosteriorRouter
 from moe_posterior.audit import AuditLog, attach, limits
-from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.rebuild import rebuild
 from moe_posterior.audit.verify import verify, verify_decisions
 
 TOO_LARGE: dict[str, tuple[dict[str, Any], str]] = {

@@ -13,7 +13,7 @@ from audit.test_verify import frames_of
 from audit.worlds import live, lived, new_router
 
 from moe_posterior.audit import AuditError, AuditLog, AuditWriteError
-from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.rebuild import rebuild
 from moe_posterior.audit.storage.files import HEAD, FileSystem, segment_name
 from moe_posterior.audit.storage.frames import Kind
 from moe_posterior.audit.storage.marks import SEAL, Head, head_bytes, read_head

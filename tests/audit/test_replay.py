@@ -6,7 +6,7 @@ from audit.worlds import BELIEFS, EMBEDDINGS, C, D, E, flat_state, live, lived, 
 
 from moe_posterior import PosteriorRouter
 from moe_posterior.audit import AuditError, AuditLog
-from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.rebuild import rebuild
 
 
 @pytest.mark.parametrize("belief", BELIEFS)

@@ -8,7 +8,7 @@ import pytest
 from audit.worlds import BELIEFS, flat_state, live, new_router
 
 from moe_posterior.audit import AuditLog
-from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.rebuild import rebuild
 from moe_posterior.audit.storage import chain
 from moe_posterior.audit.storage.files import FileSystem
 from moe_posterior.audit.storage.marks import note_bytes, read_note

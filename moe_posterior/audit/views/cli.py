@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_posterior.audit.log import AuditLog
-from moe_posterior.audit.replay import rebuild
+from moe_posterior.audit.rebuild import rebuild
 from moe_posterior.audit.storage.clock import when
 from moe_posterior.audit.verify import Verification, verify, verify_decisions
 from moe_posterior.audit.views.export import export
