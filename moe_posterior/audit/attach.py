@@ -6,7 +6,7 @@ Dimensions: N tokens, M sampled tokens, C clusters, E experts, k experts per tok
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_posterior.audit.limits import require_pool
 from moe_posterior.audit.recorder import BeliefTracker, knobs_of
+from moe_posterior.audit.sink import Sink
 from moe_posterior.audit.storage.clock import now
 from moe_posterior.audit.storage.collect import Event, Many, Marked, Resolved
 from moe_posterior.audit.storage.state import Checkpoint, require_knobs
@@ -24,9 +25,6 @@ from moe_posterior.forking import ForkLock
 from moe_posterior.gates import Gate, PosteriorGate, Routing
 from moe_posterior.gates.posterior import KNOBS
 from moe_posterior.pending import Members
-
-if TYPE_CHECKING:
-    from moe_posterior.audit.log import AuditLog
 
 _PIECE = 32 << 20  # bytes of a forward's tokens, or of their outcomes, that are noted down together
 _REMEMBERED = 256  # routings of a gate whose outcome can still be recorded
@@ -43,7 +41,7 @@ class _Sampled(NamedTuple):
 class GateRecorder:
     """One gate's decisions and outcomes, sampled per token."""
 
-    def __init__(self, log: "AuditLog", gate: Gate, name: str, rate: float, seed: int) -> None:
+    def __init__(self, log: Sink, gate: Gate, name: str, rate: float, seed: int) -> None:
         self.log, self.gate, self.name, self.rate = log, gate, name, rate
         self.source = log.source_of(name)
         self._random = np.random.default_rng(seed)
@@ -207,7 +205,7 @@ class Attachment:
         self.detach()
 
 
-def attach(log: "AuditLog", model: nn.Module, rate: float, name: str, seed: int) -> Attachment:
+def attach(log: Sink, model: nn.Module, rate: float, name: str, seed: int) -> Attachment:
     """See :meth:`AuditLog.attach`."""
     if not 0.0 < rate <= 1.0:
         raise InvalidArgumentError(f"rate must lie in (0, 1]; got {rate}")

@@ -4,7 +4,7 @@ Dimensions: N decisions, M outcomes, R posterior rows, C clusters, E experts, k 
 """
 
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_posterior.audit.limits import require_router
+from moe_posterior.audit.sink import Sink
 from moe_posterior.audit.storage.clock import now
 from moe_posterior.audit.storage.collect import Event, Many, Marked, One, Refused, Resolved, Rows
 from moe_posterior.audit.storage.state import Checkpoint, require_knobs
@@ -20,9 +21,6 @@ from moe_posterior.gates import PosteriorGate
 from moe_posterior.gates.posterior import KNOBS
 from moe_posterior.pending import Members
 from moe_posterior.router import PosteriorRouter
-
-if TYPE_CHECKING:
-    from moe_posterior.audit.log import AuditLog
 
 MAX_REFUSALS = 1000  # rows of one refused call that are kept; its reason says how many there were
 _ONE_SIZE = 400  # bytes of memory, about, that a single decision's item takes
@@ -139,9 +137,9 @@ class BeliefTracker:
 
 
 class RouterRecorder:
-    """The :class:`~moe_posterior.router.Recorder` that writes to an :class:`AuditLog`."""
+    """The :class:`~moe_posterior.router.Recorder` that writes to an audit log."""
 
-    def __init__(self, log: "AuditLog", router: PosteriorRouter, source: int, name: str, reason: str) -> None:
+    def __init__(self, log: Sink, router: PosteriorRouter, source: int, name: str, reason: str) -> None:
         gate = router.gate
         require_router(router)
         self.log, self.router, self.source, self.name = log, router, source, name
