@@ -81,6 +81,7 @@ class BetaPosterior(ChangingPool):
     alike: Tensor  # (E,) float64, how many observations an expert's pooled record is worth in a cluster
     record: Tensor  # (7, E) float64, derived: a hierarchy.Record
     deviations: Tensor  # (4, E) float64, derived: hierarchy.Deviations
+    _muted = False
 
     def __init__(
         self,
@@ -371,6 +372,10 @@ class BetaPosterior(ChangingPool):
 
         return unsubscribe
 
+    def mute(self, muted: bool = True) -> None:
+        """Call no listener, until ``mute(False)``: for many changes in a row between which nobody looks."""
+        self._muted = muted
+
     def extra_repr(self) -> str:
         options = {
             "half_life": self.half_life,
@@ -546,7 +551,7 @@ class BetaPosterior(ChangingPool):
         self._notify(None)
 
     def _notify(self, cluster_ids: Tensor | None) -> None:
-        for listener in self._listeners:
+        for listener in () if self._muted else self._listeners:
             listener(cluster_ids)
 
 

@@ -445,6 +445,30 @@ class PosteriorRouter:
         router._audit = None if audit is None else audit.follow(router)
         return router
 
+    @property
+    def pending(self) -> Pending:
+        """The decisions whose outcome can still come. Take :meth:`locked` before reading it beside other threads."""
+        return self._pending
+
+    def record_with(self, recorder: Recorder) -> None:
+        """Tell this recorder of every decision and outcome from now on, instead of any before it; logs call it."""
+        self._audit = recorder
+
+    def take_over(
+        self,
+        ids: NDArray,  # (N,), each one more than the one before
+        clusters: NDArray,  # (N,), -1 for an embedding that was broken
+        experts: NDArray,  # (N, k)
+        members: Members | None = None,  # 2 x (N, J)
+    ) -> None:
+        """Hold decisions that were made elsewhere, as a log tells, as this router's own: pending, and the next id is behind them."""
+        if not len(ids):
+            return
+        latest = slice(-self.max_pending, None)  # ids grow by one within a call: the last ones win their places
+        several = None if members is None else (members[0][latest], members[1][latest])
+        self._pending.put(ids[latest], clusters[latest], experts[latest], self._tenure[experts[latest]], several)
+        self._next_id = int(ids[-1]) + 1
+
     def skip_ids(self, reached: int) -> None:
         """Give no id up to ``reached`` again: they may be out in the world, though this router does not know of them."""
         with self._lock:

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ ORDER = [
     ["training"],
     ["cli"],
 ]
+# The same inside the audit log's room: each only those strictly before it, and its own.
+AUDIT_ORDER = [
+    ["storage"],
+    ["sink", "limits", "belief"],
+    ["recorder", "read"],
+    ["attach", "rebuild", "verify"],
+    ["log"],
+    ["views"],
+]
+# Imports inside a function that would close a circle at the top of the file.
+LATE = {("moe_posterior.huggingface.host", "moe_posterior.huggingface.decision")}
 LEAVES = {
     "losses",
     "metrics",
@@ -40,6 +52,24 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Run and imported by each other alone: they time whole layers.
 SCRIPTS = {PACKAGE / "kernels" / name for name in ("bench.py", "bench_common.py", "bench_layers.py")}
 LIGHT = {"torch", "einops", "moe_posterior"}
+OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}  # public: the underscore keeps them apart from fields
+# What torch has no public name for, and why it is needed.
+OF_TORCH = {
+    "_C": "the current autograd graph and its default hooks",
+    "_apply": "what .to(), .half() and their like call on every child",
+    "_autograd": "as _C",
+    "_cdata": "the identity of a storage",
+    "_check": "a promise to torch.compile",
+    "_compiled_call_impl": "whether a module was compiled in place",
+    "_current_graph_task_id": "whether a backward pass is under way",
+    "_dynamo": "whether torch.compile is tracing",
+    "_forward_hooks": "whether anybody listens to a module, and who",
+    "_forward_pre_hooks": "as _forward_hooks",
+    "_sample_dirichlet": "Beta draws from a generator of one's own",
+    "_top_saved_tensors_default_hooks": "whether activation checkpointing is recording",
+    "_version": "whether a tensor was written to in place",
+}
+TO_DO = {("gates/posterior.py", "clusterer._buffers")}  # the lean path of a single token
 
 
 def python_files() -> list[Path]:
@@ -85,6 +115,93 @@ def test_imports_run_one_way(path: Path) -> None:
             assert used in {*ORDER[0], *LEAVES}, f"{room} is a leaf and imports {used}"
         elif used not in LEAVES:
             assert RANK[used] <= RANK[room], f"{room} imports {used}, which comes after it"
+
+
+def test_inside_the_audit_log_imports_run_one_way() -> None:
+    rank = {part: rank for rank, parts in enumerate(AUDIT_ORDER) for part in parts}
+    audit = [path for path in python_files() if room_of(path) == "audit" and path != PACKAGE / "audit" / "__init__.py"]
+    assert {path.relative_to(PACKAGE).parts[1].removesuffix(".py") for path in audit} == set(rank)
+    for path in audit:
+        part = path.relative_to(PACKAGE).parts[1].removesuffix(".py")
+        for name in imported_modules(path):
+            if name == "moe_posterior.audit" or name.startswith("moe_posterior.audit."):
+                used = name.split(".")[2] if name.count(".") > 1 else "log"  # what the room itself hands out
+                assert used == part or rank[used] < rank[part], f"audit/{part} imports {used}, which is not before it"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    named = {module_name(path): path for path in python_files() if path.name != "__init__.py"}
+    uses = {name: {used for used in imports_and_names(path) if used in named} for name, path in named.items()}
+    for name, used in LATE:
+        uses[name].remove(used)
+    assert len(list(TopologicalSorter(uses).static_order())) == len(named)  # a circle raises CycleError, which names it
+
+
+def module_name(path: Path) -> str:
+    return ".".join(["moe_posterior", *path.relative_to(PACKAGE).with_suffix("").parts])
+
+
+def imports_and_names(path: Path) -> set[str]:
+    """Imported modules, also those that are imported as a name of their package."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
+    return imported_modules(path) | {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+
+
+def private_touches(source: str) -> set[str]:
+    """Expressions like ``other._private``, apart from those on self, cls and super() and on objects of the module's own classes."""
+    nodes = list(ast.walk(ast.parse(source)))
+    own = {name for node in nodes if isinstance(node, ast.ClassDef) for name in names_in_class(node)}
+    allowed = own | OF_NAMED_TUPLES | set(OF_TORCH)
+    touched = [node for node in nodes if isinstance(node, ast.Attribute) and is_private(node.attr)]
+    found = {ast.unparse(node) for node in touched if not is_self(node.value) and node.attr not in allowed}
+    ours = [
+        node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moe_posterior")
+    ]
+    return found | {f"{node.module}.{alias.name}" for node in ours for alias in node.names if is_private(alias.name)}
+
+
+def names_in_class(found: ast.ClassDef) -> set[str]:
+    """What a class defines: its methods and fields, and what its methods set on self."""
+    stored = [node for node in ast.walk(found) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    fields = [node for part in found.body if isinstance(part, ast.Assign | ast.AnnAssign) for node in ast.walk(part)]
+    methods = [node for node in found.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {
+        *(node.attr for node in stored if is_self(node.value)),
+        *(node.id for node in fields if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)),
+        *(node.name for node in methods),
+    }
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def is_self(node: ast.expr) -> bool:
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "super"
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def test_no_module_touches_what_is_private_to_another() -> None:
+    found = {
+        (str(path.relative_to(PACKAGE)), touch)
+        for path in python_files()
+        for touch in private_touches(path.read_text())
+    }
+    assert found == TO_DO
+
+
+def test_touching_what_is_private_is_seen() -> None:
+    source = """
+from moe_posterior.other import _hidden
+class Ours:
+    def __init__(self):
+        self._mine = 1
+    def join(self, other):
+        super()._set_up()
+        return self._inherited + other._mine + routing._replace(x=1) + self.router._theirs
+"""
+    assert private_touches(source) == {"moe_posterior.other._hidden", "self.router._theirs"}
 
 
 @pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(PACKAGE)))

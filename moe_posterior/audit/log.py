@@ -211,7 +211,7 @@ class AuditLog:
         log = cls(folder, **options)
         try:
             router = rebuild_from_end(log.folder, log.key, name, log._lock_file.files)
-            router._audit = log._follow(router, name, "recovered")
+            router.record_with(log._follow(router, name, "recovered"))
             log.flush()
         except BaseException:
             log.close()

@@ -58,7 +58,7 @@ class Fold:
         belief = router.gate.posterior
         self._plain = belief.half_life is None and belief.surprise is None and belief.noise is None
         self._plain = self._plain and not belief.pools and router.gate.members is None
-        self._listeners, belief._listeners = belief._listeners, []  # nobody reads the tables meanwhile
+        belief.mute()  # nobody reads the tables meanwhile
 
     def advance(self, group: Group) -> None:
         """Take in a group.
@@ -75,29 +75,24 @@ class Fold:
         )
         members = _members_of(group)
         width = 0 if members is None else members[0].shape[1]
-        if group.top_k != router.gate.top_k or beyond or (len(ids) and width != router._pending.width):
+        if group.top_k != router.gate.top_k or beyond or (len(ids) and width != router.pending.width):
             raise AuditError("a group does not fit the router of the checkpoint before it")
         if group.rows("outcomes"):
             self._learn(group, ids, clusters, experts, members)
-        if len(ids):
-            latest = slice(-router.max_pending, None)  # ids grow by one within a call: the last ones win their places
-            waiting = ids[latest], clusters[latest], experts[latest], router._tenure[experts[latest]]
-            router._pending.put(*waiting, None if members is None else (members[0][latest], members[1][latest]))
-            router._next_id = int(ids[-1]) + 1
-        router._pending.remove(group.tables["outcomes"]["id"])
+        router.take_over(ids, clusters, experts, members)
+        router.pending.remove(group.tables["outcomes"]["id"])
         steps = group.tables["calls"]["steps"][group.tables["calls"]["kind"] <= RESOLVE]
         if len(steps):
             router.gate.steps.fill_(int(steps[-1]))
 
     def finish(self) -> PosteriorRouter:
         """The router, its tables brought up to date."""
-        belief = self.router.gate.posterior
-        belief._listeners = self._listeners
+        self.router.gate.posterior.mute(False)
         self.router.gate.load_state_dict(self.router.gate.state_dict())
         return self.router
 
     def _learn(self, group: Group, ids: NDArray, clusters: NDArray, experts: NDArray, members: Members | None) -> None:
-        outcomes, pending = group.tables["outcomes"], self.router._pending
+        outcomes, pending = group.tables["outcomes"], self.router.pending
         own = [clusters, experts, *(() if members is None else members)]
         held = [pending.cluster, pending.experts, *((pending.members, pending.shares) if pending.width else ())]
         their_clusters, their_experts, *theirs = self._looked_up(outcomes["id"], ids, own, held)
@@ -122,8 +117,7 @@ class Fold:
         self, wanted: NDArray, ids: NDArray, own: list[NDArray], held: list[NDArray]
     ) -> list[NDArray]:  # (M,) and (N,); (N, ...) each, (P, ...) each -> (M, ...) each
         """Columns of the decisions that outcomes belong to: from this group's own, or from the pending ones that are held."""
-        router = self.router
-        slots, waiting = router._pending.find(wanted)
+        slots, waiting = self.router.pending.find(wanted)
         places = np.searchsorted(ids, wanted).clip(max=max(len(ids) - 1, 0))
         here = ids[places] == wanted if len(ids) else np.zeros(len(wanted), dtype=np.bool_)
         known = here | waiting
