@@ -79,11 +79,11 @@ audit-bench: $(INSTALLED)  ## what the audit log costs, and how soon it shows a 
 
 bench: $(INSTALLED)  ## what the gate costs on a CPU, as ratios (3 minutes on an idle machine)
 	mkdir -p results/speed
-	$(BIN)/python -m moe_posterior.kernels.bench --threads 1 --json results/speed/cpu.json
+	$(BIN)/python -m moe_posterior.kernels.instruments.bench --threads 1 --json results/speed/cpu.json
 
 bench-gpu: $(INSTALLED)  ## the kernels on a GPU: correctness, then times; says so where there is none
 	mkdir -p results/speed
-	$(BIN)/python -m moe_posterior.kernels.bench_gpu --json results/speed/gpu.json
+	$(BIN)/python -m moe_posterior.kernels.instruments.bench_gpu --json results/speed/gpu.json
 
 docs: $(INSTALLED)  ## build the documentation into docs/_build; a reference that leads nowhere fails it
 	$(BIN)/python docs/draw_architecture.py

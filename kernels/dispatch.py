@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
-from moe_posterior.kernels import cpu, operators, reference
+from moe_posterior.kernels import cpu, reference
+from moe_posterior.kernels.triton import operators
 
 Backend = Literal["auto", "eager", "triton"]
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,7 +40,7 @@ def route_by_table(
     Args:
         backend: ``"auto"`` takes Triton for tensors on a GPU that it runs on, :mod:`moe_posterior.kernels.cpu` for float32
             without gradient on a CPU, else plain torch; ``"eager"`` is plain torch; ``"triton"`` is one launch, see
-            :mod:`moe_posterior.kernels.routing` for its precision.
+            :mod:`moe_posterior.kernels.triton.routing` for its precision.
 
     Raises:
         InvalidArgumentError: the backend is unknown or cannot run here. MissingDependencyError: Triton is not installed.

@@ -58,7 +58,14 @@ def test_the_wheel_routes_a_batch_outside_the_checkout(environment: Path) -> Non
 
 def test_the_wheel_holds_both_symlinked_folders_and_the_type_marker(environment: Path) -> None:
     package = next(environment.glob("lib/python*/site-packages/moe_posterior"))
-    for file in ("py.typed", "kernels/reference.py", "training/cli.py", "training/data/digits.py"):
+    for file in (
+        "py.typed",
+        "kernels/reference.py",
+        "kernels/triton/launch.py",
+        "kernels/instruments/aot.py",
+        "training/cli.py",
+        "training/data/digits.py",
+    ):
         assert (package / file).is_file(), file
     assert not list(environment.glob("lib/python*/site-packages/kernels"))
 

@@ -324,7 +324,7 @@ STORAGE = {
     "audit/storage/compact.py": "through the log's own files",
     "audit/storage/upkeep.py": "through the log's own files",
     "audit/storage/segments.py": "through the log's own files",
-    "kernels/aot.py": "hands a compiled kernel to the disassembler",
+    "kernels/instruments/aot.py": "hands a compiled kernel to the disassembler",
     "training/runs.py": "removes what --overwrite is asked to",
 }
 

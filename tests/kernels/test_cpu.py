@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_posterior.kernels import cpu, reference
-from moe_posterior.kernels.bench_common import posterior_gate
+from moe_posterior.kernels.instruments.bench_common import posterior_gate
 
 
 def world(

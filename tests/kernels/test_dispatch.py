@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_posterior import PosteriorGate
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
-from moe_posterior.kernels import dispatch, operators, reference
+from moe_posterior.kernels import dispatch, reference
+from moe_posterior.kernels.triton import operators
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOBS = {"top_k": 2, "risk_aversion": 1.0, "temperature": 0.1}
@@ -136,7 +137,13 @@ def test_importing_the_dispatcher_does_not_import_triton() -> None:
 
 def test_the_gpu_benchmark_says_that_there_is_no_gpu(tmp_path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "moe_posterior.kernels.bench_gpu", "--json", str(tmp_path / "none.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "moe_posterior.kernels.instruments.bench_gpu",
+        "--json",
+        str(tmp_path / "none.json"),
+    ]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert result.stdout == "no GPU here: nothing was checked or timed\n"
     assert not (tmp_path / "none.json").exists()

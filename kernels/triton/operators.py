@@ -22,7 +22,7 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 def _launch() -> ModuleType:
     if not TRITON_INSTALLED:
         raise MissingDependencyError("triton", "triton")
-    from moe_posterior.kernels import launch
+    from moe_posterior.kernels.triton import launch
 
     return launch
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe_posterior.experts import ExpertsFFN
 from moe_posterior.gates import SoftmaxGate
-from moe_posterior.kernels.bench_common import TOP_K, posterior_gate, record
+from moe_posterior.kernels.instruments.bench_common import TOP_K, posterior_gate, record
 from moe_posterior.layer import MixtureOfExperts, PosteriorMoE
 
 BATCH, HIDDEN, EXPERTS = 2048, 256, 8

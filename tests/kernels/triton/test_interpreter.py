@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 def test_the_interpreted_kernels_equal_the_reference(cases) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / cases)]
-    root = HERE.parents[1]
+    root = HERE.parents[2]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout

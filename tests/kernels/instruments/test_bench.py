@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_posterior.kernels import bench, bench_layers
+from moe_posterior.kernels.instruments import bench, bench_layers
 
 
 @pytest.mark.parametrize("batch", [1, 63, 512])

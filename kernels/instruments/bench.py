@@ -1,4 +1,4 @@
-"""``python -m moe_posterior.kernels.bench``: what the gate costs on a CPU, as ratios of medians measured in one run.
+"""``python -m moe_posterior.kernels.instruments.bench``: what the gate costs on a CPU, as ratios of medians measured in one run.
 
 Dimensions: B tokens, D hidden size, C clusters, E experts, k experts per token.
 
@@ -18,8 +18,9 @@ import torch
 from moe_posterior.atomic import write_text
 from moe_posterior.clustering import Clusterer
 from moe_posterior.gates import SoftmaxGate
-from moe_posterior.kernels import bench_layers, cpu, reference
-from moe_posterior.kernels.bench_common import TOP_K, posterior_gate, record
+from moe_posterior.kernels import cpu, reference
+from moe_posterior.kernels.instruments import bench_layers
+from moe_posterior.kernels.instruments.bench_common import TOP_K, posterior_gate, record
 
 GATE_BATCHES = (1, 64, 4096)
 HIDDEN, EXPERTS = 1024, 64
@@ -27,7 +28,9 @@ HIDDEN, EXPERTS = 1024, 64
 
 def main(arguments: list[str] | None = None) -> int:
     """Run every case, print a table, write the records where asked."""
-    parser = argparse.ArgumentParser("python -m moe_posterior.kernels.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m moe_posterior.kernels.instruments.bench", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--json", metavar="FILE", help="write the records")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="torch threads (default %(default)s)"

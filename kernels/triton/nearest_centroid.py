@@ -1,4 +1,4 @@
-"""Triton: the nearest centroid of every token and the distance to it, for the kernels of :mod:`moe_posterior.kernels.routing`.
+"""Triton: the nearest centroid of every token and the distance to it, for the kernels of :mod:`moe_posterior.kernels.triton.routing`.
 
 Dimensions: N tokens, D hidden size, C clusters. A program owns BLOCK_N tokens: it walks over the clusters in tiles and in each over D,
 and keeps the best cluster so far.

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.kernels import aot, roofline, traffic
+from moe_posterior.kernels.instruments import aot, roofline, traffic
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MATRIX_UNIT = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
@@ -24,7 +24,16 @@ def compiled(target: str, folder: Path, *options: str) -> list[dict]:
         pytest.skip(f"this build of triton cannot compile for {target}: it has no {needed.name}")
     file = folder / "aot.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "moe_posterior.kernels.aot", "--targets", target, "--json", str(file), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "moe_posterior.kernels.instruments.aot",
+        "--targets",
+        target,
+        "--json",
+        str(file),
+        *options,
+    ]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
     return json.loads(file.read_text())["rows"]

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_posterior.kernels import routing
+from moe_posterior.kernels.triton import routing
 
 Prepared = tuple[Tensor, Tensor, Tensor, Tensor | None]  # points (C, D), directions (C, D), offsets (C,), radius (C,)
 INTERPRETED = not isinstance(routing.assign_and_gather, triton.JITFunction)
@@ -40,7 +40,7 @@ def tiles(num_tokens: int, num_clusters: int, dtype: torch.dtype, *, amd: bool, 
 
 
 def precision(dtype: torch.dtype, *, amd: bool) -> str:
-    """The kernels' ``DOT``, see :mod:`moe_posterior.kernels.routing`."""
+    """The kernels' ``DOT``, see :mod:`moe_posterior.kernels.triton.routing`."""
     if dtype == torch.bfloat16:
         return "emulated" if INTERPRETED else "split"
     return "ieee" if amd or INTERPRETED else "tf32x3"

@@ -1,6 +1,6 @@
 """Routing on one GPU: correctness first, then ours beside eager torch, torch.compile and the gate that it replaces.
 
-    python -m moe_posterior.kernels.bench_gpu [--json FILE]
+    python -m moe_posterior.kernels.instruments.bench_gpu [--json FILE]
 
 Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token. Every path is captured in a CUDA graph, so that what
 is timed is the device and not Python; each shape takes a few seconds. The GB/s are those of the minimal traffic, each input read once
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from moe_posterior.atomic import write_text
 from moe_posterior.errors import MoEPosteriorError
-from moe_posterior.kernels import dispatch, reference, roofline, sampling
+from moe_posterior.kernels import dispatch, reference, sampling
+from moe_posterior.kernels.instruments import roofline
 
 SHAPES = [(8192, 4096, 64, 64, 8), (16384, 2048, 128, 128, 8), (4096, 7168, 256, 256, 8), (1, 4096, 64, 64, 8)]
 DTYPES = [torch.bfloat16, torch.float32]
@@ -237,7 +238,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Check, time, print, write; 0 also where there is no GPU to do it on."""
     parser = argparse.ArgumentParser(
-        prog="python -m moe_posterior.kernels.bench_gpu", description="Time routing on a GPU"
+        prog="python -m moe_posterior.kernels.instruments.bench_gpu", description="Time routing on a GPU"
     )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     given = parser.parse_args(arguments)

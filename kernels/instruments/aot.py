@@ -2,12 +2,12 @@
 
 Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
 
-    python -m moe_posterior.kernels.aot [--json FILE] [--targets sm_90 …] [--largest]
+    python -m moe_posterior.kernels.instruments.aot [--json FILE] [--targets sm_90 …] [--largest]
 
-A variant is a kernel, a dtype and the tiles that :func:`moe_posterior.kernels.launch.tiles` picks for some sizes. Registers, stack
-and shared memory are read from the machine code (``cuobjdump`` of Triton's own wheel, the metadata of the AMD object), matrix
-instructions from the assembly. Bytes are counted in the PTX, see :mod:`moe_posterior.kernels.traffic`, for tokens that need no second
-pass; for AMD, whose assembly is not read, they are those of :mod:`moe_posterior.kernels.roofline`.
+A variant is a kernel, a dtype and the tiles that ``triton/launch.py`` picks for some sizes. Registers, stack and shared memory are
+read from the machine code (``cuobjdump`` of Triton's own wheel, the metadata of the AMD object), matrix instructions from the
+assembly. Bytes are counted in the PTX, see ``traffic.py``, for tokens that need no second pass; for AMD, whose assembly is not read,
+they are those of ``roofline.py``.
 """
 
 import argparse
@@ -24,8 +24,8 @@ import torch
 
 from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
-from moe_posterior.kernels import roofline, traffic
-from moe_posterior.kernels.roofline import Variant
+from moe_posterior.kernels.instruments import roofline, traffic
+from moe_posterior.kernels.instruments.roofline import Variant
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -111,7 +111,7 @@ def compile_variant(variant: Variant, target: str) -> Report:
         from triton.compiler import ASTSource
     except ImportError as error:
         raise MissingDependencyError("triton", "triton") from error
-    from moe_posterior.kernels import launch, routing
+    from moe_posterior.kernels.triton import launch, routing
 
     amd = TARGETS[target][0] == "hip"
     kernel: Any = getattr(routing, variant.kernel)
@@ -233,7 +233,9 @@ def table(reports: list[Report]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile everything, print the table; 1 if anything spills."""
-    parser = argparse.ArgumentParser(prog="python -m moe_posterior.kernels.aot", description="Compile all kernels")
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_posterior.kernels.instruments.aot", description="Compile all kernels"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--largest", action="store_true", help="only the kernels that need the most registers")

@@ -2,8 +2,8 @@
 
 Dimensions: N tokens, D hidden size, C clusters, E experts, K experts per token. In the kernels ``i_`` is an index of this
 program, ``o_`` are offsets, ``m_`` masks, ``b_`` blocks of values; BLOCK_X is the tile along X. A program owns BLOCK_N tokens:
-:mod:`moe_posterior.kernels.assigning` finds their clusters, then it reads a row of the tables, or walks over the experts in tiles
-and keeps the K best so far.
+``nearest_centroid.py`` finds their clusters, then it reads a row of the tables, or walks over the experts in tiles and keeps the K
+best so far.
 """
 
 # Triton's parameters are no Python values and its kernels are traced: no annotations but constexpr.
@@ -12,8 +12,8 @@ and keeps the K best so far.
 import triton
 import triton.language as tl
 
-from moe_posterior.kernels.assigning import assign
-from moe_posterior.kernels.drawing import beta_draws
+from moe_posterior.kernels.triton.drawing import beta_draws
+from moe_posterior.kernels.triton.nearest_centroid import assign
 
 
 @triton.jit

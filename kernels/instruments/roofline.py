@@ -2,7 +2,7 @@
 
 Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
 
-    python -m moe_posterior.kernels.roofline          # the table of kernels/README.md
+    python -m moe_posterior.kernels.instruments.roofline          # the table of kernels/README.md
 """
 
 from collections.abc import Iterator
@@ -104,7 +104,7 @@ def flops(variant: Variant) -> float:
 
 def rows() -> Iterator[tuple[str, ...]]:
     """Shape, dtype, path, then megabytes and microseconds of the least, gigaflops and theirs, megabytes asked for and theirs."""
-    from moe_posterior.kernels import launch
+    from moe_posterior.kernels.triton import launch
 
     for dtype in FLOPS_PER_US:
         for n, d, c, e, k in SHAPES:

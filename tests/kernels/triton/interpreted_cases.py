@@ -6,7 +6,9 @@ from torch import Tensor
 
 from moe_posterior import PosteriorGate, beta
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.kernels import bench_gpu, dispatch, launch, operators, reference
+from moe_posterior.kernels import dispatch, reference
+from moe_posterior.kernels.instruments import bench_gpu
+from moe_posterior.kernels.triton import launch, operators
 
 KNOBS = {"risk_aversion": 0.7, "temperature": 0.1}
 # (relative, absolute), against the reference; kernels/README.md promises them.

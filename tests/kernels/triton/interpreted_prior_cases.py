@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.kernels import dispatch, operators, reference, sampling
+from moe_posterior.kernels import dispatch, reference, sampling
+from moe_posterior.kernels.triton import operators
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # N, C, D, E, k
@@ -238,7 +239,7 @@ def test_the_operators_pass_opcheck_with_a_mask_and_a_seed(generator) -> None:
 
 
 def test_the_constants_of_a_draw_are_the_reference_s() -> None:
-    from moe_posterior.kernels import drawing
+    from moe_posterior.kernels.triton import drawing
 
     assert tuple(drawing.CENTRE.value) == sampling.CENTRE
     assert tuple(drawing.TAIL.value) == sampling.TAIL
