@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_posterior.huggingface.adapters import UnknownRouterError
 from moe_posterior.huggingface.gates import Choice
 from moe_posterior.huggingface.host import Binding, SwappedRouter
-from moe_posterior.huggingface.intercept import LogitsInterceptor
+from moe_posterior.huggingface.logits_bias import LogitsInterceptor
 from moe_posterior.replay.record import auxiliary_listener
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.huggingface.host import SwappedRouter
-from moe_posterior.huggingface.intercept import LogitsInterceptor
+from moe_posterior.huggingface.logits_bias import LogitsInterceptor
 from moe_posterior.serving.rule import HostRule, ScoringFunction, choose
 
 _PROBES = 128  # T

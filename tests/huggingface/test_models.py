@@ -13,7 +13,7 @@ from moe_posterior import record
 from moe_posterior.huggingface import decision, swap_gates, swapped_gates
 from moe_posterior.huggingface.adapters import Adapter
 from moe_posterior.huggingface.find import find_routers
-from moe_posterior.huggingface.intercept import LogitsInterceptor
+from moe_posterior.huggingface.logits_bias import LogitsInterceptor
 
 REPRESENTATIVE = (
     "mixtral",
