@@ -56,10 +56,10 @@ def main() -> None:
         return sum(model(**rows).loss.item() for rows in held_out) / len(held_out)
 
     print(f"trained: {held_out_loss():.4f}")
-    report = swap_gates(model, num_clusters=16)
-    print(f"{report}\nswapped: {held_out_loss():.4f}")
-    report.fit([batch() for _ in range(4)])  # find each layer's clusters
-    report.warm_start([batch() for _ in range(12)])  # how good is each expert on each cluster while all is well?
+    swapped = swap_gates(model, num_clusters=16)
+    print(f"{swapped}\nswapped: {held_out_loss():.4f}")
+    swapped.fit([batch() for _ in range(4)])  # find each layer's clusters
+    swapped.warm_start([batch() for _ in range(12)])  # how good is each expert on each cluster while all is well?
     print(f"fitted and warm-started: {held_out_loss():.4f}")
 
     with record(model) as trace, torch.no_grad():

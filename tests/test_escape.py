@@ -82,10 +82,10 @@ def benchmark_on_the_terminal(name: str, folder: Path) -> str:
 
 
 def swap_report(name: str, folder: Path) -> str:
-    from moe_posterior.huggingface import Layer, SwapReport
+    from moe_posterior.huggingface import Layer, SwappedModel
 
     layers = [Layer(name, name, "swapped", "", 8, 2), Layer(name, name, "refused", name, 8, 2)]
-    return str(SwapReport(torch.nn.Identity(), "prior", layers))
+    return str(SwappedModel(torch.nn.Identity(), "prior", layers))
 
 
 def audited(name: str, folder: Path) -> Path:

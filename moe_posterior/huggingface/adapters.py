@@ -27,7 +27,7 @@ class UnknownRouterError(InvalidArgumentError):
 class Adapter:
     """The common return: a tuple that begins with logits, weights (T, k), indices (T, k)."""
 
-    kind = "swapped"  # what the report calls it
+    kind = "swapped"  # what the table of layers calls it
     logits: int | None = (
         0  # which part of the output is the logits, handed on for auxiliary losses; None if they come otherwise
     )

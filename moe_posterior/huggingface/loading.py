@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MissingDataError
 from moe_posterior.huggingface.saving import ENTRY, FILE, KIND, MARKER, VERSION, libraries
-from moe_posterior.huggingface.swap import SwapReport, restore_gates, swap_gates, swapped_gates
+from moe_posterior.huggingface.swap import SwappedModel, restore_gates, swap_gates, swapped_gates
 from moe_posterior.tensorfile import load_tensors
 
 
@@ -52,7 +52,7 @@ def load_swapped(path: str | os.PathLike[str], auto_class: Any = None, **options
     return model
 
 
-def load_belief(model: nn.Module, directory: str | os.PathLike[str]) -> SwapReport:
+def load_belief(model: nn.Module, directory: str | os.PathLike[str]) -> SwappedModel:
     """Swap an unswapped model as the one that was saved, and give it the saved belief, bit for bit.
 
     Raises:
@@ -61,7 +61,7 @@ def load_belief(model: nn.Module, directory: str | os.PathLike[str]) -> SwapRepo
             unswapped.
     """
     recipe, belief = _read(directory)
-    report = swap_gates(model, recipe["num_clusters"], recipe["mode"], **recipe["knobs"])
+    swapped = swap_gates(model, recipe["num_clusters"], recipe["mode"], **recipe["knobs"])
     try:
         _fill(model, belief)
         for name, gate in swapped_gates(model):
@@ -70,7 +70,7 @@ def load_belief(model: nn.Module, directory: str | os.PathLike[str]) -> SwapRepo
     except InvalidArgumentError:
         restore_gates(model)
         raise
-    return report
+    return swapped
 
 
 def _read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -51,7 +51,7 @@ class Reservoir:
 def fit_clusters(
     model: nn.Module, dataloader: Batches, max_tokens: int | None, sample_size: int, generator: torch.Generator
 ) -> None:
-    """See :meth:`SwapReport.fit`."""
+    """See :meth:`SwappedModel.fit`."""
     for name, size in (("sample_size", sample_size), ("max_tokens", max_tokens)):
         if size is not None and size < 1:
             raise InvalidArgumentError(f"{name} must be at least 1; got {size}")
@@ -85,14 +85,14 @@ def fit_clusters(
 
 
 def warm_start(model: nn.Module, dataloader: Batches, max_tokens: int | None) -> None:
-    """See :meth:`SwapReport.warm_start`."""
+    """See :meth:`SwappedModel.warm_start`."""
     if max_tokens is not None and max_tokens < 1:
         raise InvalidArgumentError(f"max_tokens must be at least 1; got {max_tokens}")
     routers = {
         name: router for name, router in swapped_routers(model).items() if router.posterior_gate.clusterer.fitted
     }
     if not routers:
-        raise NotFittedError("the swapped gates have no clusters yet: call report.fit(dataloader) first")
+        raise NotFittedError("the swapped gates have no clusters yet: call swapped.fit(dataloader) first")
     counts = {
         name: torch.zeros_like(router.posterior_gate.posterior.successes).repeat(2, 1, 1)
         for name, router in routers.items()

@@ -12,14 +12,14 @@ from moe_posterior.huggingface.find import Found, find_routers
 from moe_posterior.huggingface.gates import HostedGate, make_gate
 from moe_posterior.huggingface.host import Binding, SwappedRouter, host, swapped_routers, unhost, validate_unswapped
 from moe_posterior.huggingface.padding import capture_padding
-from moe_posterior.huggingface.report import Layer, SwapReport
 from moe_posterior.huggingface.saving import install_savers, remove_savers
+from moe_posterior.huggingface.swapped import Layer, SwappedModel
 
 Mode = Literal["prior", "replace"]
 _HANDLES = "_moe_posterior_handles"  # attribute of a swapped model, for its hooks
 
 
-def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", **knobs: Any) -> SwapReport:
+def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", **knobs: Any) -> SwappedModel:
     """Put a gate with a belief into every router of ``model`` that is understood, in place and reversibly.
 
     The routers stay the objects they are, with their parameters, names and hooks. In ``"prior"`` mode each keeps choosing by its own
@@ -39,7 +39,7 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
     adapters is wrapped first and swapped then; otherwise the wrapper's ``save_pretrained`` does not know of the belief, and
     :func:`~moe_posterior.huggingface.save_belief` must be called beside it.
 
-    Next: ``report.fit(dataloader)``, then ``report.warm_start(dataloader)``, then observe.
+    Next: with ``swapped = swap_gates(model)``, ``swapped.fit(dataloader)``, then ``swapped.warm_start(dataloader)``, then observe.
 
     Args:
         model: a transformers model, or any module that holds such routers. Not compiled yet.
@@ -58,8 +58,8 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
     >>> config = MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
     ...                        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
     >>> model = MixtralForCausalLM(config)
-    >>> report = swap_gates(model, num_clusters=8)
-    >>> [(layer.name, layer.num_experts, layer.top_k) for layer in report.swapped]
+    >>> swapped = swap_gates(model, num_clusters=8)
+    >>> [(layer.name, layer.num_experts, layer.top_k) for layer in swapped.swapped]
     [('model.layers.0.mlp.gate', 4, 2), ('model.layers.1.mlp.gate', 4, 2)]
     >>> restore_gates(model)
     """
@@ -80,10 +80,10 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
         host(entry.module, gate, binding)
     setattr(model, _HANDLES, capture_padding(model))
     install_savers(model)
-    report = SwapReport(model, mode, [_layer(entry) for entry in found])
-    if report.refused:
-        warnings.warn(f"some of the model was left as it is:\n{report}", stacklevel=2)
-    return report
+    swapped = SwappedModel(model, mode, [_layer(entry) for entry in found])
+    if swapped.refused:
+        warnings.warn(f"some of the model was left as it is:\n{swapped}", stacklevel=2)
+    return swapped
 
 
 def restore_gates(model: nn.Module) -> None:

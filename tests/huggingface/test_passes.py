@@ -87,7 +87,7 @@ def test_fit_says_what_is_missing() -> None:
         report.fit([torch.zeros(1)])
     with pytest.raises(InvalidArgumentError, match="sample_size must be at least 1"):
         report.fit(loader(), sample_size=0)
-    with pytest.raises(NotFittedError, match=r"call report.fit"):
+    with pytest.raises(NotFittedError, match=r"call swapped\.fit"):
         report.warm_start(loader())
     restore_gates(model)
     with pytest.raises(InvalidArgumentError, match="holds no swapped router"):

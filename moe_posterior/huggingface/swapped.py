@@ -1,4 +1,4 @@
-"""What a swap did, and the two passes over data that come after it."""
+"""A model whose gates were swapped: what the swap did, and the two passes over data that come after it."""
 
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -22,10 +22,11 @@ class Layer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SwapReport:
-    """Which layers of a model were swapped, which were left alone and why; fits and warm-starts those that were.
+class SwappedModel:
+    """What :func:`~moe_posterior.swap_gates` returns: which layers were swapped, which were left alone and why; fits and warm-starts
+    those that were.
 
-    >>> print(SwapReport(nn.Identity(), "prior", [Layer("0.gate", "SomeRouter", "swapped", "", 8, 2)]))
+    >>> print(SwappedModel(nn.Identity(), "prior", [Layer("0.gate", "SomeRouter", "swapped", "", 8, 2)]))
     layer   router      status   experts  top_k  reason
     0.gate  SomeRouter  swapped        8      2
     """
@@ -51,7 +52,7 @@ class SwapReport:
         *,
         sample_size: int = 8192,
         generator: torch.Generator | None = None,
-    ) -> "SwapReport":
+    ) -> "SwappedModel":
         """Find every layer's clusters in one pass, with a sample of fixed size for each layer in memory.
 
         The model runs in evaluation mode, without gradients, routing as it does now; belief so far is forgotten, for it spoke of
@@ -70,7 +71,7 @@ class SwapReport:
         fit_clusters(self.model, dataloader, max_tokens, sample_size, generator)
         return self
 
-    def warm_start(self, dataloader: Batches, max_tokens: int | None = None) -> "SwapReport":
+    def warm_start(self, dataloader: Batches, max_tokens: int | None = None) -> "SwappedModel":
         """Measure on healthy data how often each expert's share lowers its token's loss: the reference it will be held to.
 
         One forward and one backward a batch, through the routing weights alone: no parameter changes or gets a gradient. The
