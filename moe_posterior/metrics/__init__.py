@@ -1,7 +1,6 @@
 """Calibration metrics: what torchmetrics lacks, in its own terms."""
 
 from moe_posterior.bins import bin_indices, equal_mass_bins
-from moe_posterior.metrics.binned import calibration_error
 from moe_posterior.metrics.bootstrap import Interval, PairedBootstrap, centred_interval, paired_bootstrap
 from moe_posterior.metrics.calibration import (
     BinSums,
@@ -21,6 +20,7 @@ from moe_posterior.metrics.configurations import (
     shared_confidence,
 )
 from moe_posterior.metrics.decomposition import BrierDecomposition, brier_decomposition
+from moe_posterior.metrics.ece import calibration_error
 from moe_posterior.metrics.floor import noise_floor
 from moe_posterior.metrics.grouped import CalibrationError, GroupedCalibrationError
 from moe_posterior.metrics.human import HumanDivergence, human_divergence

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_posterior.metrics.binned import expected_absolute
+from moe_posterior.metrics.ece import expected_absolute
 from moe_posterior.metrics.gaps import GapSums
 
 BISECTIONS = 12

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.metrics.binned import expected_absolute
 from moe_posterior.metrics.calibration import read_predictions, top_label
 from moe_posterior.metrics.configurations import (
     MIN_COUNT,
@@ -20,6 +19,7 @@ from moe_posterior.metrics.configurations import (
     configuration_calibration,
     read_configurations,
 )
+from moe_posterior.metrics.ece import expected_absolute
 from moe_posterior.validation import floats, number
 
 BISECTIONS = 60  # halvings of the tilt: more than a float64 has bits

@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics import calibration_error, equal_mass_bins
-from moe_posterior.metrics.binned import expected_absolute
+from moe_posterior.metrics.ece import expected_absolute
 
 
 def overconfident(seed: int, rows: int = 500, classes: int = 4) -> tuple[Tensor, Tensor]:

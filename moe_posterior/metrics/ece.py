@@ -1,4 +1,4 @@
-"""Calibration error of one set of predictions: every norm, both binnings, with or without the bias of small bins.
+"""The expected calibration error (ECE) of one set of predictions: every norm, both binnings, with or without the bias of small bins.
 
 Dimensions: N predictions, K classes, B bins.
 """
