@@ -1,4 +1,4 @@
-"""What observed outcomes add to a belief, and what makes them fade: pure functions on counts.
+"""What observed outcomes add to a belief: pure functions on counts. How they fade is in :mod:`~moe_posterior.forgetting`.
 
 Dimensions: M observations, N tokens, C clusters, E experts. A cell is a (cluster, expert) pair; cells are numbered
 ``cluster * E + expert``.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.forgetting import discounts
 from moe_posterior.validation import floats, number, tensor
 
 
@@ -79,37 +80,6 @@ def proxy_ece_bound(noise: ProxyNoise, uncertainty: float) -> float:
     if not uncertainty >= 0:
         raise InvalidArgumentError(f"uncertainty must be at least 0; got {uncertainty}")
     return min(1.0, uncertainty / noise.contrast)
-
-
-def later_in_cell(
-    cells: Tensor, weight: Tensor | None = None
-) -> Tensor:  # (M,) int64, (M,) -> (M,) int64, or float64 by weight
-    """For every observation, how many later ones in the batch fall into the same cell; with a weight, what those weigh together.
-
-    >>> later_in_cell(torch.tensor([3, 5, 3, 3])).tolist()
-    [2, 0, 1, 0]
-    """
-    ordered, order = cells.sort(stable=True)
-    if weight is not None:
-        return _later_weight(ordered, order, weight)
-    positions = torch.arange(len(cells), device=cells.device)
-    last = torch.searchsorted(ordered, ordered, right=True) - 1  # where the run of equal cells ends
-    ranks = torch.empty_like(cells)
-    ranks[order] = last - positions
-    return ranks
-
-
-def _later_weight(ordered: Tensor, order: Tensor, weight: Tensor) -> Tensor:  # 3 x (M,) -> (M,) float64
-    total = weight[order].cumsum(0)
-    last = torch.searchsorted(ordered, ordered, right=True) - 1
-    later = torch.empty_like(total)
-    later[order] = (total[last] - total).clamp(min=0)
-    return later
-
-
-def retention(half_life: float) -> float:
-    """The factor by which one more observation of a cell discounts what was seen there before: ``2^(-1/half_life)``."""
-    return 2.0 ** (-1.0 / half_life)
 
 
 def pooled_odds(
@@ -316,7 +286,7 @@ def total_by_cell(
     if seen.weight is not None:
         success, failure = success * seen.weight, failure * seen.weight
     if fading is not None:
-        discount = fading ** later_in_cell(seen.cells, seen.weight).to(torch.float64)
+        discount = discounts(seen.cells, fading, seen.weight)
         success, failure = success * discount, failure * discount
     cells, place = seen.cells.unique(return_inverse=True)
     columns = torch.stack([success, failure, torch.ones_like(success) if seen.weight is None else seen.weight])

@@ -16,6 +16,7 @@ from moe_posterior import hierarchy, validation
 from moe_posterior.churn import ChangingPool
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import Evidence, Observation, ProxyNoise
+from moe_posterior.forgetting import retention
 from moe_posterior.soundness import require_sound
 
 _KEPT_AFTER_SURPRISE = 0.1  # share of prior strength and evidence an expert keeps once it has surprised
@@ -224,7 +225,7 @@ class BetaPosterior(ChangingPool):
             _agree(mistake, self.successes.device)
         if mistake is not None:
             raise mistake
-        fading = None if self.half_life is None else evidence_functions.retention(self.half_life)
+        fading = None if self.half_life is None else retention(self.half_life)
         cells, sums = evidence_functions.total_by_cell(seen, self.noise, fading)  # (U,), (3, U)
         alarm = self._alarm(seen) if self.surprise is not None else None
         touched: Tensor | None = validation.integers("cluster_ids", cluster_ids).reshape(-1)

@@ -17,7 +17,7 @@ ORDER = [
     ["atomic"],
     ["torchfile", "forking", "pending"],
     ["reading", "tensorfile"],
-    ["beta", "evidence"],
+    ["beta", "forgetting", "evidence"],
     ["kernels"],
     ["churn", "posterior", "clustering"],
     ["memberships"],

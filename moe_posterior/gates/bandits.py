@@ -11,7 +11,8 @@ from torch import Tensor
 from moe_posterior import beta as beta_functions
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.evidence import Evidence, later_in_cell, read_outcomes
+from moe_posterior.evidence import Evidence, read_outcomes
+from moe_posterior.forgetting import discounts
 from moe_posterior.gates.base import Gate, Routing, refuse_export
 from moe_posterior.gates.baselines import UNKNOWN, read_labelled
 from moe_posterior.kernels import reference
@@ -242,7 +243,7 @@ def count_rounds(
     observed = ~outcome.isnan()
     played = observed.any(dim=1)
     worth = torch.zeros(len(outcome), dtype=torch.float64, device=outcome.device)
-    worth[played] = discount ** later_in_cell(cluster_ids[played]).double()
+    worth[played] = discounts(cluster_ids[played], discount)
     worth_of_slot = worth[:, None].expand_as(outcome)[observed]  # row by row, as seen is
     counts = []
     for signal in (seen.signal, 1 - seen.signal):
