@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_posterior import beta as beta_functions
 from moe_posterior.kernels import sampling
+from moe_posterior.kernels.ties import by_turn
 
 
 class Assignment(NamedTuple):
@@ -103,14 +104,8 @@ def select(
     cluster_ids: Tensor,  # (N,)
     top_k: int,
 ) -> Selection:
-    """The k highest scores of every row; exact ties go to the lowest ``(e - c) mod E``.
-
-    With no evidence all scores are equal: the rule then spreads clusters over experts (cluster c takes expert c mod E and its
-    successors) instead of sending everything to expert 0, deterministically and alike in every backend.
-    """
-    num_experts = scores.shape[-1]
-    offsets = torch.arange(num_experts, device=scores.device)
-    experts = (cluster_ids[:, None] + offsets) % num_experts  # column j holds the expert with (e - c) mod E = j
+    """The k highest scores of every row; exact ties go to the lowest ``(e - c) mod E``, see ``ties.py``."""
+    experts = by_turn(cluster_ids, scores.shape[-1])
     ordered, ranks = scores.gather(1, experts).sort(dim=-1, descending=True, stable=True)
     return Selection(experts.gather(1, ranks[:, :top_k]), ordered[:, :top_k])
 
