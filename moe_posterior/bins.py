@@ -9,8 +9,11 @@ the float32 nearest to 0.7 lies below 0.7.
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.validation import floats
+from moe_posterior.validation import count, floats
+
+MOST_BINS = 1 << 20  # edges of a million bins take 8 MB; more bins than that is a slip of the keyboard
 
 
 def place(values: Tensor, edges: Tensor) -> Tensor:  # (...), (B − 1,) rising inner edges -> (...) int64 in [0, B)
@@ -31,6 +34,7 @@ def bin_edges(n_bins: int) -> Tensor:  # (B + 1,) float64
     return torch.arange(n_bins + 1, dtype=torch.float64) / n_bins
 
 
+@as_declared
 def bin_indices(confidence: Tensor, n_bins: int) -> Tensor:  # (...) -> (...) int64 in [0, n_bins)
     """Bin of equal width of each confidence: the lower edge belongs to a bin, and 1.0 to the last one.
 
@@ -38,9 +42,11 @@ def bin_indices(confidence: Tensor, n_bins: int) -> Tensor:  # (...) -> (...) in
     [0, 0, 1, 3]
     """
     found = _confidences(confidence)
+    n_bins = count("n_bins", n_bins, most=MOST_BINS)
     return place(found, bin_edges(n_bins)[1:-1].to(found.device))
 
 
+@as_declared
 def equal_mass_bins(confidence: Tensor, n_bins: int) -> Tensor:  # (N,) -> (N,) int64 in [0, n_bins)
     """Bin of each confidence when the bins hold equal numbers of predictions, ties together.
 
@@ -51,6 +57,9 @@ def equal_mass_bins(confidence: Tensor, n_bins: int) -> Tensor:  # (N,) -> (N,) 
     [1, 0, 0, 1]
     """
     confidence = _confidences(confidence)
+    n_bins = count("n_bins", n_bins, most=MOST_BINS)
+    if confidence.ndim != 1:
+        raise InvalidArgumentError(f"confidence must be of shape (N,); got shape {tuple(confidence.shape)}")
     if not len(confidence):
         return torch.zeros(0, dtype=torch.int64, device=confidence.device)
     chunks = confidence.double().sort().values.tensor_split(min(n_bins, len(confidence)))

@@ -249,8 +249,9 @@ def first(where: Tensor) -> tuple[int, ...]:
 
 
 def _plain(name: str, value: Tensor, wanted: str) -> Tensor:
-    if value.is_complex() or value.is_quantized or value.is_nested or value.layout != torch.strided:
-        kind = "" if value.layout == torch.strided else f", {value.layout}"
+    if value.is_complex() or value.is_quantized or value.is_nested or value.layout != torch.strided or value.is_meta:
+        kind = ", without values (device meta)" if value.is_meta else ""
+        kind = kind if value.layout == torch.strided else f", {value.layout}"
         raise InvalidArgumentError(f"{name} must be {wanted}; got {value.dtype}{kind} of shape {tuple(value.shape)}")
     if value.dtype not in _UNSIGNED:
         return value

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_posterior"
 # Rooms in the order in which they may use each other: each only those before it.
 ORDER = [
-    ["bins", "errors", "soundness", "precision", "validation"],
+    ["bins", "declared", "errors", "soundness", "precision", "validation"],
     ["drafts"],
     ["atomic"],
     ["torchfile", "forking", "pending"],

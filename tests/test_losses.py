@@ -729,7 +729,7 @@ START = ConfigurationState.start(2)
             r"group_sizes must be 2 positive counts; got \[0, 3\]",
             lambda: losses.group_dro(ROWS, IDS, EVEN, adjustment=1.0, group_sizes=torch.tensor([0, 3])),
         ),
-        (r"num_configurations must be at least 1", lambda: ConfigurationState.start(0)),
+        (r"num_configurations must be an integer in", lambda: ConfigurationState.start(0)),
         (r"configuration must lie in \[0, 1\]", lambda: losses.robust_config(PROBS, TARGET, IDS + 1, START)),
         (r"configuration must be integer", lambda: losses.robust_config(PROBS, TARGET, ROWS, START)),
         (

@@ -6,11 +6,13 @@ Dimensions: N rows, K classes, B bins.
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.losses.arithmetic import root, top_label
 from moe_posterior.losses.checks import labelled, require_above, require_at_least
 
 
+@as_declared
 def mmce(
     probs: Tensor,  # (N, K)
     target: Tensor,  # (N,)
@@ -44,6 +46,7 @@ def mmce(
     return mmce_of(*top_label(*labelled(probs, target)), width, weighted)
 
 
+@as_declared
 def soft_ece(
     probs: Tensor,  # (N, K)
     target: Tensor,  # (N,)

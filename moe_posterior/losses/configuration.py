@@ -8,12 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.losses.arithmetic import group_means, mean_of, multiplied, top_label, true_class_nll
 from moe_posterior.losses.calibration import mmce_of, soft_ece_of
 from moe_posterior.losses.checks import labelled, read_indices, require_above, require_at_least
+from moe_posterior.validation import count, tensor
 
 GAPS = ("confidence", "soft_ece", "mmce")
+MOST_CONFIGURATIONS = 1 << 28  # 2 GB for each of three sums
 LEAST_SHARE = 0.01  # of a uniform weight; see robust_config
 
 
@@ -25,6 +28,7 @@ class ConfigurationState(NamedTuple):
     counts: Tensor  # (G,) float64, rows that mean rests on, faded alike
 
     @classmethod
+    @as_declared
     def start(cls, num_configurations: int, device: torch.device | str | None = None) -> "ConfigurationState":
         """An even adversary that has seen nothing.
 
@@ -34,12 +38,16 @@ class ConfigurationState(NamedTuple):
         >>> ConfigurationState.start(4).weights.tolist()
         [0.25, 0.25, 0.25, 0.25]
         """
-        if num_configurations < 1:
-            raise InvalidArgumentError(f"num_configurations must be at least 1; got {num_configurations}")
+        count("num_configurations", num_configurations, most=MOST_CONFIGURATIONS)
+        try:
+            device = None if device is None else torch.device(device)
+        except RuntimeError as error:
+            raise InvalidArgumentError(f"device must be a device of torch; got {device!r}") from error
         nothing = torch.zeros(num_configurations, dtype=torch.float64, device=device)
         return cls(nothing + 1 / num_configurations, nothing, nothing.clone())
 
 
+@as_declared
 def robust_config(
     probs: Tensor,  # (N, K)
     target: Tensor,  # (N,)
@@ -145,6 +153,7 @@ def _gaps(
 
 
 def _read_configuration(configuration: Tensor, state: ConfigurationState, length: int) -> Tensor:
+    state = ConfigurationState(*(tensor(f"state.{name}", part) for name, part in state._asdict().items()))
     shapes = {tuple(part.shape) for part in state}
     if len(shapes) != 1 or state.weights.ndim != 1 or not all(part.is_floating_point() for part in state):
         raise InvalidArgumentError(

@@ -7,6 +7,7 @@ class of row i.
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.losses.arithmetic import group_means, mean_of, multiplied, tilted, true_class_nll
 from moe_posterior.losses.checks import (
@@ -21,6 +22,7 @@ from moe_posterior.losses.checks import (
 from moe_posterior.validation import described, number, real, tensor
 
 
+@as_declared
 def nll_per_row(
     probs: Tensor,  # (N, K)
     target: Tensor,  # (N,)
@@ -40,6 +42,7 @@ def nll_per_row(
     return true_class_nll(*labelled(probs, target))
 
 
+@as_declared
 def nll(
     probs: Tensor,  # (N, K)
     target: Tensor,  # (N,)
@@ -55,6 +58,7 @@ def nll(
     return mean_of(nll_per_row(probs, target))
 
 
+@as_declared
 def robust(
     probs: Tensor,  # (N, K)
     target: Tensor,  # (N,)
@@ -88,6 +92,7 @@ def robust(
     return tilted(nll_per_row(probs, target), eta, detach_weights)
 
 
+@as_declared
 def mixture_regret(
     probs: Tensor,  # (N, K)
     expert_probs: Tensor,  # (N, E, K)
@@ -109,6 +114,7 @@ def mixture_regret(
     return (true_class_nll(probs, target) - best.amin(1)).relu()
 
 
+@as_declared
 def expert_disagreement(
     probs: Tensor,  # (N, K)
     expert_probs: Tensor,  # (N, E, K)
@@ -130,6 +136,7 @@ def expert_disagreement(
 
 
 @torch.no_grad()
+@as_declared
 def filter_mask(
     probs: Tensor,  # (N, K)
     expert_probs: Tensor,  # (N, E, K)
@@ -177,6 +184,7 @@ def filter_mask(
     return (regret > regret.nanquantile(level)) | (disagreement > disagreement.nanquantile(level))
 
 
+@as_declared
 def robust_filtered(
     probs: Tensor,  # (N, K)
     expert_probs: Tensor,  # (N, E, K)
@@ -219,6 +227,7 @@ def robust_filtered(
     return mean + (tilted(losses[mask], eta, detach_weights) if mask.any() else mean)
 
 
+@as_declared
 def group_dro(
     loss_per_row: Tensor,  # (N,)
     groups: Tensor,  # (N,) int64

@@ -9,7 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.validation import count, described, floats, number, tensor
+
+MOST_SAMPLES = 10**7  # of which each keeps the metric's value
 
 
 class Interval(NamedTuple):
@@ -27,6 +31,7 @@ class PairedBootstrap(NamedTuple):
     differences: dict[str, Interval]  # without the reference
 
 
+@as_declared
 def centred_interval(
     value: Tensor,  # (...) the statistic of the data
     statistics: Tensor,  # (R, ...) of the resamples
@@ -51,14 +56,20 @@ def centred_interval(
     >>> low.item(), high.item()
     (-7.5, 87.5)
     """
-    if not 0 < level < 1:
-        raise InvalidArgumentError(f"level must lie in (0, 1); got {level!r}")
+    number("level", level, above=0.0, below=1.0)
+    value, statistics = floats("value", value), floats("statistics", statistics)
+    if not statistics.ndim or not len(statistics) or statistics.shape[1:] != value.shape:
+        raise InvalidArgumentError(
+            f"statistics must hold at least one resample, each of the shape of value, {tuple(value.shape)}; "
+            f"got shape {tuple(statistics.shape)}"
+        )
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=statistics.dtype, device=statistics.device)
     low, high = torch.quantile(statistics, tails, dim=0)
     bias = statistics.mean(dim=0) - value
     return low - bias, high - bias
 
 
+@as_declared
 def paired_bootstrap(
     metric_fn: Callable[..., Tensor | float],
     arms: Mapping[str, Sequence[Tensor]],
@@ -117,16 +128,24 @@ def paired_bootstrap(
 def _validate(arms: Mapping[str, Sequence[Tensor]], reference: str, samples: int) -> int:
     if reference not in arms:
         raise InvalidArgumentError(f"reference must be one of the arms {list(arms)}; got {reference!r}")
-    if samples < 1:
-        raise InvalidArgumentError(f"samples must be at least 1; got {samples!r}")
-    lengths = {len(tensor) for tensors in arms.values() for tensor in tensors}
+    count("samples", samples, most=MOST_SAMPLES)
+    for name, tensors in arms.items():
+        if not isinstance(tensors, Sequence) or not all(isinstance(rows, Tensor) and rows.ndim for rows in tensors):
+            raise InvalidArgumentError(f"arms[{name!r}] must be tensors of one row or more; got {described(tensors)}")
+    lengths = {len(rows) for tensors in arms.values() for rows in tensors}
     if len(lengths) != 1 or 0 in lengths:
         raise InvalidArgumentError(f"arms must share one positive number of rows; got {sorted(lengths)}")
     return lengths.pop()
 
 
 def _evaluate(metric_fn: Callable[..., Tensor | float], tensors: Sequence[Tensor]) -> Tensor:
-    return torch.as_tensor(metric_fn(*tensors)).detach().double().cpu()
+    try:
+        found = metric_fn(*tensors)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"metric_fn must take an arm's {len(tensors)} tensors: {error}") from error
+    if not isinstance(found, (Tensor, float, int)):
+        raise InvalidArgumentError(f"metric_fn must return a tensor or a number; got {described(found)}")
+    return tensor("metric_fn's result", found).detach().double().cpu()
 
 
 def _interval(value: Tensor, statistics: Tensor, level: float) -> Interval:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_posterior.bins import bin_edges, place
+from moe_posterior.bins import MOST_BINS, bin_edges, place
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.validation import floats, is_empty_list, tensor
+from moe_posterior.validation import count, floats, is_empty_list, tensor
 
 NORMS = ("l1", "l2", "max")
+MOST_SUMS = 1 << 28
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +50,12 @@ class GroupedCalibration:
 def validate_arguments(num_groups: int, n_bins: int, norm: str, min_count: int) -> None:
     """Refuse knobs that have no meaning, naming the one at fault."""
     for name, value in (("num_groups", num_groups), ("n_bins", n_bins), ("min_count", min_count)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidArgumentError(f"{name} must be an integer of at least 1; got {value!r}")
-    if norm not in NORMS:
+        count(name, value, most=MOST_BINS if name == "n_bins" else None)
+    if num_groups * n_bins > MOST_SUMS:
+        raise InvalidArgumentError(
+            f"num_groups times n_bins must be at most {MOST_SUMS}, 2 GB a sum; got {num_groups} times {n_bins}"
+        )
+    if not isinstance(norm, str) or norm not in NORMS:
         raise InvalidArgumentError(f"norm must be one of {NORMS}; got {norm!r}")
 
 
@@ -154,6 +159,7 @@ def read_groups(groups: Any, num_groups: int, num_predictions: int) -> Tensor:  
     return found
 
 
+@as_declared
 def top_label(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
@@ -164,12 +170,18 @@ def top_label(
     >>> confidence.tolist(), correct.tolist()
     ([0.75, 0.5], [1.0, 0.0])
     """
+    if preds.ndim not in (1, 2) or target.shape != preds.shape[:1]:
+        raise InvalidArgumentError(
+            f"preds must be of shape (N, K) or (N,) and target of shape (N,); "
+            f"got {tuple(preds.shape)} and {tuple(target.shape)}"
+        )
     if preds.ndim == 1:
         return preds.double().clamp(0, 1), target.double()
     confidence, label = preds.max(dim=1)
     return confidence.double().clamp(0, 1), label.eq(target).double()
 
 
+@as_declared
 def bin_sums(
     confidence: Tensor,  # (N,)
     correct: Tensor,  # (N,)
@@ -178,7 +190,17 @@ def bin_sums(
     n_bins: int,
 ) -> BinSums:
     """Sums of one batch; a prediction counts once in every group it belongs to."""
-    confidence, correct, groups = tensor("confidence", confidence), tensor("correct", correct), tensor("groups", groups)
+    validate_arguments(num_groups, n_bins, "l1", 1)
+    confidence, correct = tensor("confidence", confidence), tensor("correct", correct)
+    if confidence.ndim != 1 or confidence.shape != correct.shape:
+        raise InvalidArgumentError(
+            f"confidence and correct must have one shape (N,); got {tuple(confidence.shape)} and {tuple(correct.shape)}"
+        )
+    return add_up(confidence, correct, read_groups(groups, num_groups, len(confidence)), num_groups, n_bins)
+
+
+def add_up(confidence: Tensor, correct: Tensor, groups: Tensor, num_groups: int, n_bins: int) -> BinSums:
+    """:func:`bin_sums` of what was checked before: without a look at the values, so a GPU is not waited for."""
     bins = place(confidence, bin_edges(n_bins)[1:-1].to(confidence.device))
     if groups.ndim == 2:
         rows, groups = groups.nonzero(as_tuple=True)  # (P,), (P,)
@@ -188,8 +210,10 @@ def bin_sums(
     return BinSums(*sums.view(3, num_groups, n_bins).unbind())
 
 
+@as_declared
 def calibration_from_sums(sums: BinSums, norm: str = "l1", min_count: int = 1) -> GroupedCalibration:
     """Calibration error, accuracy and mean confidence of each group from its sums."""
+    validate_arguments(1, 1, norm, min_count)
     total = sums.count.sum(1)  # (G,)
     gap = (sums.correct - sums.confidence).abs() / sums.count
     gap = torch.where(sums.count == 0, 0.0, gap)  # (G, B), 0 in empty bins; NaN where a confidence was
@@ -208,6 +232,7 @@ def calibration_from_sums(sums: BinSums, norm: str = "l1", min_count: int = 1) -
     )
 
 
+@as_declared
 def grouped_calibration_error(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
@@ -242,4 +267,4 @@ def grouped_calibration_error(
     validate_arguments(num_groups, n_bins, norm, min_count)
     preds, target = read_predictions(preds, target)
     groups = read_groups(groups, num_groups, len(preds))
-    return calibration_from_sums(bin_sums(*top_label(preds, target), groups, num_groups, n_bins), norm, min_count)
+    return calibration_from_sums(add_up(*top_label(preds, target), groups, num_groups, n_bins), norm, min_count)

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import (
+    MOST_SUMS,
     BinSums,
-    bin_sums,
+    add_up,
     calibration_from_sums,
     read_predictions,
     validate_arguments,
 )
 from moe_posterior.metrics.grouped import BinSumMetric
-from moe_posterior.validation import tensor
+from moe_posterior.validation import count, tensor
 
 
 def classwise_sums(preds: Tensor, target: Tensor, n_bins: int) -> BinSums:  # (N, K), (N,) -> (K, B) each
@@ -30,9 +32,10 @@ def classwise_sums(preds: Tensor, target: Tensor, n_bins: int) -> BinSums:  # (N
     classes = torch.arange(num_classes, device=preds.device)
     hit = target[:, None] == classes  # (N, K)
     probability = preds.double().clamp(0, 1)
-    return bin_sums(probability.flatten(), hit.flatten(), classes.repeat(len(preds)), num_classes, n_bins)
+    return add_up(probability.flatten(), hit.flatten(), classes.repeat(len(preds)), num_classes, n_bins)
 
 
+@as_declared
 def classwise_calibration_error(
     preds: Tensor,  # (N, K)
     target: Tensor,  # (N,)
@@ -87,6 +90,7 @@ class ClasswiseCalibrationError(BinSumMetric):
     def __init__(
         self, num_classes: int, n_bins: int = 15, norm: str = "l1", validate_args: bool = True, **kwargs: Any
     ) -> None:
+        count("num_classes", num_classes, most=MOST_SUMS)
         validate_arguments(num_classes, n_bins, norm, 1)
         super().__init__(num_classes, n_bins, **kwargs)
         self.num_classes = num_classes

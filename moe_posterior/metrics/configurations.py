@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import read_predictions, top_label
 from moe_posterior.metrics.reading import read_ids
 from moe_posterior.validation import count as read_count
-from moe_posterior.validation import tensor
+from moe_posterior.validation import described, tensor
 
 MIN_COUNT = 20  # the standard error of an accuracy is then at most 0.11
 
@@ -49,6 +50,7 @@ class SharedConfidence(NamedTuple):
     configurations: Tensor  # (V,) int64, configurations among them
 
 
+@as_declared
 def configuration_ids(
     cluster_ids: Tensor,  # (N,) int64
     expert_indices: Tensor,  # (N, k) int64
@@ -73,6 +75,8 @@ def configuration_ids(
     >>> ids.tolist(), table.tolist()
     ([1, 0, 1], [[0, 0, 1], [1, 0, 2]])
     """
+    read_count("num_clusters", num_clusters)
+    read_count("num_experts", num_experts)
     cluster_ids = read_ids("cluster_ids", cluster_ids, 1, num_clusters)
     expert_indices = read_ids("expert_indices", expert_indices, 2, num_experts)
     if len(cluster_ids) != len(expert_indices):
@@ -93,6 +97,7 @@ def configuration_ids(
     return Configurations(ids, table)
 
 
+@as_declared
 def configuration_calibration(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
@@ -129,6 +134,7 @@ def configuration_calibration(
     return ConfigurationCalibration(count.long(), count / len(ids), hits / count, total / count, gap)
 
 
+@as_declared
 def shared_confidence(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     configurations: Configurations,
@@ -170,6 +176,8 @@ def read_configurations(configurations: Configurations, num_predictions: int, mi
         InvalidArgumentError: they are those of other predictions, or the minimum is no count.
     """
     read_count("min_count", min_count)
+    if not isinstance(configurations, tuple) or len(configurations) != 2:
+        raise InvalidArgumentError(f"configurations must be Configurations; got {described(configurations)}")
     ids, table = configurations
     table = tensor("configurations.table", table)
     ids = read_ids("configurations.ids", ids, 1, len(table))

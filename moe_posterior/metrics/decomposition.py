@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.bins import bin_indices
+from moe_posterior.declared import as_declared
 from moe_posterior.metrics.calibration import read_predictions, top_label, validate_arguments
 
 
@@ -28,6 +29,7 @@ class BrierDecomposition(NamedTuple):
         return self.reliability - self.resolution + self.uncertainty + self.within_bin
 
 
+@as_declared
 def brier_decomposition(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)

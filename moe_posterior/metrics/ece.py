@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from moe_posterior.bins import bin_indices, equal_mass_bins
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import (
     BinSums,
-    bin_sums,
+    add_up,
     calibration_from_sums,
     read_predictions,
     top_label,
@@ -37,6 +38,7 @@ def expected_absolute(
     return std * math.sqrt(2 / math.pi) * (-ratio.square() / 2).exp() + mean * (ratio / math.sqrt(2)).erf()
 
 
+@as_declared
 def calibration_error(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
@@ -88,7 +90,7 @@ def calibration_error(
 
 
 def _sums(confidence: Tensor, correct: Tensor, bins: Tensor, num_bins: int) -> BinSums:
-    by_bin = bin_sums(confidence, correct, bins, num_bins, 1)  # each bin a group: (num_bins, 1)
+    by_bin = add_up(confidence, correct, bins, num_bins, 1)  # each bin a group: (num_bins, 1)
     return BinSums(*(sums[:, 0][None] for sums in (by_bin.confidence, by_bin.correct, by_bin.count)))
 
 

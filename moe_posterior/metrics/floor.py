@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from moe_posterior.bins import bin_indices
+from moe_posterior.declared import as_declared
 from moe_posterior.metrics.calibration import read_predictions, top_label, validate_arguments
 from moe_posterior.validation import floats
 
 
+@as_declared
 def noise_floor(preds: Any, *, n_bins: int = 15) -> Tensor:  # (N, K) probabilities or (N,) confidences -> () float64
     """Mean plain ECE of a model that is right exactly as often as these confidences say; NaN without predictions.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_posterior.errors import MissingDependencyError
 from moe_posterior.metrics.calibration import (
     BinSums,
-    bin_sums,
+    add_up,
     calibration_from_sums,
     read_groups,
     read_predictions,
@@ -118,7 +118,7 @@ class GroupedCalibrationError(BinSumMetric):
         if self.validate_args:
             preds, target = read_predictions(preds, target)
             groups = read_groups(groups, self.num_groups, len(preds))
-        self._add(bin_sums(*top_label(preds, target), groups, self.num_groups, self.n_bins))
+        self._add(add_up(*top_label(preds, target), groups, self.num_groups, self.n_bins))
 
     def compute(self) -> dict[str, Tensor]:
         """Calibration of each group over everything seen, on all processes."""
@@ -162,7 +162,7 @@ class CalibrationError(BinSumMetric):
         if self.validate_args:
             preds, target = read_predictions(preds, target)
         one_group = torch.zeros(len(preds), dtype=torch.int64, device=preds.device)
-        self._add(bin_sums(*top_label(preds, target), one_group, 1, self.n_bins))
+        self._add(add_up(*top_label(preds, target), one_group, 1, self.n_bins))
 
     def compute(self) -> Tensor:  # ()
         """The error over everything seen, on all processes."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import read_predictions
 from moe_posterior.validation import number, tensor
@@ -20,6 +21,7 @@ class HumanDivergence(NamedTuple):
     brier: Tensor  # () or (N,) Σ_k (p_k − h_k)²
 
 
+@as_declared
 def human_divergence(
     preds: Tensor,  # (N, K)
     human: Tensor,  # (N, K)

@@ -15,14 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.metrics.calibration import validate_arguments
+from moe_posterior.metrics.calibration import read_predictions, validate_arguments
 from moe_posterior.metrics.floor import binomial_deviation
 from moe_posterior.metrics.gaps import GapSums, gap_sums
 from moe_posterior.metrics.inversion import GapTest, below_share, debiased, last
-from moe_posterior.validation import floats
+from moe_posterior.validation import count, described, floats, number
 
 DRAWS = 1024
+MOST_DRAWS = 10**6  # several GB
 
 
 class CalibrationEstimate(NamedTuple):
@@ -44,6 +46,7 @@ class CalibrationDifference(NamedTuple):
     p_value: float  # two-sided, of no difference
 
 
+@as_declared
 def calibration_interval(
     preds: Any,  # (N, K) probabilities or (N,) confidences
     target: Any,  # (N,)
@@ -86,6 +89,7 @@ def calibration_interval(
     return interval_of_sums(gap_sums([[(preds, target)]], n_bins, rows), level=level, draws=draws, seed=seed)
 
 
+@as_declared
 def calibration_difference(
     first: tuple[Any, Any],
     second: tuple[Any, Any],
@@ -119,11 +123,16 @@ def calibration_difference(
     (True, True)
     """
     _validate(n_bins, level, draws)
+    for name, pair in (("first", first), ("second", second)):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise InvalidArgumentError(f"{name} must be a pair of predictions and labels; got {described(pair)}")
+    first, second = read_predictions(*first), read_predictions(*second)
     if len(first[0]) != len(second[0]):
         raise InvalidArgumentError(f"second must hold the rows of first, {len(first[0])}; got {len(second[0])}")
     return difference_of_sums(gap_sums([[first], [second]], n_bins, rows), level=level, draws=draws, seed=seed)
 
 
+@as_declared
 def holm(p_values: Any) -> Tensor:  # (H,) -> (H,) float64
     """Holm's adjusted p-values of one family of comparisons: those at most α hold together with at most α risk of any false one.
 
@@ -154,10 +163,8 @@ def holm(p_values: Any) -> Tensor:  # (H,) -> (H,) float64
 
 def _validate(n_bins: int, level: float, draws: int) -> None:
     validate_arguments(1, n_bins, "l1", 1)
-    if not 0 < level < 1:
-        raise InvalidArgumentError(f"level must lie in (0, 1); got {level!r}")
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 100:
-        raise InvalidArgumentError(f"draws must be an integer of at least 100; got {draws!r}")
+    number("level", level, above=0.0, below=1.0)
+    count("draws", draws, least=100, most=MOST_DRAWS)
 
 
 def interval_of_sums(

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from moe_posterior.bins import bin_edges
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.metrics.calibration import BinSums, bin_sums, read_predictions, top_label, validate_arguments
+from moe_posterior.metrics.calibration import BinSums, add_up, read_predictions, top_label, validate_arguments
+from moe_posterior.validation import count as count_of
 from moe_posterior.validation import floats, number
 
 
@@ -24,6 +26,7 @@ class ReliabilityCurve:
     count: Tensor  # (B,)
 
 
+@as_declared
 def wilson_interval(
     successes: Tensor,  # any shape
     trials: Tensor,  # same shape
@@ -43,6 +46,10 @@ def wilson_interval(
     """
     level = number("level", level, above=0.0, below=1.0)
     successes, trials = floats("successes", successes), floats("trials", trials).double()
+    if successes.shape != trials.shape:
+        raise InvalidArgumentError(
+            f"successes and trials must have one shape; got {tuple(successes.shape)} and {tuple(trials.shape)}"
+        )
     if bool(((successes < 0) | (successes > trials)).any()):
         raise InvalidArgumentError("successes must be counts of at least 0 and at most trials; got others")
     z = torch.special.ndtri(torch.tensor(0.5 + level / 2, dtype=torch.float64, device=trials.device))
@@ -53,8 +60,10 @@ def wilson_interval(
     return (centre - half).clamp(0, 1), (centre + half).clamp(0, 1)
 
 
+@as_declared
 def curve_from_sums(sums: BinSums, group: int = 0) -> ReliabilityCurve:
     """The reliability curve of one group of collected sums."""
+    group = count_of("group", group, least=0, most=len(sums.count) - 1)
     confidence, correct, count = sums.confidence[group], sums.correct[group], sums.count[group]
     edges = bin_edges(len(count)).to(count.device)
     low, high = wilson_interval(correct, count)
@@ -69,6 +78,7 @@ def curve_from_sums(sums: BinSums, group: int = 0) -> ReliabilityCurve:
     )
 
 
+@as_declared
 def reliability_curve(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
@@ -93,4 +103,4 @@ def reliability_curve(
     validate_arguments(1, n_bins, "l1", 1)
     preds, target = read_predictions(preds, target)
     one_group = torch.zeros(len(preds), dtype=torch.int64, device=preds.device)
-    return curve_from_sums(bin_sums(*top_label(preds, target), one_group, 1, n_bins))
+    return curve_from_sums(add_up(*top_label(preds, target), one_group, 1, n_bins))

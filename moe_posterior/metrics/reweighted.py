@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import read_predictions, top_label
 from moe_posterior.metrics.configurations import (
@@ -34,6 +35,7 @@ class RceCurve(NamedTuple):
     covered: float  # share of the predictions that lie in configurations that were judged
 
 
+@as_declared
 def reweighted_calibration_error(
     gap: Tensor,  # (G,)
     share: Tensor,  # (G,)
@@ -104,6 +106,7 @@ def _worst_distribution(
     return tilted(low)[0]
 
 
+@as_declared
 def debiased_gap(
     gap: Tensor,  # (G,)
     accuracy: Tensor,  # (G,)
@@ -121,12 +124,17 @@ def debiased_gap(
     [0.086, 0.1]
     """
     gap, accuracy, count = floats("gap", gap), floats("accuracy", accuracy), floats("count", count).double()
+    if not gap.shape == accuracy.shape == count.shape:
+        raise InvalidArgumentError(
+            f"gap, accuracy and count must have one shape; got {[tuple(x.shape) for x in (gap, accuracy, count)]}"
+        )
     smoothed = (count * accuracy + 1) / (count + 2)
     noise = (smoothed * (1 - smoothed) / count).sqrt()
     gap = gap.double()
     return (2 * gap.abs() - expected_absolute(gap, noise)).clamp(min=0)
 
 
+@as_declared
 def rce_curve(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
@@ -159,11 +167,12 @@ def rce_curve(
     >>> curve.value.tolist(), curve.worst.tolist()
     ([0.125, 0.25], [[0.5, 0.5], [0.0, 1.0]])
     """
+    rhos = _radii(rhos)
     result = configuration_calibration(preds, target, configurations, min_count=min_count)
     judged = result.count >= min_count
     gap = debiased_gap(result.gap, result.accuracy, result.count) if debias else result.gap.abs()
     share = torch.where(judged, result.share, 0.0)
-    radii = torch.tensor(list(rhos), dtype=torch.float64, device=share.device)
+    radii = torch.tensor(rhos, dtype=torch.float64, device=share.device)
     if not judged.any():
         return RceCurve(radii, torch.full_like(radii, torch.nan), share.expand(len(radii), -1), 0.0)
     pairs = [reweighted_calibration_error(gap, share, rho) for rho in rhos]
@@ -171,6 +180,7 @@ def rce_curve(
     return RceCurve(radii, values, worst, float(share.sum()))
 
 
+@as_declared
 def cross_fitted_rce_curve(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
@@ -202,6 +212,7 @@ def cross_fitted_rce_curve(
     >>> cross_fitted_rce_curve(preds, target, configurations, [0.0, torch.inf], min_count=2).tolist()
     [0.375, 0.5]
     """
+    rhos = _radii(rhos)
     preds, target = read_predictions(preds, target)
     configurations = read_configurations(configurations, len(preds), min_count)
     if min_count < 2 or splits < 1:
@@ -223,6 +234,10 @@ def cross_fitted_rce_curve(
                 _, worst = reweighted_calibration_error(chosen, share, rho)
                 total[index] += (worst * chosen.sign() * judge)[share > 0].sum()
     return total / (2 * splits)
+
+
+def _radii(rhos: Sequence[float]) -> list[float]:
+    return [number(f"rhos[{index}]", rho, least=0.0, finite=False) for index, rho in enumerate(rhos)]
 
 
 def _half_gaps(

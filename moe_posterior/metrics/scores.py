@@ -7,11 +7,13 @@ what a bootstrap resamples.
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import read_predictions
 from moe_posterior.validation import number
 
 
+@as_declared
 def brier_score(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
@@ -43,6 +45,7 @@ def brier_score(
     return rows.mean() if reduction == "mean" else rows
 
 
+@as_declared
 def negative_log_likelihood(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.metrics.reading import read_ranking
 from moe_posterior.validation import number
 
@@ -22,6 +23,7 @@ class ActionThreshold(NamedTuple):
     risk: float  # share of errors among them; NaN where nothing is acted on
 
 
+@as_declared
 def risk_coverage(
     confidence: Tensor,  # (N,)
     correct: Tensor,  # (N,)
@@ -53,6 +55,7 @@ def risk_coverage(
     return position / len(loss), mean[tie].cumsum(0) / position
 
 
+@as_declared
 def aurc(confidence: Tensor, correct: Tensor) -> Tensor:  # (N,), (N,) -> ()
     """Area under the risk-coverage curve: the mean risk over coverages 1/N, …, 1; NaN without predictions.
 
@@ -67,6 +70,7 @@ def aurc(confidence: Tensor, correct: Tensor) -> Tensor:  # (N,), (N,) -> ()
     return risk_coverage(confidence, correct)[1].mean()
 
 
+@as_declared
 def excess_aurc(confidence: Tensor, correct: Tensor) -> Tensor:  # (N,), (N,) -> ()
     """AURC less that of an order which puts every error last: 0 for a perfect ranking, whatever the accuracy.
 
@@ -82,6 +86,7 @@ def excess_aurc(confidence: Tensor, correct: Tensor) -> Tensor:  # (N,), (N,) ->
     return aurc(confidence, correct) - aurc(correct.double(), correct)
 
 
+@as_declared
 def action_threshold(confidence: Tensor, correct: Tensor, max_risk: float) -> ActionThreshold:  # (N,), (N,)
     """The lowest confidence to act on such that the risk on these predictions is at most ``max_risk``.
 
@@ -111,6 +116,7 @@ def action_threshold(confidence: Tensor, correct: Tensor, max_risk: float) -> Ac
     return ActionThreshold(float(ordered[last]), (last + 1) / len(ordered), float(risk[last]))
 
 
+@as_declared
 def selective_risk(confidence: Tensor, correct: Tensor, threshold: float) -> ActionThreshold:  # (N,), (N,)
     """Coverage and risk of acting on confidences of at least ``threshold``.
 

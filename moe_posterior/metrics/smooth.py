@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import read_predictions, top_label
 from moe_posterior.validation import real
@@ -16,6 +17,7 @@ GRID = 4096  # cells on [0, 1]; residuals are split linearly between the two nea
 BISECTIONS = 30
 
 
+@as_declared
 def smooth_calibration_error(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.validation import floats, real
 
@@ -18,6 +19,7 @@ class WorstGroup:
     count: int
 
 
+@as_declared
 def worst_group(
     values: Tensor,  # (G,)
     count: Tensor,  # (G,)
