@@ -20,8 +20,8 @@ from moe_posterior.benchmarks.stream import play
 pytest.importorskip("rich")
 
 
-def flag(expert: int, number: int, against: str = "start", cluster: int | None = None, fell: bool = True) -> Flag:
-    return Flag(expert, cluster, against, number, number, 0, 0.5, 0.1, 0.8, fell, 1, None, None)
+def flag(expert: int, number: int, against: str = "start", cluster: int | None = None) -> Flag:
+    return Flag(expert, cluster, against, number, number, 0, 0.5, 0.1, 0.8, 1, None, None)
 
 
 def test_the_failure_comes_after_healthy_queries_that_no_prior_has_seen() -> None:
@@ -60,7 +60,6 @@ def test_horizons_count_from_the_failure_and_earlier_flags_are_false() -> None:
         flag(other, 5),
         flag(expert, 17),
         flag(expert, 30, cluster=1),
-        flag(expert, 13, cluster=1, fell=False),
         flag(other, 11, against="pool"),
     ]
     found = {
