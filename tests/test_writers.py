@@ -324,6 +324,7 @@ STORAGE = {
     "audit/storage/compact.py": "through the log's own files",
     "audit/storage/upkeep.py": "through the log's own files",
     "audit/storage/segments.py": "through the log's own files",
+    "audit/storage/resume.py": "through the log's own files",
     "kernels/instruments/aot.py": "hands a compiled kernel to the disassembler",
     "training/runs.py": "removes what --overwrite is asked to",
 }

@@ -17,15 +17,15 @@ from moe_posterior.audit.limits import require_name, require_router
 from moe_posterior.audit.read import Reader
 from moe_posterior.audit.rebuild import rebuild_from_end
 from moe_posterior.audit.recorder import RouterRecorder
-from moe_posterior.audit.storage.chain import Chain, beside_upkeep
+from moe_posterior.audit.storage.chain import beside_upkeep
 from moe_posterior.audit.storage.clock import Drift, now
 from moe_posterior.audit.storage.collect import Event, Item, Raw
-from moe_posterior.audit.storage.files import HEAD, FileSystem, explained, segment_numbers
-from moe_posterior.audit.storage.frames import Frame, Kind, check_key
-from moe_posterior.audit.storage.marks import Note, Position, read_head
-from moe_posterior.audit.storage.segments import Place, Segments, Start, first_start, go_on_from
-from moe_posterior.audit.storage.state import decode_checkpoint, decode_json, encode_json, require_text
-from moe_posterior.audit.storage.tables import decode
+from moe_posterior.audit.storage.files import FileSystem, explained
+from moe_posterior.audit.storage.frames import Kind, check_key
+from moe_posterior.audit.storage.marks import Position, read_head
+from moe_posterior.audit.storage.resume import resume
+from moe_posterior.audit.storage.segments import Place, Segments
+from moe_posterior.audit.storage.state import encode_json, require_text
 from moe_posterior.audit.storage.upkeep import Upkeep
 from moe_posterior.audit.storage.writer import Writer
 from moe_posterior.errors import AuditError, AuditWriteError, InvalidArgumentError
@@ -120,8 +120,9 @@ class AuditLog:
         try:
             self._upkeep = Upkeep(place, self._tell_durably)
             with explained(f"{self.folder} cannot be opened for writing"):
-                start, cut = self._resume(place)
-            segments = Segments(place, start, self._said_in_segments)
+                resumed = resume(place)
+            self._names, self.reached_id = resumed.names, resumed.reached_id
+            segments = Segments(place, resumed.start, self._said_in_segments)
             self._writer = Writer(
                 segments,
                 sync_every=fsync_every,
@@ -133,9 +134,9 @@ class AuditLog:
         except BaseException:
             self._lock_file.close()
             raise
-        continues = start.position.frames > 0
-        opened = {"event": "opened", "time": now(), "continues": continues, "clean": start.clean, "cut": cut}
-        self.put(Event(0, opened))
+        start = resumed.start
+        found = {"continues": start.position.frames > 0, "clean": start.clean, "cut": resumed.cut}
+        self.put(Event(0, {"event": "opened", "time": now(), **found}))
         _WRITING.add(self)
         self._at_exit = _close_at_exit(self)
 
@@ -370,38 +371,6 @@ class AuditLog:
         if self._writer is not None:
             self._writer, self._forked = None, True
             self._lock_file.close()
-
-    def _resume(self, place: Place) -> tuple[Start, int]:
-        """Where to go on, and how many bytes of a torn end were cut off."""
-        files = place.files
-        numbers = [n for n, suffixes in segment_numbers(self.folder, files).items() if "audit" in suffixes]
-        if files.stat(self.folder / HEAD) is None:
-            if numbers:
-                raise AuditError(f"{self.folder} holds segments and no {HEAD}: verify it before writing on")
-            return first_start(self.key), 0
-        chain = Chain(self.folder, self.key, start=numbers[-2] if len(numbers) > 1 else 0, files=files)
-        for frame in chain:
-            self._learn_from(frame)
-        if not chain.closed:  # ids may have been given that no durable record knows of
-            self.reached_id += 1 << 32
-        return go_on_from(place, chain)
-
-    def _learn_from(self, frame: Frame | Note) -> None:
-        """What names and ids are taken."""
-        if isinstance(frame, Note):
-            return
-        if frame.kind == Kind.SEGMENT:
-            said = decode_json(frame.payload())
-            self._names.update(said.get("sources", {}))
-            self.reached_id = max(self.reached_id, said.get("reached", 0))
-        elif frame.kind == Kind.CHECKPOINT:
-            settings = decode_checkpoint(frame.payload()).settings
-            self._names[settings["name"]] = settings["source"]
-            self.reached_id = max(self.reached_id, settings.get("next_id", 0))
-        elif frame.kind == Kind.GROUP:
-            for group in decode(frame.payload()):
-                ids = group.decision_ids()
-                self.reached_id = max(self.reached_id, int(ids[-1]) + 1 if len(ids) else 0)
 
 
 def _leave_all_to_parent() -> None:

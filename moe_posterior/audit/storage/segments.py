@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moe_posterior.audit.storage.chain import Chain
 from moe_posterior.audit.storage.clock import now
 from moe_posterior.audit.storage.collect import Raw
 from moe_posterior.audit.storage.files import HEAD, FileSystem, FolderLock, identity, segment_name, segment_numbers
-from moe_posterior.audit.storage.frames import Kind, compress, genesis, pack
+from moe_posterior.audit.storage.frames import Kind, compress, pack
 from moe_posterior.audit.storage.marks import FORMAT, REMOVED, SEAL, Head, Position, head_bytes, read_note, seal_bytes
 from moe_posterior.audit.storage.state import encode_json
 from moe_posterior.errors import AuditError, AuditWriteError
@@ -118,7 +117,7 @@ class Segments:
             )
 
     def _begin(self) -> bytes:
-        number = _number_after(self.position)
+        number = number_after(self.position)
         self._require_all_before(number)
         path = self.folder / segment_name(number)
         if not self.position.frames and not number:
@@ -235,29 +234,6 @@ class Segments:
             self._file = None
 
 
-def go_on_from(place: Place, chain: Chain) -> tuple[Start, int]:
-    """Make a walked log ready to be gone on with, and say where; with it, how many bytes of a torn end were cut off.
-
-    The head of a closed log is told first, and on the disk before anything else changes: a crash at any later moment then leaves a
-    log that was open.
-    """
-    if chain.head.closed or chain.head.format != FORMAT:
-        place.write_head(Head(chain.end, False, chain.head.sealed))
-    start = Start(chain.end, sealed=chain.head.sealed or chain.seal is not None, clean=chain.closed)
-    if not chain.torn and chain.end.frames:
-        return start, 0
-    if chain.newborn is not None or not chain.end.frames:
-        place.files.remove(place.folder / segment_name(_number_after(chain.end)))
-        place.files.sync_folder(place.folder)
-    else:
-        place.files.truncate(place.folder / segment_name(chain.end.segment), chain.end_offset)
-    return start, chain.torn_bytes
-
-
-def _number_after(position: Position) -> int:
+def number_after(position: Position) -> int:
+    """The number of the segment that comes after this end of a log."""
     return position.segment + 1 if position.frames or position.segment else 0
-
-
-def first_start(key: bytes | None) -> Start:
-    """Where an empty log begins."""
-    return Start(Position(0, 0, genesis(key)))
