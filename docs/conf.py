@@ -47,7 +47,7 @@ nitpick_ignore_regex = [
     # Types that signatures name and that are no part of the reference.
     (
         r"py:class",
-        r"abc\..*|moe_posterior\.(audit|churn|forking|kernels|metrics|precision|router|training)\.[a-z_.]*[A-Z]\w*",
+        r"abc\..*|moe_posterior\.(audit|churn|forking|kernels|memberships|metrics|pending|precision|router|training)\.[a-z_.]*[A-Z]\w*",
     ),
     (r"py:class", r"moe_posterior\.huggingface\.gates\..*"),
 ]
