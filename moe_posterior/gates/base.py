@@ -140,6 +140,21 @@ class Gate(nn.Module, ABC):
         outcome = validation.floats("outcome", outcome).detach()
         return routing._replace(expert_indices=experts, cluster_ids=clusters, distance=distance), outcome
 
+    @property
+    def reweighs(self) -> bool:
+        """Whether the gate has a rule to weigh a given choice, so that :meth:`reweigh` works."""
+        return False
+
+    def reweigh(self, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:  # (N, D), _, (N, k)
+        """This gate's ``routing`` of ``hidden`` with its choice replaced, weighted by its own rule, with gradient where that has one.
+
+        Raises:
+            InvalidArgumentError: the gate has no rule to weigh a given choice.
+        """
+        raise InvalidArgumentError(
+            f"weights must be 'recorded' for a {type(self).__name__}: it has no rule to weigh a given choice"
+        )
+
     def require_observable(self) -> None:
         """Raise NotFittedError where :meth:`observe` would, for want of clusters to hold the evidence."""
 

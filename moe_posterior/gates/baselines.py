@@ -53,6 +53,15 @@ class SoftmaxGate(Gate):
         distance = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         return Routing(expert_indices, scores / scores.sum(dim=-1, keepdim=True), cluster_ids, scores, distance)
 
+    @property
+    def reweighs(self) -> bool:
+        return True
+
+    def reweigh(self, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:  # (N, D), _, (N, k)
+        chosen = torch.softmax(self.router(hidden).float(), dim=-1).gather(1, expert_indices)
+        weights = chosen / chosen.sum(dim=-1, keepdim=True)
+        return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen)
+
     def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
         """The router probabilities of the chosen: what such a gate offers for a probability of success."""
         return routing.scores

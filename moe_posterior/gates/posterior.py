@@ -346,6 +346,17 @@ class PosteriorGate(BeliefGate):
         """
         return self._scores(*self.posterior.parameters_of(cluster_ids), None)
 
+    @property
+    def reweighs(self) -> bool:
+        return not self.chooses_per_token
+
+    def reweigh(self, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:  # (N, D), _, (N, k)
+        if not self.reweighs:
+            return super().reweigh(hidden, routing, expert_indices)
+        chosen = self.competence_scores(routing.cluster_ids).gather(1, expert_indices)
+        weights = reference.weigh(chosen, self.temperature).float()
+        return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen.float())
+
     def _scores(self, alpha: Tensor, beta: Tensor, generator: torch.Generator | None) -> Tensor:  # (M, E)
         return self.rule(alpha, beta, generator).masked_fill(~self.posterior.active, -torch.inf)
 

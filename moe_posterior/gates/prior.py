@@ -191,6 +191,17 @@ class PriorGate(BeliefGate):
         logits = torch.where(torch.isnan(logits), -torch.inf, logits)
         return logits + self.evidence_bias[cluster_ids] if self.biased else logits
 
+    @property
+    def reweighs(self) -> bool:
+        return self.router is not None
+
+    def reweigh(self, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:  # (N, D), _, (N, k)
+        if not self.reweighs:
+            return super().reweigh(hidden, routing, expert_indices)
+        chosen = self.tempered_logits(hidden, routing.cluster_ids).gather(1, expert_indices)
+        weights = reference.weigh(chosen, 1.0)
+        return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen)
+
     def _fuses(self, hidden: Tensor) -> bool:  # (N, D)
         """Whether one kernel can do it: on a GPU, and for a router that is its weight and bias and nothing more, as LoRA would be."""
         assert self.router is not None

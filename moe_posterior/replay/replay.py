@@ -20,7 +20,7 @@ from moe_posterior.replay.checkpointing import in_backward, may_run_again, signa
 from moe_posterior.replay.file import GateMark, Recording, load_recording, mark, recording_of
 from moe_posterior.replay.find import find_gates, hosting_router, outer_name
 from moe_posterior.replay.record import Trace
-from moe_posterior.replay.reweigh import ForcedChoice, has_rule, reweigh
+from moe_posterior.replay.reweigh import ForcedChoice
 
 Weights = Literal["recorded", "recomputed"]
 
@@ -126,8 +126,8 @@ class Replay:
             # Cloned: experts may scale their weights in place.
             weights = recorded.routing_weights.to(routing.routing_weights, copy=True)
             return recorded._replace(routing_weights=weights).map(lambda part: part.to(hidden.device))
-        if has_rule(gate):
-            return reweigh(gate, hidden, routing, indices)
+        if gate.reweighs:
+            return gate.reweigh(hidden, routing, indices)
         if not torch.equal(routing.expert_indices, indices):
             raise InvalidArgumentError(
                 f"weights must be 'recorded': the router of gate {name!r} does not choose by one top-k over its experts"
@@ -293,7 +293,7 @@ def _validate_gates(recorded: dict[str, GateMark], gates: dict[str, Gate], same_
 
 
 def _validate_weights(name: str, gate: Gate, router: GateHost | None, weights: Weights) -> None:
-    if weights == "recomputed" and not (has_rule(gate) if router is None else router.chooses):
+    if weights == "recomputed" and not (gate.reweighs if router is None else router.chooses):
         raise InvalidArgumentError(
             f"weights must be 'recorded': gate {name!r}, a {type(gate).__name__}, has no rule to weigh a given choice"
         )

@@ -1,60 +1,14 @@
-"""Weigh experts that somebody else chose, by a gate's or a router's own rule.
+"""Weigh experts that somebody else chose by a router's own rule; a gate does it by :meth:`~moe_posterior.gates.Gate.reweigh`.
 
-Dimensions: N tokens, D hidden size, E experts, k experts per token.
+Dimensions: N tokens, E experts, k experts per token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import singledispatch
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.gates import Gate, PosteriorGate, PriorGate, Routing, SoftmaxGate
-from moe_posterior.kernels.reference import weigh
-
-
-@singledispatch
-def reweigh(gate: Gate, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:  # (N, D), _, (N, k)
-    """A gate's routing of ``hidden`` with its choice replaced, weighted by the gate's own rule, with gradient where it has one.
-
-    Each class of gate that has such a rule registers it here.
-    """
-    raise InvalidArgumentError(
-        f"weights must be 'recorded' for a {type(gate).__name__}: it has no rule to weigh a given choice"
-    )
-
-
-@reweigh.register
-def _(gate: PriorGate, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:
-    if gate.router is None:
-        raise InvalidArgumentError("weights must be 'recorded' for a gate without a router of its own")
-    chosen = gate.tempered_logits(hidden, routing.cluster_ids).gather(1, expert_indices)
-    return routing._replace(expert_indices=expert_indices, routing_weights=weigh(chosen, 1.0), scores=chosen)
-
-
-@reweigh.register
-def _(gate: SoftmaxGate, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:
-    chosen = torch.softmax(gate.router(hidden).float(), dim=-1).gather(1, expert_indices)
-    weights = chosen / chosen.sum(dim=-1, keepdim=True)
-    return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen)
-
-
-@reweigh.register
-def _(gate: PosteriorGate, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:
-    chosen = gate.competence_scores(routing.cluster_ids).gather(1, expert_indices)
-    weights = weigh(chosen, gate.temperature).float()
-    return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen.float())
-
-
-def has_rule(gate: Gate) -> bool:
-    """Whether :func:`reweigh` can weigh for this gate."""
-    if isinstance(gate, PriorGate) and gate.router is None:
-        return False
-    drawn = isinstance(gate, PosteriorGate) and gate.chooses_per_token
-    return not drawn and reweigh.dispatch(type(gate)) is not reweigh.dispatch(Gate)
 
 
 class ForcedChoice(TorchFunctionMode):
