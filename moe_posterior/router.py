@@ -243,7 +243,7 @@ class PosteriorRouter:
     def fit(self, embeddings: ArrayLike, *, seed: int = 0) -> None:  # (N, D)
         """Find the clusters by k-means and forget all evidence and all pending decisions: they spoke of other clusters.
 
-        Without ``num_clusters`` their number follows from the rows, see :func:`clusters_for`, and :attr:`gate` is another one after.
+        Without ``num_clusters`` their number follows from the rows, see :func:`clusters_for`, and ``gate`` is another one after.
         """
         with self._lock:
             self._may_change()
