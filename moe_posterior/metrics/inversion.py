@@ -23,6 +23,7 @@ from moe_posterior.metrics.gaps import GapSums
 
 BISECTIONS = 12
 REACH = 8.0  # standard deviations beyond the estimate that an end is looked for in
+SLACK = 4.0  # standard deviations by which a bin's share may exceed the one seen, far from what it says
 FEW = 10  # draws in a tail, below which a normal tail takes their place
 
 
@@ -73,7 +74,11 @@ class GapTest:
         size = lean.square().sum(1, keepdim=True).clamp(max=1)
         lean = lean * ((1 - (1 - size).sqrt()) / size.clamp(min=1e-300)).sqrt()
         normal = normal - (self.draws @ lean.T).T[..., None] * (lean @ self.root)[:, None]
-        return mean[:, None] + std[:, None] * (normal + skew[:, None] / 6 * (normal.square() - 1))
+        drawn = mean[:, None] + std[:, None] * (normal + skew[:, None] / 6 * (normal.square() - 1))
+        # No bin is right more often than always: at confidence 1 a gap below 0 means that all answers were right.
+        room, far = sums.share, sums.share * (1 + SLACK / sums.count.sqrt())
+        near = sums.said >= 0.5
+        return drawn.clamp((sums.said - 1) * torch.where(near, room, far), sums.said * torch.where(near, far, room))
 
     def likely(self, errors: Sequence[float]) -> Tensor:  # one error an arm -> (M,)
         """The likeliest gaps with these errors: the data's, each shrunk or stretched by its variance times one number an arm."""
@@ -90,8 +95,8 @@ class GapTest:
 
     @property
     def reach(self) -> float:
-        """How far from the estimate an end is looked for."""
-        return REACH * float(self.noise.square().sum().sqrt())
+        """How far from the estimate an end is looked for: where all answers were alike, as far as one other answer a bin says."""
+        return REACH * float(torch.maximum(self.noise.square().sum(), self.sums.weight.square().sum()).sqrt())
 
     def _feasible(self, size: Tensor) -> Tensor:  # (M,) ≥ 0 -> (M,)
         sums = self.sums

@@ -197,6 +197,19 @@ def test_saturated_and_hopeless_predictions_have_finite_intervals() -> None:
     assert calibration_interval(torch.ones(50), torch.zeros(50).long()).low > 0.8
 
 
+@pytest.mark.parametrize("confidence", [1.0, 0.999, 0.001, 0.0])
+@pytest.mark.parametrize("rows", [10, 100, 300])
+def test_answers_that_were_all_as_sure_as_said_leave_room_for_an_error_not_seen(rows: int, confidence: float) -> None:
+    """Of models that are wrong in 1 row of ``rows``, a third show no wrong answer at all: their interval must not end at 0."""
+    as_said = torch.full((rows,), round(confidence))
+    found = calibration_interval(torch.full((rows,), confidence), as_said)
+    exact = 1 - 0.025 ** (1 / rows)  # the largest error that shows nothing with probability 2.5 %
+    assert found.low == 0
+    assert 1 / rows < found.high < 1.25 * exact
+    same = (torch.full((rows,), confidence), as_said)
+    assert calibration_difference(same, same) == (0.0, 0.0, 0.0, 1.0)
+
+
 def test_no_predictions_give_nan() -> None:
     empty = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     assert np.isnan(calibration_interval(*empty)).all()
