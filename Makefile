@@ -31,20 +31,20 @@ cifar10h: $(INSTALLED)  ## the README's CIFAR-10H run: 12 epochs, both gates (ab
 
 benchmarks: $(INSTALLED)  ## the routing benchmarks of results/benchmarks (about 30 minutes on 2 cores), resumable
 	mkdir -p $(RESULTS)
-	$(BENCHMARK) b --first-seed 300 --environments synthetic --seeds 10 --out $(RESULTS)/b.json --markdown $(RESULTS)/b.md --figures $(RESULTS)
-	$(BENCHMARK) c --first-seed 300 --environments synthetic --seeds 10 $(COMPARED) --out $(RESULTS)/c.json --markdown $(RESULTS)/c.md --figures $(RESULTS)
-	$(BENCHMARK) a --first-seed 300 --environments synthetic digits --seeds 10 $(COMPARED) --out $(RESULTS)/a.json --markdown $(RESULTS)/a.md
-	$(BENCHMARK) b --first-seed 300 --environments digits --seeds 10 $(COMPARED) --out $(RESULTS)/b_digits.json --markdown $(RESULTS)/b_digits.md
-	$(BENCHMARK) c --first-seed 300 --environments digits --seeds 10 $(COMPARED) --out $(RESULTS)/c_digits.json --markdown $(RESULTS)/c_digits.md
-	$(BENCHMARK) b --first-seed 300 --environments synthetic --ablation --gates posterior --out $(RESULTS)/b_ablation.json --markdown $(RESULTS)/b_ablation.md
-	$(BENCHMARK) c --first-seed 300 --environments synthetic --ablation --gates posterior --out $(RESULTS)/c_ablation.json --markdown $(RESULTS)/c_ablation.md
-	$(BENCHMARK) b --first-seed 300 --experts 8 --environments synthetic $(COMPARED) --out $(RESULTS)/b_8_experts.json --markdown $(RESULTS)/b_8_experts.md
-	$(BENCHMARK) b --first-seed 300 --experts 32 --environments synthetic $(COMPARED) --out $(RESULTS)/b_32_experts.json --markdown $(RESULTS)/b_32_experts.md
+	$(BENCHMARK) b --first-seed 300 --environments synthetic --seeds 10 --out $(RESULTS)/b.parquet --markdown $(RESULTS)/b.md --figures $(RESULTS)
+	$(BENCHMARK) c --first-seed 300 --environments synthetic --seeds 10 $(COMPARED) --out $(RESULTS)/c.parquet --markdown $(RESULTS)/c.md --figures $(RESULTS)
+	$(BENCHMARK) a --first-seed 300 --environments synthetic digits --seeds 10 $(COMPARED) --out $(RESULTS)/a.parquet --markdown $(RESULTS)/a.md
+	$(BENCHMARK) b --first-seed 300 --environments digits --seeds 10 $(COMPARED) --out $(RESULTS)/b_digits.parquet --markdown $(RESULTS)/b_digits.md
+	$(BENCHMARK) c --first-seed 300 --environments digits --seeds 10 $(COMPARED) --out $(RESULTS)/c_digits.parquet --markdown $(RESULTS)/c_digits.md
+	$(BENCHMARK) b --first-seed 300 --environments synthetic --ablation --gates posterior --out $(RESULTS)/b_ablation.parquet --markdown $(RESULTS)/b_ablation.md
+	$(BENCHMARK) c --first-seed 300 --environments synthetic --ablation --gates posterior --out $(RESULTS)/c_ablation.parquet --markdown $(RESULTS)/c_ablation.md
+	$(BENCHMARK) b --first-seed 300 --experts 8 --environments synthetic $(COMPARED) --out $(RESULTS)/b_8_experts.parquet --markdown $(RESULTS)/b_8_experts.md
+	$(BENCHMARK) b --first-seed 300 --experts 32 --environments synthetic $(COMPARED) --out $(RESULTS)/b_32_experts.parquet --markdown $(RESULTS)/b_32_experts.md
 
 benchmarks-data: $(INSTALLED)  ## the same on PACS, CIFAR-10 and nine language models, whose data must be at hand
-	$(BENCHMARK) b --first-seed 300 --environments pacs cifar10h $(COMPARED) --out $(RESULTS)/b_features.json --markdown $(RESULTS)/b_features.md
-	$(BENCHMARK) c --first-seed 300 --environments pacs cifar10h $(COMPARED) --out $(RESULTS)/c_features.json --markdown $(RESULTS)/c_features.md
-	$(BENCHMARK) llm --first-seed 300 $(COMPARED) --out $(RESULTS)/llm.json --markdown $(RESULTS)/llm.md
+	$(BENCHMARK) b --first-seed 300 --environments pacs cifar10h $(COMPARED) --out $(RESULTS)/b_features.parquet --markdown $(RESULTS)/b_features.md
+	$(BENCHMARK) c --first-seed 300 --environments pacs cifar10h $(COMPARED) --out $(RESULTS)/c_features.parquet --markdown $(RESULTS)/c_features.md
+	$(BENCHMARK) llm --first-seed 300 $(COMPARED) --out $(RESULTS)/llm.parquet --markdown $(RESULTS)/llm.md
 
 cifar10h-features: $(INSTALLED)  ## three small ResNets trained by ERM, their features kept for the study (about an hour on 2 cores)
 	for seed in 42 43 44; do \
@@ -56,9 +56,9 @@ cifar10h-features: $(INSTALLED)  ## three small ResNets trained by ERM, their fe
 
 tables: $(INSTALLED)  ## methods, calibrators and seeds on PACS and comments, and on CIFAR-10H where its features are (an hour), resumable
 	mkdir -p results/calibration
-	$(BIN)/moe-posterior study pacs --out results/calibration/pacs.json --markdown results/calibration/pacs.md --figure results/calibration/pacs.png
-	$(BIN)/moe-posterior study comments --out results/calibration/comments.json --markdown results/calibration/comments.md --figure results/calibration/comments.png
-	$(BIN)/moe-posterior study cifar10h --out results/calibration/cifar10h.json --markdown results/calibration/cifar10h.md --figure results/calibration/cifar10h.png
+	$(BIN)/moe-posterior study pacs --out results/calibration/pacs.parquet --markdown results/calibration/pacs.md --figure results/calibration/pacs.png
+	$(BIN)/moe-posterior study comments --out results/calibration/comments.parquet --markdown results/calibration/comments.md --figure results/calibration/comments.png
+	$(BIN)/moe-posterior study cifar10h --out results/calibration/cifar10h.parquet --markdown results/calibration/cifar10h.md --figure results/calibration/cifar10h.png
 
 swap-table: $(INSTALLED)  ## which transformers models can be swapped: every type built tiny and examined (2 minutes)
 	mkdir -p results/swap
@@ -66,16 +66,16 @@ swap-table: $(INSTALLED)  ## which transformers models can be swapped: every typ
 
 latency: $(INSTALLED)  ## how long a decision takes, written to results/benchmarks (2 minutes on an idle machine)
 	mkdir -p results/benchmarks
-	$(BIN)/moe-posterior benchmark latency --seeds 3 --out results/benchmarks/latency.json --markdown results/benchmarks/latency.md
+	$(BIN)/moe-posterior benchmark latency --seeds 3 --out results/benchmarks/latency.parquet --markdown results/benchmarks/latency.md
 
 lm: $(INSTALLED)  ## the language-model experiment on your own TEXT="a.txt b.txt" (hours on 2 cores), resumable
 	mkdir -p results/lm
-	$(BENCHMARK) lm --text $(TEXT) --out results/lm/lm.json --markdown results/lm/lm.md --figures results/lm
+	$(BENCHMARK) lm --text $(TEXT) --out results/lm/lm.parquet --markdown results/lm/lm.md --figures results/lm
 
 audit-bench: $(INSTALLED)  ## what the audit log costs, and how soon it shows a failing expert (5 minutes on an idle machine)
 	mkdir -p results/audit
-	$(BENCHMARK) audit --seeds 5 --out results/audit/speed.json --markdown results/audit/speed.md
-	$(BENCHMARK) audit --horizon --first-seed 300 --out results/audit/horizon.json --markdown results/audit/horizon.md
+	$(BENCHMARK) audit --seeds 5 --out results/audit/speed.parquet --markdown results/audit/speed.md
+	$(BENCHMARK) audit --horizon --first-seed 300 --out results/audit/horizon.parquet --markdown results/audit/horizon.md
 
 bench: $(INSTALLED)  ## what the gate costs on a CPU, as ratios (3 minutes on an idle machine)
 	mkdir -p results/speed

@@ -17,6 +17,7 @@ ORDER = [
     ["atomic"],
     ["torchfile", "forking", "pending"],
     ["reading", "tensorfile"],
+    ["rows"],
     ["beta", "forgetting", "evidence"],
     ["kernels"],
     ["churn", "posterior", "clustering"],

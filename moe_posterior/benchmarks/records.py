@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
-from moe_posterior.reading import decoding, read_json
+from moe_posterior.reading import decoding
+from moe_posterior.rows import read_rows, write_rows
 
 FORMAT = 1
 
@@ -51,7 +51,7 @@ def case_key(benchmark: str, environment: str, gate: str, options: Mapping[str, 
 
 
 def write(results: Results, path: str | os.PathLike[str]) -> None:
-    """Write strict JSON, one record a line, whole or not at all.
+    """Write strict JSON, one record a line, or Parquet where the name ends in .parquet; whole or not at all.
 
     Raises:
         InvalidArgumentError: the folder does not exist, or a value that strict JSON cannot hold.
@@ -59,13 +59,7 @@ def write(results: Results, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise InvalidArgumentError(f"--out must lie in an existing folder; there is no {path.parent}")
-    try:
-        lines = [json.dumps(asdict(record), allow_nan=False) for record in results.records]
-        about = json.dumps(results.about, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"records must be strict JSON: {error}") from error
-    text = f'{{"format": {FORMAT},\n"about": {about},\n"records": [\n' + ",\n".join(lines) + "\n]}\n"
-    write_text(path, text)
+    write_rows(path, {"format": FORMAT, "about": results.about}, [asdict(record) for record in results.records])
 
 
 def read(path: str | os.PathLike[str]) -> Results:
@@ -77,7 +71,7 @@ def read(path: str | os.PathLike[str]) -> Results:
     path = Path(path)
     if not path.is_file():
         raise MissingDataError(f"there is no {path}; make one with: moe-posterior benchmark b --out {path}")
-    content = read_json(path, error=InvalidArgumentError)
+    content = read_rows(path, error=InvalidArgumentError)
     with decoding(path, "a file of benchmark records, as --out writes them", error=InvalidArgumentError):
         if content["format"] != FORMAT:
             raise InvalidArgumentError(f"{path} must be of format {FORMAT}; got {content['format']!r}")

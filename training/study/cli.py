@@ -19,6 +19,7 @@ from moe_posterior.commands.study import parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.escape import lines
 from moe_posterior.reading import decoding, read_json, read_text
+from moe_posterior.rows import read_rows, write_rows
 from moe_posterior.training.outputs import outputs_of
 from moe_posterior.training.runs import Run
 from moe_posterior.training.study import measure
@@ -44,7 +45,7 @@ def study(arguments: list[str]) -> int:
     if asked.source is not None:
         if not Path(asked.source).is_file():
             raise MissingDataError(f"there is no {asked.source}; make it with: {command.replace('--from', '--out')}")
-        content = read_json(asked.source)
+        content = read_rows(asked.source)
         with decoding(asked.source, "a file of study records", "make it with --out"):
             content["records"] = one_by_one(content["records"])
             to_markdown(tables_of(content["records"]), content["about"])
@@ -122,8 +123,7 @@ def _locked_run(plan: Study, asked: argparse.Namespace, command: str, console: C
     if asked.out:
         out = Path(asked.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(record) for record in over_seeds(records))
-        write_text(out, f'{{"about": {json.dumps(about)}, "records": [\n{lines}\n]}}\n')
+        write_rows(out, {"about": about}, over_seeds(records))
     return content
 
 
