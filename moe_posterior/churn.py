@@ -114,7 +114,7 @@ class ChangingPool(FixedPrecision):
                 )
         weights = self.prior_alpha.new_tensor([float(weight) for weight in prior_from.values()])
         mean = self.mean()[:, [int(donor) for donor in prior_from]] @ (weights / weights.sum())
-        alpha, beta = strength * mean, strength * (1 - mean)
+        alpha, beta = worth * mean, worth * (1 - mean)
         require_sound({"alpha": alpha, "beta": beta}, of="inherited ")
         return alpha, beta
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior import validation
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
 from moe_posterior.kernels import cpu, dispatch, reference
 from moe_posterior.precision import FixedPrecision
@@ -54,6 +55,7 @@ class Clusterer(FixedPrecision):
     rounded: Tensor  # (C, D) bfloat16, derived
     reach: Tensor  # () float32, derived
 
+    @as_declared
     def __init__(self, num_clusters: int, hidden_size: int, *, outliers: bool = False, levels: int = 1) -> None:
         super().__init__()
         num_clusters = validation.count("num_clusters", num_clusters)
@@ -81,9 +83,10 @@ class Clusterer(FixedPrecision):
             InvalidArgumentError: ``hidden`` is not (N, D).
         """
         self.require_fitted()
-        if not isinstance(hidden, Tensor) or hidden.is_complex():
+        if not isinstance(hidden, Tensor) or hidden.is_complex() or hidden.is_meta or hidden.layout != torch.strided:
             raise InvalidArgumentError(
-                f"hidden must be a real tensor of shape (N, {self.hidden_size}); got {validation.described(hidden)}"
+                f"hidden must be a real tensor, dense and with values, of shape "
+                f"(N, {self.hidden_size}); got {validation.described(hidden)}"
             )
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
             raise InvalidArgumentError(f"hidden must have shape (N, {self.hidden_size}); got {tuple(hidden.shape)}")
@@ -118,6 +121,7 @@ class Clusterer(FixedPrecision):
             )
 
     @torch.no_grad()
+    @as_declared
     def fit(
         self,
         hidden: Tensor,  # (..., D)
@@ -162,6 +166,7 @@ class Clusterer(FixedPrecision):
         return self.set_centroids(centroids, radius=radius)
 
     @torch.no_grad()
+    @as_declared
     def set_centroids(self, centroids: Tensor, radius: Tensor | None = None) -> "Clusterer":  # (C, D), (C,)
         """Use given centroids; without a radius no distance counts as unusual (radius inf).
 

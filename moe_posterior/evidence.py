@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.forgetting import discounts
-from moe_posterior.validation import floats, number, tensor
+from moe_posterior.validation import floats, number, real, tensor
 
 
 class Evidence(NamedTuple):
@@ -39,9 +39,11 @@ class ProxyNoise(NamedTuple):
 
     def validate(self) -> None:
         """Raise InvalidArgumentError unless both are probabilities and the signal says more than nothing."""
-        if not (0 <= self.false_positive < 1 and 0 <= self.false_negative < 1 and self.contrast > 0):
+        rates = real(self.false_positive), real(self.false_negative)
+        if not all(rate is not None and 0 <= rate < 1 for rate in rates) or not self.contrast > 0:
             raise InvalidArgumentError(
-                f"proxy noise must be two rates in [0, 1) that sum to less than 1 (else the signal is uninformative); got "
+                f"proxy noise must be a false_positive_rate and a false_negative_rate in [0, 1) that sum to "
+                f"less than 1 (else the signal is uninformative); got "
                 f"false_positive={self.false_positive}, false_negative={self.false_negative}"
             )
 

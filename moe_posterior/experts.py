@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_posterior import validation
+from moe_posterior.declared import as_declared
 from moe_posterior.dispatch import split_by_expert
 from moe_posterior.errors import InvalidArgumentError
 
@@ -36,6 +37,7 @@ class ExpertsFFN(nn.Module):
     torch.Size([5, 8])
     """
 
+    @as_declared
     def __init__(
         self,
         num_experts: int,

@@ -8,11 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moe_posterior.declared import as_declared
 from moe_posterior.dispatch import combine, dispatch, run_experts
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.experts import ExpertsFFN
 from moe_posterior.gates import BeliefGate, Gate, PosteriorGate, PriorGate, Routing
 from moe_posterior.precision import require_all_loadable
+from moe_posterior.validation import described
 
 
 class MixtureOfExperts(nn.Module):
@@ -32,10 +34,9 @@ class MixtureOfExperts(nn.Module):
     torch.Size([2, 3, 5])
     """
 
+    @as_declared
     def __init__(self, experts: nn.ModuleList | ExpertsFFN, gate: Gate) -> None:
         super().__init__()
-        if not isinstance(experts, nn.ModuleList | ExpertsFFN):
-            raise InvalidArgumentError(f"experts must be an nn.ModuleList or ExpertsFFN; got {type(experts).__name__}")
         if len(experts) != gate.num_experts:
             raise InvalidArgumentError(f"gate expects {gate.num_experts} experts; got {len(experts)}")
         self.experts, self.gate = experts, gate
@@ -87,6 +88,10 @@ class MixtureOfExperts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _flatten(self, hidden: Tensor) -> Tensor:  # (..., D) -> (N, D)
+        if not isinstance(hidden, Tensor) or hidden.layout != torch.strided:
+            raise InvalidArgumentError(
+                f"hidden must be a dense tensor of shape (..., {self.gate.hidden_size}); got {described(hidden)}"
+            )
         if hidden.ndim < 1 or hidden.shape[-1] != self.gate.hidden_size:
             raise InvalidArgumentError(
                 f"hidden must have shape (..., {self.gate.hidden_size}); got {tuple(hidden.shape)}"
@@ -118,6 +123,7 @@ class PosteriorMoE(MixtureOfExperts):
 
     gate: BeliefGate
 
+    @as_declared
     def __init__(
         self,
         experts: nn.ModuleList | ExpertsFFN,

@@ -14,6 +14,7 @@ from moe_posterior import beta as beta_functions
 from moe_posterior import evidence as evidence_functions
 from moe_posterior import hierarchy, validation
 from moe_posterior.churn import ChangingPool
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import Evidence, Observation, ProxyNoise
 from moe_posterior.forgetting import retention
@@ -84,6 +85,7 @@ class BetaPosterior(ChangingPool):
     deviations: Tensor  # (4, E) float64, derived: hierarchy.Deviations
     _muted = False
 
+    @as_declared
     def __init__(
         self,
         num_clusters: int,
@@ -167,10 +169,12 @@ class BetaPosterior(ChangingPool):
         """Posterior standard deviation."""
         return beta_functions.std(*self.parameters_of())
 
+    @as_declared
     def lcb(self, risk_aversion: float) -> Tensor:  # (C, E)
         """Lower confidence bound, ``mean - risk_aversion * std``."""
         return beta_functions.lcb(*self.parameters_of(), validation.number("risk_aversion", risk_aversion))
 
+    @as_declared
     def quantile(self, probability: float) -> Tensor:  # (C, E)
         """Exact credible bound: competence exceeds it with probability ``1 - probability``."""
         return beta_functions.quantile(*self.parameters_of(), probability)
@@ -247,6 +251,7 @@ class BetaPosterior(ChangingPool):
             touched = None  # an expert's pooled record speaks in every cluster
         self._notify(None if fired else touched)
 
+    @as_declared
     def merge(self, other: "BetaPosterior | Evidence") -> None:
         """Add another replica's evidence (not its prior) to this one.
 
@@ -267,6 +272,7 @@ class BetaPosterior(ChangingPool):
         self._changed()
 
     @torch.no_grad()
+    @as_declared
     def warm_start(
         self,
         cluster_ids: Tensor,  # (N,) int64, or (N, J) with shares
@@ -337,6 +343,7 @@ class BetaPosterior(ChangingPool):
         self._changed()
 
     @torch.no_grad()
+    @as_declared
     def forget(self, keep: float, experts: Tensor | None = None) -> None:  # (M,) int64 or (E,) bool
         """Keep only a share of the evidence of the given experts (None: of all); the prior stays.
 

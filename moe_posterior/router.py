@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moe_posterior import beta as beta_functions
 from moe_posterior import validation
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MoEPosteriorError
 from moe_posterior.forking import ForkLock
 from moe_posterior.gates import PosteriorGate, Routing
@@ -146,6 +147,7 @@ _Choice = tuple[int, float, list[int], list[float], list[float], list[list[float
 
 
 # What a router does that was not told otherwise: chosen on several streams, confirmed on others; see results/router.
+STATE = ("options", "gate", "next_id", "tenure", "pending")  # what a saved router holds
 DEFAULTS: dict[str, Any] = {"score": "race", "pooling": "hierarchy", "surprise": 8.0}
 
 
@@ -196,6 +198,7 @@ class PosteriorRouter:
     2
     """
 
+    @as_declared
     def __init__(
         self,
         num_experts: int,
@@ -221,6 +224,7 @@ class PosteriorRouter:
             "max_pending": max_pending,
             **gate_options,
         }
+        _require_audit(audit)
         self._chooses_clusters = num_clusters is None
         self.gate = self._new_gate(num_experts)
         self.abstain_below = abstain_below
@@ -240,6 +244,7 @@ class PosteriorRouter:
         """The lock, as a context manager."""
         return self._lock
 
+    @as_declared
     def fit(self, embeddings: ArrayLike, *, seed: int = 0) -> None:  # (N, D)
         """Find the clusters by k-means and forget all evidence and all pending decisions: they spoke of other clusters.
 
@@ -255,6 +260,7 @@ class PosteriorRouter:
             self._pending.clear()
             self._tell("fit")
 
+    @as_declared
     def warm_start(
         self,
         embeddings: ArrayLike,  # (N, D)
@@ -363,6 +369,7 @@ class PosteriorRouter:
                 raise
             self._audit.resolved(wanted, signal)
 
+    @as_declared
     def add_expert(self, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0) -> int:
         """One more expert, its prior inherited from donors by overlap; returns its index. See :meth:`BetaPosterior.add_expert`."""
         with self._lock:
@@ -372,6 +379,7 @@ class PosteriorRouter:
             self._tell(f"expert {index} added")
             return index
 
+    @as_declared
     def remove_expert(self, expert: int) -> None:
         """Never choose this expert again; outcomes of its pending decisions will be refused."""
         with self._lock:
@@ -380,6 +388,7 @@ class PosteriorRouter:
             self._tenure[expert] += 1
             self._tell(f"expert {expert} removed")
 
+    @as_declared
     def replace_expert(
         self, expert: int, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0
     ) -> None:
@@ -390,6 +399,7 @@ class PosteriorRouter:
             self._tenure[expert] += 1
             self._tell(f"expert {expert} replaced")
 
+    @as_declared
     def save(self, path: str | PathLike[str]) -> None:
         """Write options, clusters, belief and pending decisions to a file that :meth:`load` restores bit for bit.
 
@@ -400,12 +410,14 @@ class PosteriorRouter:
             save_plain(path, self.state())
 
     @classmethod
+    @as_declared
     def load(cls, path: str | PathLike[str], *, audit: Audit | None = None) -> "PosteriorRouter":
         """The router that :meth:`save` wrote; opening the file runs no code from it.
 
         Raises:
             MissingDataError: there is no such file. DamagedFileError: it is no router's, or cut short.
         """
+        _require_audit(audit)
         state = load_plain(read_plain_file(path), path)
         try:
             return cls.from_state(state, audit=audit)
@@ -428,8 +440,13 @@ class PosteriorRouter:
             }
 
     @classmethod
+    @as_declared
     def from_state(cls, state: Mapping[str, Any], *, audit: Audit | None = None) -> "PosteriorRouter":
         """The router whose :meth:`state` this was."""
+        _require_audit(audit)
+        missing = [part for part in STATE if part not in state]
+        if missing:
+            raise InvalidArgumentError(f"state must be what a router's state() returned; it lacks {missing}")
         options = {"score": "lcb"} | state["options"]  # files of before DEFAULTS name only what was asked for
         _require_sizes(options, state["gate"], state["tenure"])
         router = cls(**options | {"num_experts": len(state["tenure"])})
@@ -597,6 +614,11 @@ class PosteriorRouter:
                 f"decision {int(ids[row])} went to expert {int(experts[row, slot])}, which has left or been replaced since"
             )
         return slots
+
+
+def _require_audit(audit: Audit | None) -> None:
+    if audit is not None and (isinstance(audit, type) or not callable(getattr(audit, "follow", None))):
+        raise InvalidArgumentError(f"audit must be an audit log or None; got {validation.described(audit)}")
 
 
 def _members_of(routing: Routing) -> Members | None:

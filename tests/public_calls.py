@@ -3,7 +3,6 @@
 Dimensions: N rows, K classes, E experts, C clusters, D hidden size, k experts chosen, G groups.
 """
 
-import inspect
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 from torch import nn
 
 import moe_posterior as mp
-from moe_posterior import audit, beta, calibrators, evidence, gates, losses, metrics, replay, serving
+from moe_posterior import audit, calibrators, gates, losses, metrics, serving
+from moe_posterior.replay import find_gates, load_recording, recording_from_experts, save_recording
 
 N, K, E, C, D, G = 24, 3, 4, 2, 6, 3
 _GENERATOR = torch.Generator().manual_seed(0)
@@ -219,7 +219,6 @@ def gate_calls() -> Iterator[Call]:
         yield Call(f"{kind}.warm_start", gate.warm_start, {"hidden": HIDDEN, "outcome": _random(N, E)})
         yield Call(f"{kind}.observe", gate.observe, {"routing": routing, "outcome": _random(N, 2), "dense": False})
     gate = fitted_gate()
-    yield Call("PosteriorGate.configure", gate.configure, {"threshold": 0.5, "temperature": 0.1})
     yield Call(
         "PosteriorGate.replace_expert", gate.replace_expert, {"expert": 1, "prior_from": {0: 1.0}, "strength": 4.0}
     )
@@ -237,7 +236,7 @@ def belief_calls() -> Iterator[Call]:
         pooling="odds",
     )  # fmt: skip
     belief = mp.BetaPosterior(C, E)
-    seen = {"cluster_ids": CLUSTERS, "expert_indices": CHOSEN[:, 0], "outcome": CONFIDENCE}
+    seen = {"cluster_ids": CLUSTERS, "expert_indices": CHOSEN, "outcome": CONFIDENCE[:, None]}
     yield Call("BetaPosterior.observe", belief.observe, seen)
     yield Call("BetaPosterior.warm_start", belief.warm_start, {"cluster_ids": CLUSTERS, "outcome": _random(N, E)})
     yield Call("BetaPosterior.merge", belief.merge, {"other": mp.Evidence(CELLS.double(), CELLS.double())})
@@ -249,16 +248,7 @@ def belief_calls() -> Iterator[Call]:
     yield Call("Clusterer.fit", clusterer.fit, {"hidden": HIDDEN, "generator": None})
     yield Call("Clusterer.set_centroids", clusterer.set_centroids, {"centroids": HIDDEN[:C], "radius": torch.ones(C)})
     yield Call("Clusterer.forward", mp.Clusterer(C, D).set_centroids(HIDDEN[:C]).forward, {"hidden": HIDDEN})
-    cells = {"alpha": CELLS, "beta": CELLS + 1}
-    for function in (beta.mean, beta.variance, beta.std):
-        yield _call(function, **cells)
-    yield _call(beta.lcb, **cells, risk_aversion=1.0)
-    yield _call(beta.cdf, **cells, value=torch.full((C, E), 0.5))
-    yield _call(beta.quantile, **cells, probability=0.1)
-    yield _call(beta.thompson, **cells, generator=None)
     yield _call(mp.ProxyNoise, **NOISE)
-    yield _call(evidence.debias, signal=CONFIDENCE, noise=mp.ProxyNoise(0.1, 0.1))
-    yield _call(evidence.proxy_ece_bound, noise=mp.ProxyNoise(0.1, 0.1), uncertainty=0.1)
 
 
 def router_calls() -> Iterator[Call]:
@@ -308,16 +298,22 @@ def model_calls() -> Iterator[Call]:
     yield _call(mp.Trace, gates={}, model=layer)
     with mp.record(layer) as trace:
         layer(HIDDEN)
-    yield Call("Trace.observe", trace.observe, {"outcome": CONFIDENCE})
+
+    def observed(outcome: Any) -> None:
+        with mp.record(layer) as own:
+            layer(HIDDEN)
+        own.observe(outcome)
+
+    yield Call("Trace.observe", observed, {"outcome": CONFIDENCE})
     yield Call("Trace.save", trace.save, {"path": folder / "trace"})
     yield Call(
         "record", lambda **f: mp.record(**f).__enter__(), {"model": mp.MixtureOfExperts(_experts(), fitted_gate())}
     )
     trace.save(folder / "kept")
-    found = replay.load_recording(folder / "kept")
-    yield Call("load_recording", replay.load_recording, {"path": folder / "kept"})
-    yield Call("save_recording", replay.save_recording, {"recording": found, "path": folder / "other"})
-    yield Call("find_gates", replay.find_gates, {"model": layer})
+    found = load_recording(folder / "kept")
+    yield Call("load_recording", load_recording, {"path": folder / "kept"})
+    yield Call("save_recording", save_recording, {"recording": found, "path": folder / "other"})
+    yield Call("find_gates", find_gates, {"model": layer})
 
     def replayed(**given: Any) -> None:
         with mp.replay(**given):
@@ -326,7 +322,7 @@ def model_calls() -> Iterator[Call]:
     yield Call("replay", replayed, {"model": layer, "recorded": found, "weights": "recorded", "same_state": False})
     yield Call(
         "recording_from_experts",
-        replay.recording_from_experts,
+        recording_from_experts,
         {"model": layer, "experts": {"gate": _ids(E, N, 1).repeat(1, 2)}},
     )
     functions = mp.export_routing(mp.MixtureOfExperts(_experts(), _prior_gate()), rule=serving.HostRule())
@@ -339,10 +335,6 @@ def model_calls() -> Iterator[Call]:
     serving.save_routing(functions, folder / "there")
     yield Call("load_routing", serving.load_routing, {"path": folder / "there"})
     yield Call("update_routing", serving.update_routing, {"functions": functions, "path": folder / "there"})
-    yield _call(
-        serving.choose, logits=_random(N, E), first=_ids(E, N), topk=2, renormalize=True, rule=serving.HostRule(),
-        evidence=-_random(N, E),
-    )  # fmt: skip
     for kind, gate in ((serving.PriorRouting, _prior_gate()), (serving.PosteriorRouting, fitted_gate())):
         yield _call(kind, gate=gate, rule=serving.HostRule(), spread=False, hosted=False)
     yield _call(
@@ -374,13 +366,3 @@ def wrong_values(valid: Any) -> dict[str, Any]:
             "sparse": valid.to_sparse(),
         }
     return wrong
-
-
-def public(parts: list[Any]) -> dict[str, Any]:
-    """What is public in these modules by name: ``__all__``, or what a module without one defines itself."""
-    return {
-        name: getattr(part, name)
-        for part in parts
-        for name in getattr(part, "__all__", None)
-        or [n for n, f in vars(part).items() if inspect.isfunction(f) and f.__module__ == part.__name__ and n[0] != "_"]
-    }

@@ -202,7 +202,7 @@ def test_the_proxy_bound_holds_for_every_error_within_it(theta: float, errors: t
 
 @pytest.mark.parametrize("rates", [(0.5, 0.5), (-0.1, 0.0), (0.2, 1.0)])
 def test_uninformative_noise_rates_are_refused(rates: tuple[float, float]) -> None:
-    with pytest.raises(InvalidArgumentError, match="proxy noise must be two rates"):
+    with pytest.raises(InvalidArgumentError, match="proxy noise must be a false_positive_rate"):
         BetaPosterior(1, 1, noise=ProxyNoise(*rates))
 
 

@@ -157,7 +157,7 @@ def test_wrong_arguments_are_named() -> None:
     experts = nn.ModuleList([nn.Linear(D, OUT) for _ in range(E)])
     with pytest.raises(InvalidArgumentError, match="gate expects 4 experts; got 5"):
         MixtureOfExperts(experts, SoftmaxGate(D, 4, 2))
-    with pytest.raises(InvalidArgumentError, match=r"experts must be an nn\.ModuleList or ExpertsFFN; got list"):
+    with pytest.raises(InvalidArgumentError, match=r"experts must be of type ModuleList or ExpertsFFN; got list"):
         MixtureOfExperts(list(experts), SoftmaxGate(D, E, 2))
     with pytest.raises(InvalidArgumentError, match=r"top_k must lie in \[1, num_experts=5\]; got 6"):
         PosteriorMoE(experts, hidden_size=D, top_k=6)

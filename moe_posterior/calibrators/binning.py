@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_posterior.bins import place
 from moe_posterior.calibrators.base import Calibrator, Outputs
 from moe_posterior.calibrators.probabilities import top_confidence, top_label, with_confidence
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 
 
@@ -45,6 +46,7 @@ class IsotonicCalibration(Calibrator):
     knots: Tensor
     values: Tensor
 
+    @as_declared
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("knots", torch.zeros(0, dtype=torch.float64))  # (B,)
@@ -90,6 +92,7 @@ class HistogramBinning(Calibrator):
     edges: Tensor
     values: Tensor
 
+    @as_declared
     def __init__(self, n_bins: int = 15) -> None:
         super().__init__()
         if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 1:

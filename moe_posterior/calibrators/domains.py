@@ -14,6 +14,7 @@ from moe_posterior.calibrators.configuration import lookup
 from moe_posterior.calibrators.probabilities import safe_log, temper
 from moe_posterior.calibrators.scaling import best_temperature, validate_bounds
 from moe_posterior.calibrators.shift import part_weights, require_signs, shift_signs
+from moe_posterior.declared import as_declared
 
 
 def domain_features(outputs: Outputs) -> tuple[Tensor, Tensor]:  # -> (N, 4), (2,) bool
@@ -54,6 +55,7 @@ class MultiDomainTemperature(Calibrator):
     weights: Tensor
     given: Tensor
 
+    @as_declared
     def __init__(self, bounds: tuple[float, float] = (0.05, 20.0)) -> None:
         super().__init__()
         validate_bounds(bounds)

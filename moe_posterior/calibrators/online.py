@@ -13,6 +13,7 @@ from moe_posterior.calibrators.base import Calibrator, Outputs, read_outputs
 from moe_posterior.calibrators.configuration import lookup
 from moe_posterior.calibrators.pooling import NUM_BINS, Counts, count, logit_bins, pooled_shifts
 from moe_posterior.calibrators.probabilities import safe_logit, top_confidence, top_label, with_confidence
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.soundness import require_sound
 from moe_posterior.validation import floats
@@ -67,6 +68,7 @@ class OnlineConfigurationCalibrator(Calibrator):
     bin_shifts: Tensor
     configuration_shifts: Tensor
 
+    @as_declared
     def __init__(self, static: Calibrator, strength: float | None = None, half_life: float | None = None) -> None:
         super().__init__()
         for name, value in (("strength", strength), ("half_life", half_life)):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_posterior.calibrators.base import Calibrator, Outputs
 from moe_posterior.calibrators.probabilities import minimise, root, safe_log, temper
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 
 
@@ -69,6 +70,7 @@ class TemperatureScaling(Calibrator):
 
     temperature: Tensor
 
+    @as_declared
     def __init__(self, bounds: tuple[float, float] = (0.05, 20.0)) -> None:
         super().__init__()
         validate_bounds(bounds)
@@ -111,6 +113,7 @@ class ExpertTemperature(Calibrator):
 
     temperature: Tensor
 
+    @as_declared
     def __init__(self, bounds: tuple[float, float] = (0.1, 10.0)) -> None:
         super().__init__()
         validate_bounds(bounds)
@@ -160,6 +163,7 @@ class VectorScaling(Calibrator):
     scale: Tensor
     shift: Tensor
 
+    @as_declared
     def __init__(self, ridge: float = 1e-3) -> None:
         super().__init__()
         if not ridge >= 0:

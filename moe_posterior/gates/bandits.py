@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_posterior import beta as beta_functions
 from moe_posterior.clustering import Clusterer
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import Evidence, read_outcomes
 from moe_posterior.forgetting import discounts
@@ -65,6 +66,7 @@ class BanditGate(Gate, FixedPrecision):
 
     steps: Tensor  # () int64, observe calls so far
 
+    @as_declared
     def __init__(
         self,
         hidden_size: int,

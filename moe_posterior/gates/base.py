@@ -183,6 +183,8 @@ class Gate(nn.Module, ABC):
 
     def slots_of(self, routing: Routing, outcome: Tensor, dense: bool | None) -> Tensor | None:  # -> (N, k) or None
         """The experts that the columns of ``outcome`` belong to; None if the columns are all experts in order."""
+        if dense is not None and not isinstance(dense, bool):
+            raise InvalidArgumentError(f"dense must be True, False or None; got {validation.described(dense)}")
         num_tokens, top_k = routing.expert_indices.shape
         slots, experts = (num_tokens, top_k), (num_tokens, self.num_experts)
         shape = tuple(outcome.shape)
@@ -201,9 +203,10 @@ class Gate(nn.Module, ABC):
 
     def validate_hidden(self, hidden: Tensor) -> None:
         """Raise InvalidArgumentError unless ``hidden`` is a floating (N, D)."""
-        if not isinstance(hidden, Tensor):
+        if not isinstance(hidden, Tensor) or hidden.is_meta or hidden.layout != torch.strided:
             raise InvalidArgumentError(
-                f"hidden must be a floating tensor of shape (N, {self.hidden_size}); got {validation.described(hidden)}"
+                f"hidden must be a floating tensor, dense and with values, of shape "
+                f"(N, {self.hidden_size}); got {validation.described(hidden)}"
             )
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size or not hidden.is_floating_point():
             raise InvalidArgumentError(

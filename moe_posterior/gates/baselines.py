@@ -12,9 +12,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates.base import Gate, Routing
-from moe_posterior.validation import outcomes
+from moe_posterior.validation import count, outcomes
+
+MOST_WIDTH = 1 << 20  # units of a router's hidden layer
 
 UNKNOWN = 0.5  # the estimate for an expert nobody has observed: the mean of a uniform prior
 
@@ -33,6 +36,7 @@ class SoftmaxGate(Gate):
     (torch.Size([3, 2]), True)
     """
 
+    @as_declared
     def __init__(self, hidden_size: int, num_experts: int, top_k: int = 2, *, router_width: int | None = None) -> None:
         super().__init__(hidden_size, num_experts, top_k)
         self.router: nn.Module
@@ -40,6 +44,7 @@ class SoftmaxGate(Gate):
             if router_width is None:
                 self.router = nn.Linear(hidden_size, num_experts, bias=False)
             else:
+                router_width = count("router_width", router_width, most=MOST_WIDTH)
                 self.router = nn.Sequential(
                     nn.Linear(hidden_size, router_width), nn.ReLU(), nn.Linear(router_width, num_experts)
                 )
@@ -106,9 +111,9 @@ class SoftmaxGate(Gate):
         for name, value in (("weight_decay", weight_decay), ("lr", lr)):
             if not 0.0 <= value < math.inf:
                 raise InvalidArgumentError(f"{name} must be at least 0 and finite; got {value}")
-        for name, count in (("epochs", epochs), ("batch_size", batch_size)):
-            if count < 1:
-                raise InvalidArgumentError(f"{name} must be at least 1; got {count}")
+        for name, size in (("epochs", epochs), ("batch_size", batch_size)):
+            if size < 1:
+                raise InvalidArgumentError(f"{name} must be at least 1; got {size}")
         parameter = next(self.router.parameters())
         hidden, outcome = hidden.detach().to(parameter), outcome.detach().to(parameter)
         useful = outcome.nan_to_num(0.0).sum(dim=1) > 0

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
 from moe_posterior.gates.bandits import validate_temperature
 from moe_posterior.gates.base import Gate, Routing
@@ -37,6 +38,7 @@ class FixedGate(Gate, FixedPrecision):
 
     mean_outcome: Tensor  # (E,) float64; NaN until known
 
+    @as_declared
     def __init__(self, hidden_size: int, num_experts: int, top_k: int = 1, *, temperature: float = 0.1) -> None:
         super().__init__(hidden_size, num_experts, top_k)
         validate_temperature(temperature)
@@ -92,6 +94,7 @@ class OracleGate(Gate):
     [0, 1]
     """
 
+    @as_declared
     def __init__(
         self,
         hidden_size: int,

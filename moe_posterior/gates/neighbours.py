@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
 from moe_posterior.gates.bandits import validate_temperature
 from moe_posterior.gates.base import Gate, Routing
@@ -54,6 +55,7 @@ class NearestNeighbourGate(Gate, FixedPrecision):
     half_norms: Tensor  # (M,) float32, derived
     overall: Tensor  # (E,) float32, derived
 
+    @as_declared
     def __init__(
         self,
         hidden_size: int,

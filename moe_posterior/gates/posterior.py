@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_posterior import beta as beta_functions
 from moe_posterior.clustering import Clusterer
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import ProxyNoise, novelty_weight
 from moe_posterior.gates import race
@@ -102,6 +103,7 @@ class PosteriorGate(BeliefGate):
     exploration: float
     novelty: Novelty
 
+    @as_declared
     def __init__(
         self,
         hidden_size: int,
@@ -249,6 +251,7 @@ class PosteriorGate(BeliefGate):
         """Whether there are centroids."""
         return self.clusterer.fitted and (self.members is None or self.members.fitted)
 
+    @as_declared
     def fit(self, hidden: Tensor, *, generator: torch.Generator | None = None) -> None:  # (..., D)
         """As :meth:`BeliefGate.fit`, in every clustering."""
         self.clusterer.fit(hidden, generator=generator)
@@ -256,6 +259,7 @@ class PosteriorGate(BeliefGate):
             self.members.fit(self.clusterer, hidden, generator)
         self.posterior.reset(prior=True)
 
+    @as_declared
     def warm_start(
         self,
         hidden: Tensor,  # (N, D)
@@ -274,7 +278,12 @@ class PosteriorGate(BeliefGate):
 
         A row that holds NaN or inf is routed as cluster 0 with distance inf, and observing it adds no evidence.
         """
-        alone = hidden.shape == (1, self.hidden_size) and self.backend == "auto" and cpu.applies(hidden)
+        alone = (
+            isinstance(hidden, Tensor)
+            and hidden.shape == (1, self.hidden_size)
+            and self.backend == "auto"
+            and cpu.applies(hidden)
+        )
         modules: dict[str, Any] = self._modules  # read directly: nn.Module's attribute access takes half a microsecond
         if alone and not self.lazy and not self.chooses_per_token and modules["clusterer"].fitted:
             return self._forward_one(hidden)
@@ -330,6 +339,7 @@ class PosteriorGate(BeliefGate):
         drawn = torch.rand(len(other), generator=generator, device=other.device) < rate
         return torch.where(drawn, other, -1)
 
+    @as_declared
     def add_expert(self, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0) -> int:
         """One more expert; returns its index. Append its module to the layer's experts yourself. See BetaPosterior."""
         index = self.posterior.add_expert(prior_from, strength=strength)

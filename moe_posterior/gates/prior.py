@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe_posterior import beta as beta_functions
 from moe_posterior.clustering import Clusterer
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
 from moe_posterior.gates.base import Routing
 from moe_posterior.gates.belief import BeliefGate
@@ -65,6 +66,7 @@ class PriorGate(BeliefGate):
 
     evidence_bias: Tensor  # (C, E) float32, derived: at most 0, -inf for an expert that was removed
 
+    @as_declared
     def __init__(
         self,
         hidden_size: int,
@@ -119,6 +121,7 @@ class PriorGate(BeliefGate):
         """The competence every expert is held to, measured by the warm start; ½ before one."""
         return beta_functions.mean(self.posterior.prior_alpha, self.posterior.prior_beta)
 
+    @as_declared
     def warm_start(self, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
         """Measure the reference from outcomes of healthy experts; NaN = not observed. See :meth:`warm_start_from_counts`.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates.base import Routing
 from moe_posterior.gates.baselines import SoftmaxGate
@@ -55,6 +56,7 @@ class ExpertThresholdGate(SoftmaxGate, FixedPrecision):
     pending: Tensor  # (W, E) float64, the rows of the window that fills; those past pending_rows are 0
     pending_rows: Tensor  # () int64
 
+    @as_declared
     def __init__(
         self,
         hidden_size: int,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import DamagedFileError
 from moe_posterior.gates import Gate, Routing
 from moe_posterior.gates.base import SharedRouting
@@ -53,6 +54,7 @@ def recording_of(gates: Mapping[str, Gate], routings: Sequence[tuple[str, Routin
     return Recording({name: mark(gate) for name, gate in gates.items()}, calls)
 
 
+@as_declared
 def save_recording(recording: Recording, path: str | os.PathLike[str]) -> None:
     """Write a recording; indices and clusters travel in 32 bits, everything else as it is."""
     tensors = {
@@ -69,6 +71,7 @@ def save_recording(recording: Recording, path: str | os.PathLike[str]) -> None:
     save_tensors(path, tensors, header)
 
 
+@as_declared
 def load_recording(path: str | os.PathLike[str]) -> Recording:
     """Read what :func:`save_recording` wrote; tensors on the CPU.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_posterior import validation
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
 from moe_posterior.replay.auxiliary import Apart
@@ -63,8 +64,12 @@ class Trace:
     :meth:`observe` or :meth:`observe_gradients` it is empty. Keep it until the backward pass is over.
     """
 
+    @as_declared
     def __init__(self, gates: dict[str, Gate], model: nn.Module | None = None) -> None:
         self.gates = gates
+        strangers = [name for name, gate in gates.items() if not isinstance(gate, Gate)]
+        if strangers:
+            raise InvalidArgumentError(f"gates must map names to gates; {strangers[0]!r} is none")
         self.routings: list[tuple[str, Routing]] = []
         self.recording = True  # inside the block
         self._seen: list[tuple[str, Tensor]] = []  # calls that checkpointing may run again, by gate and signature

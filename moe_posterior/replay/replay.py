@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
 from moe_posterior.gates.host import GateHost
@@ -169,6 +170,7 @@ class Replay:
 
 
 @contextmanager
+@as_declared
 def replay(
     model: nn.Module,
     recorded: Trace | Recording | str | os.PathLike[str],
@@ -228,6 +230,7 @@ def replay(
     replaying.leave()
 
 
+@as_declared
 def recording_from_experts(model: nn.Module, experts: Mapping[str, Tensor]) -> Recording:  # name: (N, k)
     """One forward pass as an engine reports it: the chosen experts alone, to be replayed with ``weights="recomputed"``.
 

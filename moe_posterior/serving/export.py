@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError
 from moe_posterior.gates import Gate
 from moe_posterior.replay.find import find_gates, hosting_router, outer_name
@@ -17,6 +18,7 @@ from moe_posterior.tensorfile import load_tensors, save_tensors
 KIND, VERSION = "exported routing", 1
 
 
+@as_declared
 def export_routing(
     model: nn.Module,
     *,
@@ -62,6 +64,7 @@ def export_routing(
     return functions
 
 
+@as_declared
 def save_routing(functions: Mapping[str, CustomRouting], path: str | os.PathLike[str]) -> None:
     """Write routing functions for another process; the file is replaced whole or not at all."""
     tensors = {
@@ -75,6 +78,7 @@ def save_routing(functions: Mapping[str, CustomRouting], path: str | os.PathLike
     save_tensors(path, tensors, header)
 
 
+@as_declared
 def load_routing(path: str | os.PathLike[str]) -> dict[str, CustomRouting]:
     """Read what :func:`save_routing` wrote, on the CPU.
 
@@ -93,6 +97,7 @@ def load_routing(path: str | os.PathLike[str]) -> dict[str, CustomRouting]:
 
 
 @torch.no_grad()
+@as_declared
 def update_routing(functions: Mapping[str, CustomRouting], path: str | os.PathLike[str]) -> None:
     """Give routing functions in use the clusters and evidence of a file, in the memory that they have.
 

@@ -232,7 +232,10 @@ def test_refusals_name_the_argument() -> None:
     confidence, correct = drawn(0, 10)
     for call, message in [
         (lambda: calibration_interval(confidence, correct, level=1.0), r"level must lie in \(0, 1\); got 1.0"),
-        (lambda: calibration_interval(confidence, correct, draws=5), "draws must be an integer in .100, 1000000.; got 5"),
+        (
+            lambda: calibration_interval(confidence, correct, draws=5),
+            "draws must be an integer in .100, 1000000.; got 5",
+        ),
         (lambda: calibration_interval(confidence, correct, n_bins=0), "n_bins must be"),
         (lambda: calibration_interval(confidence, correct, rows=torch.arange(3)), "rows must be"),
         (lambda: calibration_interval(confidence + 1, correct), "preds must be probabilities"),
