@@ -582,7 +582,7 @@ class PosteriorRouter:
         signal = np.where(sound[:, None], signal, np.nan)
         rows, threshold = torch.from_numpy(clusters.astype(np.int64)), self.gate.threshold
         self.gate.posterior.observe(rows, torch.from_numpy(signal), experts, shares=shares, threshold=threshold)
-        self.gate.steps += 1
+        self.gate.steps.add_(1)
         pending.remove(ids)
 
     def _may_change(self, more: int = 0) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moe_posterior.audit.limits import require_pool
-from moe_posterior.audit.recorder import BeliefTracker, knobs_of
+from moe_posterior.audit.recorder import BeliefTracker
 from moe_posterior.audit.sink import Sink
 from moe_posterior.audit.storage.clock import now
 from moe_posterior.audit.storage.collect import Event, Many, Marked, Resolved
@@ -22,8 +22,7 @@ from moe_posterior.audit.storage.state import Checkpoint, require_knobs
 from moe_posterior.audit.storage.tables import Columns
 from moe_posterior.errors import AuditError, InvalidArgumentError
 from moe_posterior.forking import ForkLock
-from moe_posterior.gates import Gate, PosteriorGate, Routing
-from moe_posterior.gates.posterior import KNOBS
+from moe_posterior.gates import BeliefGate, Gate, Routing
 from moe_posterior.pending import Members
 
 _PIECE = 32 << 20  # bytes of a forward's tokens, or of their outcomes, that are noted down together
@@ -45,9 +44,9 @@ class GateRecorder:
         self.log, self.gate, self.name, self.rate = log, gate, name, rate
         self.source = log.source_of(name)
         self._random = np.random.default_rng(seed)
-        self._belief = BeliefTracker(gate) if isinstance(gate, PosteriorGate) else None
+        self._belief = BeliefTracker(gate) if isinstance(gate, BeliefGate) else None
         self._next_id, self._generation = log.reached_id, -1
-        self._knobs: tuple[Any, ...] = ()
+        self._knobs: dict[str, Any] = {}
         self._lost = 0
         self._recent: OrderedDict[int, _Sampled] = OrderedDict()
         self._lock = ForkLock(f"the recorded gate {name!r}")
@@ -61,6 +60,8 @@ class GateRecorder:
         """Leave the gate as it was."""
         self._hook.remove()
         self.gate.__dict__.pop("observe", None)
+        if self._belief is not None:
+            self._belief.close()
 
     def _routed(self, gate: nn.Module, inputs: Any, routing: Routing) -> None:
         if gate is not self.gate or torch._C._current_graph_task_id() != -1:  # a copy of the model, or a recomputation
@@ -139,7 +140,7 @@ class GateRecorder:
             self.log.put(Event(self.source, event | {"lost": {"sampled": self._lost}}))
             self._lost = 0
         gate = self.gate
-        configured = isinstance(gate, PosteriorGate) and knobs_of(gate, None) != self._knobs
+        configured = _knobs_of(gate) != self._knobs
         if self._belief is not None and self._belief.outdated():
             self._checkpoint("changed from outside")
         elif configured or self._generation != self.log.generation:
@@ -149,12 +150,9 @@ class GateRecorder:
     def _checkpoint(self, reason: str) -> None:
         gate = self.gate
         require_pool(gate)  # experts may have been added since
-        named: dict[str, Any] = {}
-        if self._belief is not None and isinstance(gate, PosteriorGate):
-            knobs = knobs_of(gate, None)
-            named = dict(zip((*KNOBS, "threshold"), knobs[:-1], strict=True))
-            require_knobs(named)
-            self._knobs = knobs
+        named = _knobs_of(gate)
+        require_knobs(named)
+        self._knobs = named
         self._generation = self.log.generation
         settings: dict[str, Any] = {
             "source": self.source,
@@ -171,14 +169,19 @@ class GateRecorder:
             "knobs": named,
         }
         arrays: dict[str, NDArray[Any]] = {}
-        if self._belief is not None and isinstance(gate, PosteriorGate):
+        if self._belief is not None and isinstance(gate, BeliefGate):
             settings["num_clusters"] = gate.num_clusters
-            settings["options"] = {"novelty": gate.novelty}
-            if gate.members is not None:
-                settings["options"] |= {name: getattr(gate.members, name) for name in ("clusterings", "neighbours")}
+            settings["options"] = gate.recorded_options
             arrays = self._belief.snapshot()
         size = 2000 + sum(array.nbytes for array in arrays.values())
         self.log.put(Marked(self.source, Checkpoint(settings, arrays), self._generation), size)
+
+
+def _knobs_of(gate: Gate) -> dict[str, Any]:
+    """How the gate's belief becomes decisions, and outcomes evidence."""
+    if not isinstance(gate, BeliefGate) or not gate.knobs:
+        return {}
+    return {**gate.knobs, "threshold": gate.threshold}
 
 
 def _pieces(rows: int, top_k: int, width: int) -> list[slice]:

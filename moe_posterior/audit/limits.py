@@ -11,7 +11,7 @@ import torch
 from moe_posterior.audit.storage.frames import MAX_PAYLOAD
 from moe_posterior.audit.storage.state import encode_json
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.gates import Gate, PosteriorGate
+from moe_posterior.gates import BeliefGate, Gate
 from moe_posterior.pending import row_size
 from moe_posterior.router import PosteriorRouter
 
@@ -30,7 +30,7 @@ def require_pool(gate: Gate, num_experts: int | None = None) -> None:
         raise InvalidArgumentError(f"num_experts of an audited gate must be at most {MAX_EXPERTS}; got {experts}")
     if gate.top_k > MAX_TOP_K:
         raise InvalidArgumentError(f"top_k of an audited gate must be at most {MAX_TOP_K}; got {gate.top_k}")
-    size = _BESIDE + (belief_bytes(gate, experts) if isinstance(gate, PosteriorGate) else 0)
+    size = _BESIDE + (belief_bytes(gate, experts) if isinstance(gate, BeliefGate) else 0)
     if size > MAX_PAYLOAD:
         raise InvalidArgumentError(
             f"the belief of an audited gate must fit one record of {MAX_PAYLOAD} bytes; "
@@ -79,7 +79,7 @@ def require_name(name: str, names: Iterable[str]) -> None:
         )
 
 
-def belief_bytes(gate: PosteriorGate, num_experts: int) -> int:
+def belief_bytes(gate: BeliefGate, num_experts: int) -> int:
     """What a checkpoint's arrays take, all of one gate: its state, and the posterior that the state amounts to."""
     belief = gate.posterior
     state = sum(_grown(tensor, belief.num_experts, num_experts) for tensor in gate.state_dict().values())

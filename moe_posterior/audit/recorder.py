@@ -17,7 +17,7 @@ from moe_posterior.audit.storage.clock import now
 from moe_posterior.audit.storage.collect import Event, Many, Marked, One, Refused, Resolved, Rows
 from moe_posterior.audit.storage.state import Checkpoint, require_knobs
 from moe_posterior.audit.storage.tables import Columns
-from moe_posterior.gates import PosteriorGate
+from moe_posterior.gates import BeliefGate, PosteriorGate
 from moe_posterior.gates.posterior import KNOBS
 from moe_posterior.pending import Members
 from moe_posterior.router import PosteriorRouter
@@ -29,14 +29,14 @@ Tables = tuple[NDArray, NDArray]  # 2 x (C, E)
 
 
 def knobs_of(gate: PosteriorGate, abstain_below: float | None) -> tuple[Any, ...]:
-    """What turns a belief into decisions and outcomes into evidence."""
+    """What turns a router's belief into decisions and outcomes into evidence."""
     return (*_deciding(gate), abstain_below)
 
 
 class BeliefTracker:
     """Which posterior rows of a gate are newer than what the log holds."""
 
-    def __init__(self, gate: PosteriorGate) -> None:
+    def __init__(self, gate: BeliefGate) -> None:
         self.gate = gate
         self.versions = np.zeros(gate.num_clusters, dtype=np.uint32)  # (C,)
         self.dirty = np.zeros(gate.num_clusters, dtype=np.bool_)  # (C,)
@@ -46,7 +46,7 @@ class BeliefTracker:
         self._told: tuple[Tensor, ...] = ()  # what no outcome changes, as of the last snapshot
         self._storage = 0  # where the evidence lay then
         self._suspect = False
-        gate.posterior.subscribe(self._touch)
+        self.close = gate.subscribe(self._touch)  # ends the tracking
 
     def _touch(self, cluster_ids: Tensor | None) -> None:
         self.notified += 1
@@ -57,7 +57,7 @@ class BeliefTracker:
 
     def capture(self, source: int, clusters: NDArray) -> Rows | None:  # (N,)
         """The rows that decisions in these clusters rest on, where the log does not hold them yet."""
-        if self.gate.novelty == "discount":  # the pooled record of all clusters speaks in each
+        if self.gate.reads_other_clusters:  # the pooled record of all clusters speaks in each
             clusters = np.arange(len(self.dirty))
         wanted = np.zeros_like(self.dirty)
         wanted[clusters] = True
@@ -71,7 +71,7 @@ class BeliefTracker:
 
     def capture_one(self, source: int, cluster: int) -> Rows | None:
         """:meth:`capture` of one cluster."""
-        if not self.dirty[cluster] or self.gate.novelty == "discount":
+        if not self.dirty[cluster] or self.gate.reads_other_clusters:
             return self.capture(source, np.array([cluster]))
         self.dirty[cluster] = False
         version = self.versions[cluster] + 1

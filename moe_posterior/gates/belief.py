@@ -29,6 +29,7 @@ class BeliefGate(Gate, FixedPrecision):
 
     clusterer: Clusterer
     posterior: BetaPosterior
+    threshold: float | None = None  # at which outcomes are binarised; None counts them fractionally
 
     @abstractmethod
     def refresh(self, cluster_ids: Tensor | None) -> None:  # (M,)
@@ -63,6 +64,11 @@ class BeliefGate(Gate, FixedPrecision):
         """
         if knobs:
             raise InvalidArgumentError(f"{type(self).__name__} has nothing to configure; got {sorted(knobs)}")
+
+    @property
+    def recorded_options(self) -> dict[str, Any]:
+        """What else an audit log must know to read this gate's decisions."""
+        return {"novelty": "off"}
 
     @property
     def reads_other_clusters(self) -> bool:

@@ -225,6 +225,12 @@ class PosteriorGate(BeliefGate):
         return routing.cluster_ids
 
     @property
+    def recorded_options(self) -> dict[str, Any]:
+        """As :attr:`BeliefGate.recorded_options`."""
+        several = {} if self.members is None else {n: getattr(self.members, n) for n in ("clusterings", "neighbours")}
+        return {"novelty": self.novelty, **several}
+
+    @property
     def reads_other_clusters(self) -> bool:
         """With ``novelty="discount"`` the pooled record of all clusters speaks in each."""
         return self.novelty == "discount"
@@ -315,7 +321,7 @@ class PosteriorGate(BeliefGate):
         members = self._members_of(routing)
         ids, shares = (routing.cluster_ids, None) if members is None else members
         self.posterior.observe(ids, outcome, slots, shares=shares, threshold=self.threshold)
-        self.steps += 1
+        self.steps.add_(1)
 
     def measure(self, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
         """Count how every expert did on these rows as evidence."""

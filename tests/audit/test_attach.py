@@ -3,11 +3,12 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from moe_posterior import InvalidArgumentError, MixtureOfExperts, PosteriorMoE, SoftmaxGate, record
+from moe_posterior import InvalidArgumentError, MixtureOfExperts, PosteriorMoE, PriorGate, SoftmaxGate, record
 from moe_posterior.audit import AuditError, AuditLog
 from moe_posterior.audit.verify import verify, verify_decisions
 
@@ -127,3 +128,27 @@ def test_what_no_outcome_changed_is_checkpointed_before_the_next_decision(tmp_pa
     assert len(last["alpha"]) == moe.gate.num_experts
     reasons = rows.read().events()["event"].to_pylist()
     assert reasons.count("checkpoint: changed from outside") == 1
+
+
+def test_a_gate_that_overrules_a_learned_one_is_recorded_with_its_belief(tmp_path) -> None:
+    hidden = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    gate = PriorGate(hidden_size=8, num_experts=4, num_clusters=3, top_k=2)
+    moe = PosteriorMoE(torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(4)]), 8, gate=gate)
+    gate.fit(hidden)
+    gate.warm_start(hidden, torch.full((200, 4), 0.8))
+    log = AuditLog(tmp_path / "log")
+    recording = log.attach(moe, rate=1.0)
+    routing = moe.route(hidden)
+    moe.observe(routing, torch.where(routing.expert_indices == 1, 0.0, 0.8).double(), dense=False)
+    moe.route(hidden)
+    recording.detach()
+    listening = len(gate.posterior._listeners)  # the gate itself
+    log.close()
+    table = AuditLog(tmp_path / "log", mode="r").decisions()
+    alpha = np.array(table["alpha"].to_pylist())
+    expected = gate.posterior.alpha[routing.cluster_ids].numpy()
+    np.testing.assert_allclose(alpha[200:], expected)
+    assert not np.allclose(alpha[:200], expected)
+    assert listening == 1, "only the gate itself listens after detaching"
+    found = verify_decisions(AuditLog(tmp_path / "log", mode="r").read())
+    assert (found.agree, found.disagreements, found.skipped) == (0, 0, 400)
