@@ -1,6 +1,7 @@
 # Every target stands alone: it makes the virtual environment first if there is none.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCHMARK := $(BIN)/moe-posterior benchmark
@@ -101,8 +102,8 @@ examples: $(INSTALLED)  ## run every example (2 minutes)
 wheel: $(INSTALLED)  ## build a wheel, install it in a fresh environment elsewhere and use it there (2 minutes)
 	$(BIN)/python tests/wheel_check.py
 
-test: $(INSTALLED)  ## run the whole test suite but what is marked slow
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+test: $(INSTALLED)  ## run the whole test suite but what is marked slow, in WORKERS=2 processes of one thread each
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 test-slow: $(INSTALLED)  ## run what is marked slow
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
