@@ -219,8 +219,12 @@ def difference_of_sums(
     high = last(lambda supposed: bool((below(supposed) >= alpha / 2).any()), statistic, statistic + test.reach)
     low = last(lambda supposed: bool((below(supposed) <= 1 - alpha / 2).any()), statistic, statistic - test.reach)
     none = below(0.0)
-    p_value = min(1.0, float(2 * torch.minimum(none, 1 - none).amax()))
-    return CalibrationDifference(value, min(low, value), max(high, value), p_value)
+    # Each tail at the nuisance that favours it most, as for the ends: below 1 - level only where the interval excludes 0.
+    p_value = min(1.0, 2 * min(float(none.amax()), float((1 - none).amax())))
+    low, high = max(-1.0, min(low, value)), min(1.0, max(high, value))
+    if low <= 0 <= high:  # an end that lies on 0 because the estimate does
+        p_value = max(p_value, round(alpha, 12))
+    return CalibrationDifference(value, low, high, p_value)
 
 
 def _same(sums: GapSums) -> bool:

@@ -173,3 +173,16 @@ def test_a_keyed_log_is_read_with_its_key_file(tmp_path: Path, capsys: pytest.Ca
         live(new_router(log), 3, seed=0)
     assert run(capsys, "verify", tmp_path / "log", "--key-file", tmp_path / "key")[0] == 0
     assert run(capsys, "verify", tmp_path / "log")[0] == 1
+
+
+@pytest.mark.parametrize("what", ["missing", "file", "empty"])
+def test_a_folder_without_a_log_is_missing_and_not_altered(tmp_path: Path, what: str, capsys) -> None:
+    folder = tmp_path / what
+    if what == "file":
+        folder.write_text("x")
+    elif what == "empty":
+        folder.mkdir()
+    assert main(["audit", "verify", str(folder)]) == 2
+    said = capsys.readouterr()
+    assert "there is no audit log in" in said.err
+    assert "ALTERED" not in said.out

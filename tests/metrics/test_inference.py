@@ -121,7 +121,7 @@ def test_of_two_calibrated_models_neither_the_sharp_nor_the_spread_one_wins(rows
         found = calibration_difference(drawn(seed, rows, "sharp"), drawn(1000 + seed, rows, "spread"), draws=256)
         won["sharp"] += found.high < 0
         won["spread"] += found.low > 0
-        assert (found.p_value < 0.05) <= (found.low > 0 or found.high < 0 or found.value == 0)
+        assert (found.p_value < 0.05) <= (found.low > 0 or found.high < 0)
     assert max(won.values()) <= 6, "60 at 2.5 %: more than 6 once in 1,000 times"
 
 
@@ -248,3 +248,13 @@ def test_refusals_name_the_argument() -> None:
     ]:
         with pytest.raises(InvalidArgumentError, match=message):
             call()
+
+
+@pytest.mark.parametrize("right", [82, 86, 90, 94, 98])
+def test_a_p_value_is_small_only_where_the_interval_excludes_0(right: int) -> None:
+    target = torch.zeros(100, dtype=torch.int64)
+    sure = torch.stack([torch.ones(100), torch.zeros(100)], dim=1)
+    less = torch.where((torch.arange(100) < right)[:, None], torch.tensor([0.9, 0.1]), torch.tensor([0.1, 0.9]))
+    found = calibration_difference((sure, target), (less, target))
+    assert -1.0 <= found.low <= found.high <= 1.0
+    assert (found.p_value < 0.05) == (found.low > 0 or found.high < 0)

@@ -17,7 +17,7 @@ from moe_posterior.audit.views.page import write_page
 from moe_posterior.audit.views.stats import summarise
 from moe_posterior.audit.views.watch import MOST_MINUTES, watch
 from moe_posterior.commands.audit import parser
-from moe_posterior.errors import AuditError, InvalidArgumentError
+from moe_posterior.errors import AuditError, InvalidArgumentError, MissingDataError
 from moe_posterior.escape import terminal
 
 _OVER_ALL, _ASKED = ("competence", "low", "high"), ("asked", "asked_low", "asked_high")
@@ -96,6 +96,8 @@ def _bounds(row: dict[str, Any], mean: str, low: str, high: str) -> str:
 
 
 def _verify(given: argparse.Namespace, key: bytes | None) -> int:
+    if not (given.folder.is_dir() and any(given.folder.iterdir())):
+        raise MissingDataError(f"there is no audit log in {given.folder}")
     found = verify(given.folder, key, head=given.head)
     report = {**_report(found), "choices": None}
     good = found.sound
