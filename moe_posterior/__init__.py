@@ -74,7 +74,7 @@ _HOMES = {  # part -> the names of the package that it defines
     ),
     "evidence": ("Evidence", "ProxyNoise"),
     "experts": ("ExpertsFFN",),
-    "gates": ("Gate", "PosteriorGate", "PriorGate", "Routing", "SoftmaxGate"),
+    "gates": ("BeliefGate", "Gate", "PosteriorGate", "PriorGate", "Routing", "SoftmaxGate"),
     "huggingface": ("restore_gates", "swap_gates", "token_outcomes"),
     "layer": ("MixtureOfExperts", "PosteriorMoE"),
     "posterior": ("BetaPosterior",),

@@ -105,7 +105,10 @@ def test_a_missing_extra_says_what_to_install() -> None:
     assert "pip install 'moe-posterior[train]'" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["yaml", "rich", "lightning", "importlib.metadata", "argparse"])
+SHADOWED_SELDOM = [pytest.param(name, marks=pytest.mark.slow) for name in ("rich", "lightning", "importlib.metadata")]
+
+
+@pytest.mark.parametrize("name", ["yaml", "argparse", *SHADOWED_SELDOM])
 def test_a_module_in_the_working_folder_does_not_pass_for_a_package(name: str, tmp_path: Path) -> None:
     spoiled = tmp_path / f"{name.partition('.')[0]}.py"
     spoiled.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")

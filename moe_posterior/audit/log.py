@@ -71,7 +71,7 @@ class AuditLog:
     ...     decision = router.route(embeddings[0])
     ...     router.resolve(decision.id, 0.0)
     >>> AuditLog(folder, mode="r").decisions().select(["id", "cluster", "experts", "signal"]).to_pylist()
-    [{'id': 0, 'cluster': 0, 'experts': [0], 'signal': [0.0]}]
+    [{'id': 0, 'cluster': 0, 'experts': [1], 'signal': [0.0]}]
     """
 
     def __init__(

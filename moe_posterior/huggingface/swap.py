@@ -130,6 +130,10 @@ def _layer(entry: Found) -> Layer:
     kind, adapter = type(entry.module), entry.adapter
     if adapter is None:
         return Layer(entry.name, kind.__name__, "refused", entry.reason, 0, 0)
-    name = next(base.__name__ for base in kind.__mro__ if not issubclass(base, SwappedRouter))
+    name = next(
+        base.__name__
+        for base in kind.__mro__
+        if base not in SwappedRouter.__mro__ and not issubclass(base, SwappedRouter)
+    )
     router = entry.module
     return Layer(entry.name, name, adapter.kind, "", adapter.num_experts(router), adapter.top_k(router))

@@ -215,6 +215,7 @@ def test_a_log_that_nobody_recorded_to_says_so_and_writes_no_page(tmp_path) -> N
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.slow
 def test_a_large_pool_and_a_long_log_stay_one_small_page(tmp_path) -> None:
     rng = np.random.default_rng(0)
     embeddings = rng.normal(size=(4000, 8)).astype(np.float32)

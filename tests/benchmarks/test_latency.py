@@ -58,7 +58,7 @@ def test_records_render_as_two_tables(monkeypatch: pytest.MonkeyPatch, tmp_path,
     monkeypatch.setattr(latency, "LOADS", (500,))
     monkeypatch.setattr(latency, "_measure", _short(latency._measure))
     out = tmp_path / "latency.json"
-    assert benchmark(["latency", "--seeds", "2", "--out", str(out), "--quiet"]) == 0
+    assert benchmark(["latency", "--seeds", "1", "--out", str(out), "--quiet"]) == 0
     printed = capsys.readouterr().out
     assert "One decision, one outcome" in printed
     assert "Open-loop load" in printed

@@ -112,6 +112,7 @@ def test_all_shifts_is_the_mean_over_shifted_sets(report: dict) -> None:
     assert mean["value"] == pytest.approx(sum(shifted) / 2)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_report_and_another_seed_other_intervals(report: dict) -> None:
     masks = {"hard": HARD, "easy": ~HARD}
     assert evaluate_predictions(predictions(), masks, resamples=200) == report

@@ -64,8 +64,8 @@ def marks_of(report: Mapping[str, Any]) -> dict[Key, str]:
 def where_of(report: Mapping[str, Any]) -> str:
     """When a difference is marked, and of how many comparisons that is one.
 
-    >>> where_of({"paired": [{"severity": 0, "comparisons": 8}]})
-    'where the paired 95 % interval of the difference excludes 0, also after Holm\'s correction for the 8 comparisons of the main table'
+    >>> print(where_of({"paired": [{"severity": 0, "comparisons": 8}]}))
+    where the paired 95 % interval of the difference excludes 0, also after Holm's correction for the 8 comparisons of the main table
     """
     plain = "where the paired 95 % interval of the difference excludes 0"
     pairs = report.get("paired") or []
