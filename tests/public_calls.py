@@ -337,11 +337,20 @@ def model_calls() -> Iterator[Call]:
     yield Call("update_routing", serving.update_routing, {"functions": functions, "path": folder / "there"})
     for kind, gate in ((serving.PriorRouting, _prior_gate()), (serving.PosteriorRouting, fitted_gate())):
         yield _call(kind, gate=gate, rule=serving.HostRule(), spread=False, hosted=False)
-    yield _call(
-        audit.AuditLog, folder=folder / "log", mode="w", fsync_every=0.1, key=b"0" * 32, max_queue=1 << 20,
-        on_full="block", max_wait=1.0, rotate_bytes=1 << 20, rotate_seconds=10.0, compact=False, retain_bytes=1 << 30,
-        retain_seconds=1e6,
-    )  # fmt: skip
+
+    def opened(**given: Any) -> None:
+        audit.AuditLog(**given).close()
+
+    knobs = {
+        "mode": "w",
+        "fsync_every": 0.1,
+        "key": b"0" * 32,
+        "max_queue": 1 << 20,
+        "on_full": "block",
+        "max_wait": 1.0,
+    }
+    limits = {"rotate_bytes": 1 << 20, "rotate_seconds": 10.0, "compact": False, "retain_bytes": 1 << 30}
+    yield Call("AuditLog", opened, {"folder": folder / "log", **knobs, **limits, "retain_seconds": 1e6})
 
 
 def wrong_values(valid: Any) -> dict[str, Any]:

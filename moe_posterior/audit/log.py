@@ -28,8 +28,10 @@ from moe_posterior.audit.storage.segments import Place, Segments
 from moe_posterior.audit.storage.state import encode_json, require_text
 from moe_posterior.audit.storage.upkeep import Upkeep
 from moe_posterior.audit.storage.writer import Writer
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import AuditError, AuditWriteError, InvalidArgumentError
 from moe_posterior.router import PosteriorRouter
+from moe_posterior.validation import number
 
 OnFull = Literal["block", "drop"]
 _WRITING: "weakref.WeakSet[AuditLog]" = weakref.WeakSet()
@@ -74,6 +76,7 @@ class AuditLog:
     [{'id': 0, 'cluster': 0, 'experts': [1], 'signal': [0.0]}]
     """
 
+    @as_declared
     def __init__(
         self,
         folder: str | PathLike[str],
@@ -97,7 +100,9 @@ class AuditLog:
                 f"mode must be 'w' or 'r' and on_full one of {list(get_args(OnFull))}; got {mode!r}, {on_full!r}"
             )
         limits = {"max_queue": max_queue, "rotate_bytes": rotate_bytes, "rotate_seconds": rotate_seconds}
-        for name, value in {**limits, "fsync_every + 1": fsync_every + 1, "max_wait + 1": max_wait + 1}.items():
+        for name, value in (("fsync_every", fsync_every), ("max_wait", max_wait)):
+            number(name, value, least=0, most=threading.TIMEOUT_MAX)
+        for name, value in limits.items():
             if not value >= 1:
                 raise InvalidArgumentError(f"{name} must be at least 1; got {value}")
         self.on_full, self.max_wait = on_full, max_wait

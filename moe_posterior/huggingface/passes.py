@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_posterior import validation
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError, NotFittedError
 from moe_posterior.gates import Routing
 from moe_posterior.huggingface.host import SwappedRouter, swapped_routers
@@ -118,6 +119,7 @@ def warm_start(model: nn.Module, dataloader: Batches, max_tokens: int | None) ->
         router.posterior_gate.set_reference(*counts[name])
 
 
+@as_declared
 def token_outcomes(
     logits: Tensor,  # (B, S, V)
     labels: Tensor,  # (B, S)

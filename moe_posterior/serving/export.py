@@ -14,6 +14,7 @@ from moe_posterior.replay.find import find_gates, hosting_router, outer_name
 from moe_posterior.serving.routing import CustomRouting, PosteriorRouting, PriorRouting
 from moe_posterior.serving.rule import HostRule
 from moe_posterior.tensorfile import load_tensors, save_tensors
+from moe_posterior.validation import described
 
 KIND, VERSION = "exported routing", 1
 
@@ -67,6 +68,11 @@ def export_routing(
 @as_declared
 def save_routing(functions: Mapping[str, CustomRouting], path: str | os.PathLike[str]) -> None:
     """Write routing functions for another process; the file is replaced whole or not at all."""
+    for name, function in functions.items():
+        if not isinstance(function, CustomRouting):
+            raise InvalidArgumentError(
+                f"functions must map names to routing functions; {name!r} is none: {described(function)}"
+            )
     tensors = {
         f"{place}.{name}": table for place, f in enumerate(functions.values()) for name, table in f.state_dict().items()
     }

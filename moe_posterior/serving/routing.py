@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, PosteriorGate, PriorGate
 from moe_posterior.kernels import dispatch
@@ -37,6 +38,7 @@ class CustomRouting(FixedPrecision):
     correction: Tensor | None  # (E,)
     serves: ClassVar[type[Gate]]  # the kind of gate whose decision it is
 
+    @as_declared
     def __init__(self, gate: Gate, rule: HostRule, *, spread: bool, hosted: bool = False) -> None:
         super().__init__()
         self._require_served(gate)

@@ -164,7 +164,7 @@ def test_no_query_and_no_embedding_is_stored(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"mode": "a"}, "mode must be"),
-        ({"on_full": "forget"}, "on_full one of"),
+        ({"on_full": "forget"}, "on_full must be one of"),
         ({"key": b"short"}, "key must be 16 to 64 bytes"),
         ({"fsync_every": -1.0}, "fsync_every"),
         ({"rotate_bytes": 0}, "rotate_bytes must be at least 1"),
