@@ -6,6 +6,7 @@ knows nothing of clusters or experts; a :class:`~moe_posterior.PosteriorGate` ta
 Source: *Bayesian Posterior Routing in Multi-Agent Systems*, "From Posterior to Routing Decision".
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -17,15 +18,15 @@ from moe_posterior.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(ABC):
     """What every rule has; ``score`` is its name as an option of a gate."""
 
     score: ClassVar[str]
     draws: ClassVar[bool] = False  # whether choices depend on more than alpha and beta
 
+    @abstractmethod
     def __call__(self, alpha: Tensor, beta: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Score every cell; the shapes are alpha's and beta's, broadcast. Only rules that draw use the generator."""
-        raise NotImplementedError
 
     @property
     def options(self) -> dict[str, Any]:
