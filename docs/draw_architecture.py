@@ -93,7 +93,7 @@ def draw(height: dict[str, int], uses: dict[str, set[str]], lines: dict[str, int
     place = {room: ((column + 0.5) / len(row), level) for level, row in rows.items() for column, room in enumerate(row)}
     for room, used in uses.items():
         implied = {below for other in used for below in reached(other, uses)}
-        for other in used - implied:
+        for other in sorted(used - implied):  # the same order, the same bytes
             (x0, y0), (x1, y1) = place[room], place[other]
             axes.annotate(
                 "", (x1, y1 + 0.16), (x0, y0 - 0.16), arrowprops={"arrowstyle": "->", "color": "0.65", "linewidth": 0.7}
