@@ -17,7 +17,7 @@ from moe_posterior import validation
 from moe_posterior.declared import as_declared
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MoEPosteriorError
 from moe_posterior.forking import ForkLock
-from moe_posterior.gates import PosteriorGate, Routing
+from moe_posterior.gates import PosteriorGate, Routing, Rule
 from moe_posterior.pending import COLUMNS, Members, Pending
 from moe_posterior.tensorfile import save_plain
 from moe_posterior.torchfile import load_plain, read_plain_file
@@ -213,6 +213,10 @@ class PosteriorRouter:
     ) -> None:
         if max_pending < 1:
             raise InvalidArgumentError(f"max_pending must be at least 1; got {max_pending}")
+        if isinstance(
+            rule := gate_options.get("rule"), Rule
+        ):  # as plain options: they are saved, and written to the log
+            gate_options = {name: value for name, value in gate_options.items() if name != "rule"} | rule.options
         if "score" not in gate_options:
             gate_options = {**DEFAULTS, **gate_options}
         self.options = {

@@ -1,4 +1,5 @@
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import scipy.stats
 import torch
 
 from moe_posterior import InvalidArgumentError, NotFittedError, PosteriorRouter
+from moe_posterior.gates import LCB, Mean, Quantile, Race, Rule, Thompson
 
 E, D, C = 5, 6, 4
 EMBEDDINGS = np.random.default_rng(0).normal(size=(200, D)).astype(np.float32)
@@ -292,3 +294,16 @@ def test_an_impossible_level_is_refused(level: float) -> None:
 def test_an_empty_batch_has_empty_means_and_intervals() -> None:
     none = fitted_router().route_batch(EMBEDDINGS[:0])
     assert none.means.shape == none.interval()[0].shape == (0, 1)
+
+
+@pytest.mark.parametrize("rule", [LCB(2.5), Mean(), Quantile(0.2), Thompson(7), Race(0.5)])
+def test_a_router_with_a_rule_is_the_router_with_its_options_and_is_saved(tmp_path: Path, rule: Rule) -> None:
+    past = np.random.default_rng(0).normal(size=(60, 4))
+    routers = [PosteriorRouter(3, 4, num_clusters=2, rule=rule), PosteriorRouter(3, 4, num_clusters=2, **rule.options)]
+    for router in routers:
+        router.fit(past)
+    assert routers[0].options == routers[1].options
+    routers[0].save(tmp_path / "router")
+    loaded = PosteriorRouter.load(tmp_path / "router")
+    assert loaded.gate.rule == rule
+    assert loaded.route(past[0]) == routers[1].route(past[0])
