@@ -9,9 +9,9 @@ the float32 nearest to 0.7 lies below 0.7.
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import count, floats
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.validation import count, floats
 
 MOST_BINS = 1 << 20  # edges of a million bins take 8 MB; more bins than that is a slip of the keyboard
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moe_posterior import validation
+from moe_posterior.checks import validation
+from moe_posterior.checks.soundness import require_sound
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.precision import FixedPrecision
-from moe_posterior.soundness import require_sound
 
 
 class ChangingPool(FixedPrecision):

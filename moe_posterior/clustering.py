@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from moe_posterior import validation
-from moe_posterior.declared import as_declared
+from moe_posterior.checks import validation
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
 from moe_posterior.kernels import cpu, dispatch, reference
 from moe_posterior.precision import FixedPrecision

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_posterior.checks.validation import floats, number, real, tensor
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.forgetting import discounts
-from moe_posterior.validation import floats, number, real, tensor
 
 
 class Evidence(NamedTuple):

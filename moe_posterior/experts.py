@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_posterior import validation
-from moe_posterior.declared import as_declared
+from moe_posterior.checks import validation
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.dispatch import split_by_expert
 from moe_posterior.errors import InvalidArgumentError
 

@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import described
 from moe_posterior.dispatch import combine, dispatch, run_experts
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.experts import ExpertsFFN
 from moe_posterior.gates import BeliefGate, Gate, PosteriorGate, PriorGate, Routing
 from moe_posterior.precision import require_all_loadable
-from moe_posterior.validation import described
 
 
 class MixtureOfExperts(nn.Module):

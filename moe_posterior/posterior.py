@@ -12,13 +12,14 @@ from torch import Tensor
 
 from moe_posterior import beta as beta_functions
 from moe_posterior import evidence as evidence_functions
-from moe_posterior import hierarchy, validation
+from moe_posterior import hierarchy
+from moe_posterior.checks import validation
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.soundness import require_sound
 from moe_posterior.churn import ChangingPool
-from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import Evidence, Observation, ProxyNoise
 from moe_posterior.forgetting import retention
-from moe_posterior.soundness import require_sound
 
 _KEPT_AFTER_SURPRISE = 0.1  # share of prior strength and evidence an expert keeps once it has surprised
 _LEAST_TRUST = (

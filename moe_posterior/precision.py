@@ -7,8 +7,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from moe_posterior.checks.soundness import require_sound
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.soundness import require_sound
 
 
 def outlasting(tensor: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class FixedPrecision(nn.Module):
     that count derive from this class: ``module.half()``, ``module.to(torch.bfloat16)``, ``load_state_dict`` of a cast
     checkpoint and ``load_state_dict(assign=True)`` all leave the dtype of their own buffers as it was. Child modules are cast
     as usual. A checkpoint that arrives in a lower precision is loaded with a warning: its values were rounded when it was cast.
-    One that holds what no belief can be made of is refused, see :func:`~moe_posterior.soundness.require_sound`.
+    One that holds what no belief can be made of is refused, see :func:`~moe_posterior.checks.soundness.require_sound`.
     Buffers that are made under ``torch.inference_mode`` are ordinary tensors all the same: state outlives the block.
 
     What writes into a tensor's ``data``, as FSDP's ``MixedPrecision(buffer_dtype=...)`` does, asks no module. The buffers are then

@@ -13,14 +13,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from moe_posterior import beta as beta_functions
-from moe_posterior import validation
-from moe_posterior.declared import as_declared
+from moe_posterior.checks import validation
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MoEPosteriorError
+from moe_posterior.files.tensorfile import save_plain
+from moe_posterior.files.torchfile import load_plain, read_plain_file
 from moe_posterior.forking import ForkLock
 from moe_posterior.gates import PosteriorGate, Routing, Rule
 from moe_posterior.pending import COLUMNS, Members, Pending
-from moe_posterior.tensorfile import save_plain
-from moe_posterior.torchfile import load_plain, read_plain_file
 
 
 class Decision(NamedTuple):

@@ -12,12 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_posterior"
 # Rooms in the order in which they may use each other: each only those before it.
 ORDER = [
-    ["bins", "declared", "errors", "soundness", "precision", "validation"],
-    ["drafts"],
-    ["atomic"],
-    ["torchfile", "forking", "pending"],
-    ["reading", "tensorfile"],
-    ["rows"],
+    ["bins", "checks", "errors", "precision"],
+    ["files", "forking", "pending"],
     ["beta", "forgetting", "evidence"],
     ["kernels"],
     ["churn", "posterior", "clustering"],

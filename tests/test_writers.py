@@ -14,9 +14,9 @@ from faults import calls_of, error_of, full_disk, interposed, names_beside
 from report_example import full_report
 
 from moe_posterior import MixtureOfExperts, MoEPosteriorError, PosteriorGate, PosteriorRouter
+from moe_posterior.files.tensorfile import save_plain, save_tensors
 from moe_posterior.replay.record import record
 from moe_posterior.serving import export_routing, save_routing
-from moe_posterior.tensorfile import save_plain, save_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 D, E, C = 4, 3, 2
@@ -290,7 +290,7 @@ def mixed(found: dict[str, bytes], *whole: dict[str, bytes]) -> bool:
     return found.keys() == whole[0].keys() and all(found[name] in [one[name] for one in whole] for name in found)
 
 
-# Calls that write in place, or bring a file to its place some other way than moe_posterior.atomic.
+# Calls that write in place, or bring a file to its place some other way than moe_posterior.files.atomic.
 BARE = {
     "write_text",
     "write_bytes",
@@ -340,12 +340,12 @@ def test_no_file_is_written_but_through_the_one_module(file: Path) -> None:
     name = str(file.relative_to(ROOT / "moe_posterior"))
     found = bare_writes(ast.parse(file.read_text()))
     if name not in STORAGE:
-        assert not found, f"{name}: {found}; use moe_posterior.atomic"
+        assert not found, f"{name}: {found}; use moe_posterior.files.atomic"
 
 
 def test_a_write_in_place_is_noticed() -> None:
     code = """
-from moe_posterior.atomic import replacing, write_text, copy
+from moe_posterior.files.atomic import replacing, write_text, copy
 write_text(path, "fine")
 file = io.BytesIO()
 torch.save(x, file)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_posterior.commands.cache import EXAMPLES, HELP, add_options
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.escape import terminal
-from moe_posterior.reading import decoding, one_line
+from moe_posterior.files.reading import decoding, one_line
 from moe_posterior.training.data import manifest
 from moe_posterior.training.data.base import ClassificationData, Split
 from moe_posterior.training.own import folders_on_path

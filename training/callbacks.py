@@ -10,8 +10,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.files.tensorfile import save_plain
 from moe_posterior.gates import BeliefGate
-from moe_posterior.tensorfile import save_plain
 from moe_posterior.training.data import Batch
 from moe_posterior.training.data.base import generator_for
 from moe_posterior.training.module import MoEClassifier

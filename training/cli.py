@@ -18,12 +18,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 
-from moe_posterior.atomic import write_text
 from moe_posterior.commands.fit import parser
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MissingDataError
 from moe_posterior.escape import terminal
-from moe_posterior.reading import decoding, one_line, read_mapping
-from moe_posterior.torchfile import load_plain, read_plain_file
+from moe_posterior.files.atomic import write_text
+from moe_posterior.files.reading import decoding, one_line, read_mapping
+from moe_posterior.files.torchfile import load_plain, read_plain_file
 from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint, WholeCheckpoints
 from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.divergence import StopWhereDiverged, require_finite

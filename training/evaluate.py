@@ -16,14 +16,14 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moe_posterior.atomic import copy, replacing_folder, write_text
 from moe_posterior.calibrators import Calibrator
 from moe_posterior.commands.evaluate import parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.escape import terminal
+from moe_posterior.files.atomic import copy, replacing_folder, write_text
+from moe_posterior.files.reading import one_line
+from moe_posterior.files.tensorfile import save_plain
 from moe_posterior.gates import BeliefGate
-from moe_posterior.reading import one_line
-from moe_posterior.tensorfile import save_plain
 from moe_posterior.training.cli import ExperimentCLI, chosen, read_checkpoint, read_config
 from moe_posterior.training.data import ClassificationData, EvaluationSet
 from moe_posterior.training.module import MoEClassifier

@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from moe_posterior.atomic import append, write_text
 from moe_posterior.errors import DamagedFileError
-from moe_posterior.torchfile import read_plain_file
+from moe_posterior.files.atomic import append, write_text
+from moe_posterior.files.torchfile import read_plain_file
 
 __all__ = ["MetricsFile"]
 

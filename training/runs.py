@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from moe_posterior.atomic import open_lock, write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
-from moe_posterior.reading import read_mapping, read_text
+from moe_posterior.files.atomic import open_lock, write_text
+from moe_posterior.files.reading import read_mapping, read_text
 
 __all__ = ["Arm", "Experiment", "Run", "merge", "read_experiment", "require_folder_name"]
 

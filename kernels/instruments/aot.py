@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+from moe_posterior.files.atomic import write_text
 from moe_posterior.kernels.instruments import roofline, traffic
 from moe_posterior.kernels.instruments.roofline import Variant
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from moe_posterior.atomic import write_text
 from moe_posterior.clustering import Clusterer
+from moe_posterior.files.atomic import write_text
 from moe_posterior.gates import SoftmaxGate
 from moe_posterior.kernels import cpu, reference
 from moe_posterior.kernels.instruments import bench_layers

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_posterior.atomic import write_text
 from moe_posterior.errors import MoEPosteriorError
+from moe_posterior.files.atomic import write_text
 from moe_posterior.kernels import dispatch, reference, sampling
 from moe_posterior.kernels.instruments import roofline
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from moe_posterior.audit.storage.state import Checkpoint
 from moe_posterior.audit.storage.tables import Columns, Group
+from moe_posterior.checks.soundness import require_sound
 from moe_posterior.errors import AuditError, InvalidArgumentError
-from moe_posterior.soundness import require_sound
 
 _MOST_CELLS = 1 << 24  # of one group's rows, beside two whole tables: far above what a writer puts into one
 

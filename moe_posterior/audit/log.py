@@ -28,10 +28,10 @@ from moe_posterior.audit.storage.segments import Place, Segments
 from moe_posterior.audit.storage.state import encode_json, require_text
 from moe_posterior.audit.storage.upkeep import Upkeep
 from moe_posterior.audit.storage.writer import Writer
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import number
 from moe_posterior.errors import AuditError, AuditWriteError, InvalidArgumentError
 from moe_posterior.router import PosteriorRouter
-from moe_posterior.validation import number
 
 OnFull = Literal["block", "drop"]
 _WRITING: "weakref.WeakSet[AuditLog]" = weakref.WeakSet()

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from moe_posterior.atomic import write_text
 from moe_posterior.benchmarks import latency, records, render, router, tune
 from moe_posterior.benchmarks.banks import BANKS
 from moe_posterior.benchmarks.llm import STREAMS
@@ -23,7 +22,8 @@ from moe_posterior.benchmarks.tables import Table, tables_of
 from moe_posterior.commands.benchmark import parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError, MissingDependencyError
 from moe_posterior.escape import terminal
-from moe_posterior.reading import decoding, read_json
+from moe_posterior.files.atomic import write_text
+from moe_posterior.files.reading import decoding, read_json
 
 
 def benchmark(arguments: Sequence[str]) -> int:

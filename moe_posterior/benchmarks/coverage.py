@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_posterior.atomic import write_text
 from moe_posterior.benchmarks.render import to_markdown
 from moe_posterior.benchmarks.tables import Table
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.files.atomic import write_text
 from moe_posterior.metrics import calibration_difference, calibration_interval
 
 SPREADS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
-from moe_posterior.reading import decoding
-from moe_posterior.rows import read_rows, write_rows
+from moe_posterior.files.reading import decoding
+from moe_posterior.files.rows import read_rows, write_rows
 
 FORMAT = 1
 

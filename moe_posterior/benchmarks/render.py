@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_posterior.atomic import replacing
 from moe_posterior.benchmarks.evaluate import CURVE_STEP
 from moe_posterior.benchmarks.records import Record
 from moe_posterior.benchmarks.stream import CHECKPOINTS
 from moe_posterior.benchmarks.tables import Block, Table, blocks_of
 from moe_posterior.errors import MissingDependencyError
 from moe_posterior.escape import label, markdown, terminal
+from moe_posterior.files.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from moe_posterior.atomic import write_text
 from moe_posterior.benchmarks.measures import debiased_calibration_error
 from moe_posterior.benchmarks.registry import GATES, build, options_of
 from moe_posterior.benchmarks.stream import play
 from moe_posterior.benchmarks.suite import environment_of
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.reading import decoding, read_json
+from moe_posterior.files.atomic import write_text
+from moe_posterior.files.reading import decoding, read_json
 
 FIRST_SEED = 1000  # validation seeds start here; reports use 0, 1, 2 …
 BENCHMARKS = ("a", "b", "c")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from moe_posterior.calibrators.probabilities import keep_top, top_label
+from moe_posterior.checks.validation import described, is_empty_list, tensor
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
 from moe_posterior.precision import FixedPrecision, outlasting
-from moe_posterior.validation import described, is_empty_list, tensor
 
 
 class Outputs(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_posterior.bins import place
 from moe_posterior.calibrators.base import Calibrator, Outputs
 from moe_posterior.calibrators.probabilities import top_confidence, top_label, with_confidence
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_posterior.calibrators.base import Calibrator, Outputs
 from moe_posterior.calibrators.probabilities import root, safe_logit, temper, top_confidence, top_label, with_confidence
 from moe_posterior.calibrators.scaling import best_temperature, validate_bounds
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
 
 SHIFT_BOUND = 20.0  # in logits; beyond the bounded logits of any confidence
 

@@ -14,7 +14,7 @@ from moe_posterior.calibrators.configuration import lookup
 from moe_posterior.calibrators.probabilities import safe_log, temper
 from moe_posterior.calibrators.scaling import best_temperature, validate_bounds
 from moe_posterior.calibrators.shift import part_weights, require_signs, shift_signs
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
 
 
 def domain_features(outputs: Outputs) -> tuple[Tensor, Tensor]:  # -> (N, 4), (2,) bool

@@ -13,10 +13,10 @@ from moe_posterior.calibrators.base import Calibrator, Outputs, read_outputs
 from moe_posterior.calibrators.configuration import lookup
 from moe_posterior.calibrators.pooling import NUM_BINS, Counts, count, logit_bins, pooled_shifts
 from moe_posterior.calibrators.probabilities import safe_logit, top_confidence, top_label, with_confidence
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.soundness import require_sound
+from moe_posterior.checks.validation import floats
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.soundness import require_sound
-from moe_posterior.validation import floats
 
 STRENGTHS = (10.0, 30.0, 100.0, 300.0)
 

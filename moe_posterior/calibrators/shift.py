@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_posterior.calibrators.base import Calibrator, Outputs, read_outputs
 from moe_posterior.calibrators.probabilities import minimise, safe_log, temper, top_confidence
 from moe_posterior.calibrators.scaling import best_temperature, validate_bounds
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 
 

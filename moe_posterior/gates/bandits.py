@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_posterior import beta as beta_functions
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.clustering import Clusterer
-from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import Evidence, read_outcomes
 from moe_posterior.forgetting import discounts

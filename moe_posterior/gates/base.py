@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_posterior import validation
+from moe_posterior.checks import validation
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.memberships import Memberships
 from moe_posterior.precision import require_all_loadable

@@ -12,10 +12,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import count, outcomes
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates.base import Gate, Routing
-from moe_posterior.validation import count, outcomes
 
 MOST_WIDTH = 1 << 20  # units of a router's hidden layer
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_posterior import beta as beta_functions
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.clustering import Clusterer
-from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import ProxyNoise, novelty_weight
 from moe_posterior.gates import race

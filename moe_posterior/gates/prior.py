@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_posterior import beta as beta_functions
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.soundness import require_sound
 from moe_posterior.clustering import Clusterer
-from moe_posterior.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
 from moe_posterior.gates.base import Routing
 from moe_posterior.gates.belief import BeliefGate
@@ -16,7 +17,6 @@ from moe_posterior.gates.tempering import evidence_bias, reference_from, shortfa
 from moe_posterior.kernels import dispatch, reference
 from moe_posterior.kernels.reference import Assignment
 from moe_posterior.posterior import BetaPosterior
-from moe_posterior.soundness import require_sound
 
 
 class PriorGate(BeliefGate):

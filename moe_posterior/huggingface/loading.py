@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MissingDataError
+from moe_posterior.files.tensorfile import load_tensors
 from moe_posterior.huggingface.saving import ENTRY, FILE, KIND, MARKER, VERSION, libraries
 from moe_posterior.huggingface.swap import SwappedModel, restore_gates, swap_gates, swapped_gates
-from moe_posterior.tensorfile import load_tensors
 
 
 def load_swapped(path: str | os.PathLike[str], auto_class: Any = None, **options: Any) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_posterior import validation
-from moe_posterior.declared import as_declared
+from moe_posterior.checks import validation
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError, NotFittedError
 from moe_posterior.gates import Routing
 from moe_posterior.huggingface.host import SwappedRouter, swapped_routers

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+from moe_posterior.files.tensorfile import save_tensors
 from moe_posterior.huggingface.host import CHILD, swapped_routers
-from moe_posterior.tensorfile import save_tensors
 
 FILE = "moe_posterior.safetensors"
 KIND = "belief"  # what the file's own header says it is

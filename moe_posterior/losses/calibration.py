@@ -6,7 +6,7 @@ Dimensions: N rows, K classes, B bins.
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.losses.arithmetic import root, top_label
 from moe_posterior.losses.checks import labelled, require_above, require_at_least

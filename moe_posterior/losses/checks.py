@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from moe_posterior.checks.validation import described, integers, is_empty_list, real, tensor
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.validation import described, integers, is_empty_list, real, tensor
 
 
 def widened(values: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import count, tensor
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.losses.arithmetic import group_means, mean_of, multiplied, top_label, true_class_nll
 from moe_posterior.losses.calibration import mmce_of, soft_ece_of
 from moe_posterior.losses.checks import labelled, read_indices, require_above, require_at_least
-from moe_posterior.validation import count, tensor
 
 GAPS = ("confidence", "soft_ece", "mmce")
 MOST_CONFIGURATIONS = 1 << 28  # 2 GB for each of three sums

@@ -7,7 +7,8 @@ class of row i.
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import described, number, real, tensor
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.losses.arithmetic import group_means, mean_of, multiplied, tilted, true_class_nll
 from moe_posterior.losses.checks import (
@@ -19,7 +20,6 @@ from moe_posterior.losses.checks import (
     require_at_least,
     widened,
 )
-from moe_posterior.validation import described, number, real, tensor
 
 
 @as_declared

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import count, described, floats, number, tensor
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.validation import count, described, floats, number, tensor
 
 MOST_SAMPLES = 10**7  # of which each keeps the metric's value
 

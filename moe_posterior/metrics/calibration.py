@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moe_posterior.bins import MOST_BINS, bin_edges, place
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import count, floats, is_empty_list, tensor
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.validation import count, floats, is_empty_list, tensor
 
 NORMS = ("l1", "l2", "max")
 MOST_SUMS = 1 << 28

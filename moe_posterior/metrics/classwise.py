@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import count, tensor
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import (
     MOST_SUMS,
@@ -19,7 +20,6 @@ from moe_posterior.metrics.calibration import (
     validate_arguments,
 )
 from moe_posterior.metrics.grouped import BinSumMetric
-from moe_posterior.validation import count, tensor
 
 
 def classwise_sums(preds: Tensor, target: Tensor, n_bins: int) -> BinSums:  # (N, K), (N,) -> (K, B) each

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import count as read_count
+from moe_posterior.checks.validation import described, tensor
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import read_predictions, top_label
 from moe_posterior.metrics.reading import read_ids
-from moe_posterior.validation import count as read_count
-from moe_posterior.validation import described, tensor
 
 MIN_COUNT = 20  # the standard error of an accuracy is then at most 0.11
 

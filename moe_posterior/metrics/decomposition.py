@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.bins import bin_indices
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.metrics.calibration import read_predictions, top_label, validate_arguments
 
 

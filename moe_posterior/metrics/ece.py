@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.bins import bin_indices, equal_mass_bins
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import (
     BinSums,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moe_posterior.bins import bin_indices
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import floats
 from moe_posterior.metrics.calibration import read_predictions, top_label, validate_arguments
-from moe_posterior.validation import floats
 
 
 @as_declared

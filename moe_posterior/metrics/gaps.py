@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_posterior.bins import bin_indices
+from moe_posterior.checks.validation import integers
 from moe_posterior.metrics.calibration import read_predictions, top_label
-from moe_posterior.validation import integers
 
 CHUNK = 2**21  # entries of a dense block of row sums: 16 MB, whatever the number of rows
 

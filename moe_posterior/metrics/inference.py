@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import count, described, floats, number
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import read_predictions, validate_arguments
 from moe_posterior.metrics.floor import binomial_deviation
 from moe_posterior.metrics.gaps import GapSums, gap_sums
 from moe_posterior.metrics.inversion import GapTest, below_share, debiased, last
-from moe_posterior.validation import count, described, floats, number
 
 DRAWS = 1024
 MOST_DRAWS = 10**6  # several GB

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_posterior.checks.validation import described, floats, integers, tensor
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.validation import described, floats, integers, tensor
 
 
 def read_ranking(confidence: Any, correct: Any) -> tuple[Tensor, Tensor]:  # (N,), (N,)

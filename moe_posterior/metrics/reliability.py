@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from moe_posterior.bins import bin_edges
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import count as count_of
+from moe_posterior.checks.validation import floats, number
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import BinSums, add_up, read_predictions, top_label, validate_arguments
-from moe_posterior.validation import count as count_of
-from moe_posterior.validation import floats, number
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import floats, number
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import read_predictions, top_label
 from moe_posterior.metrics.configurations import (
@@ -21,7 +22,6 @@ from moe_posterior.metrics.configurations import (
     read_configurations,
 )
 from moe_posterior.metrics.ece import expected_absolute
-from moe_posterior.validation import floats, number
 
 BISECTIONS = 60  # halvings of the tilt: more than a float64 has bits
 

@@ -7,10 +7,10 @@ what a bootstrap resamples.
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import number
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import read_predictions
-from moe_posterior.validation import number
 
 
 @as_declared

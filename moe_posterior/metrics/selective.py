@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import number
 from moe_posterior.metrics.reading import read_ranking
-from moe_posterior.validation import number
 
 
 class ActionThreshold(NamedTuple):

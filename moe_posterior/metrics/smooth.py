@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import real
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics.calibration import read_predictions, top_label
-from moe_posterior.validation import real
 
 GRID = 4096  # cells on [0, 1]; residuals are split linearly between the two nearest points
 BISECTIONS = 30

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import floats, real
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.validation import floats, real
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import DamagedFileError
+from moe_posterior.files.tensorfile import digest, load_tensors, save_tensors
 from moe_posterior.gates import Gate, Routing
 from moe_posterior.gates.base import SharedRouting
 from moe_posterior.memberships import Memberships
-from moe_posterior.tensorfile import digest, load_tensors, save_tensors
 
 KIND, VERSION = "recorded routing", 1
 _MEMBERS = ("member_ids", "member_shares")  # beside the fields, of tokens in several clusters

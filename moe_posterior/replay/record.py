@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moe_posterior import validation
-from moe_posterior.declared import as_declared
+from moe_posterior.checks import validation
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
 from moe_posterior.replay.auxiliary import Apart

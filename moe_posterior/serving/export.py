@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.checks.validation import described
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError
+from moe_posterior.files.tensorfile import load_tensors, save_tensors
 from moe_posterior.gates import Gate
 from moe_posterior.replay.find import find_gates, hosting_router, outer_name
 from moe_posterior.serving.routing import CustomRouting, PosteriorRouting, PriorRouting
 from moe_posterior.serving.rule import HostRule
-from moe_posterior.tensorfile import load_tensors, save_tensors
-from moe_posterior.validation import described
 
 KIND, VERSION = "exported routing", 1
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from moe_posterior.declared import as_declared
+from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, PosteriorGate, PriorGate
 from moe_posterior.kernels import dispatch

@@ -14,9 +14,9 @@ from torch import nn
 
 from model_survey.checks import CHECKS
 from model_survey.tiny import model_class, moe_model_types, tiny_model
-from moe_posterior.atomic import write_text
 from moe_posterior.errors import MissingDependencyError
 from moe_posterior.escape import lines, markdown
+from moe_posterior.files.atomic import write_text
 from moe_posterior.huggingface.find import find_routers
 from moe_posterior.huggingface.host import SwappedRouter
 from moe_posterior.huggingface.swap import restore_gates

@@ -8,11 +8,11 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_posterior import InvalidArgumentError, MixtureOfExperts, PosteriorGate, PriorGate, SoftmaxGate, record
 from moe_posterior.errors import DamagedFileError
+from moe_posterior.files.tensorfile import load_tensors, save_tensors
 from moe_posterior.gates import FixedGate, Gate
 from moe_posterior.replay import recording_from_experts, replay
 from moe_posterior.replay.checkpointing import signature
 from moe_posterior.replay.file import load_recording
-from moe_posterior.tensorfile import load_tensors, save_tensors
 
 D, E, C, K = 6, 5, 3, 2
 

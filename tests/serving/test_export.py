@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from moe_posterior import InvalidArgumentError, MixtureOfExperts, PosteriorGate, PriorGate
 from moe_posterior.errors import DamagedFileError
+from moe_posterior.files.tensorfile import load_tensors, save_tensors
 from moe_posterior.gates import Gate
 from moe_posterior.serving import HostRule, export_routing, load_routing, save_routing, update_routing
-from moe_posterior.tensorfile import load_tensors, save_tensors
 
 D, E, C, K = 16, 8, 4, 2
 

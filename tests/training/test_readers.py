@@ -13,7 +13,7 @@ import yaml
 
 from moe_posterior import MoEPosteriorError
 from moe_posterior.cli import main
-from moe_posterior.reading import read_json, read_mapping
+from moe_posterior.files.reading import read_json, read_mapping
 from moe_posterior.training.cli import read_checkpoint
 from moe_posterior.training.data import manifest
 from moe_posterior.training.study.cli import _require_same_settings

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError, MissingDataError, MissingDependencyError
-from moe_posterior.reading import decoding, one_line
+from moe_posterior.files.reading import decoding, one_line
 from moe_posterior.training.data.base import ClassificationData, Split, candidate_folders, generator_for
 from moe_posterior.training.data.features import fit_projection
 

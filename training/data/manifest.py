@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_posterior.atomic import replacing, write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
-from moe_posterior.reading import decoding, read_json
+from moe_posterior.files.atomic import replacing, write_text
+from moe_posterior.files.reading import decoding, read_json
 from moe_posterior.training.data.base import ClassificationData
 
 __all__ = ["describe_backbone", "describe_data", "differences", "read", "require_current", "save_part", "write"]

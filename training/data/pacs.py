@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
-from moe_posterior.reading import decoding
+from moe_posterior.files.reading import decoding
 from moe_posterior.training.data.augment import crop_and_flip
 from moe_posterior.training.data.base import (
     ClassificationData,

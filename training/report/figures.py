@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from moe_posterior.atomic import replacing
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.escape import label
+from moe_posterior.files.atomic import replacing
 from moe_posterior.training.report.places import ece_text, size
 
 if TYPE_CHECKING:

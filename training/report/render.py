@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe_posterior.atomic import write_text
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.escape import markdown, terminal
+from moe_posterior.files.atomic import write_text
 from moe_posterior.training.report import promise
 from moe_posterior.training.report.compute import METRICS, OVERALL
 from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of, where_of

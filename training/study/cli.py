@@ -14,12 +14,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moe_posterior.atomic import write_text
 from moe_posterior.commands.study import parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.escape import lines
-from moe_posterior.reading import decoding, read_json, read_text
-from moe_posterior.rows import read_rows, write_rows
+from moe_posterior.files.atomic import write_text
+from moe_posterior.files.reading import decoding, read_json, read_text
+from moe_posterior.files.rows import read_rows, write_rows
 from moe_posterior.training.outputs import outputs_of
 from moe_posterior.training.runs import Run
 from moe_posterior.training.study import measure

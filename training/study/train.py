@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_posterior.atomic import replacing
 from moe_posterior.calibrators import Outputs
-from moe_posterior.reading import decoding
-from moe_posterior.torchfile import load_plain, read_plain_file
+from moe_posterior.files.atomic import replacing
+from moe_posterior.files.reading import decoding
+from moe_posterior.files.torchfile import load_plain, read_plain_file
 from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint
 from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.data.features import PassThrough

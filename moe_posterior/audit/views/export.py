@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_posterior.atomic import replacing
 from moe_posterior.audit.read import Reader
 from moe_posterior.audit.storage.arrow import parquet
 from moe_posterior.audit.storage.arrow import pyarrow as pa
 from moe_posterior.escape import spreadsheet
+from moe_posterior.files.atomic import replacing
 
 
 def export(reader: Reader, folder: Path, form: Literal["parquet", "csv"] = "parquet") -> dict[str, int]:

@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 
 from moe_posterior import escape
-from moe_posterior.atomic import write_text
 from moe_posterior.audit.belief import knobs
 from moe_posterior.audit.read import Reader
 from moe_posterior.audit.storage.clock import now, when
@@ -17,6 +16,7 @@ from moe_posterior.audit.views.competence import Estimate, standings
 from moe_posterior.audit.views.falls import FALSE_ALARMS
 from moe_posterior.audit.views.flags import Flag
 from moe_posterior.audit.views.survey import SourceSurvey, Survey, require_sources, survey
+from moe_posterior.files.atomic import write_text
 from moe_posterior.page import Cell, Section, Table, estimate, page, paragraph, show, table
 
 TITLE = "Audit log of routing decisions"

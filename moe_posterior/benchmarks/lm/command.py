@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from moe_posterior.atomic import write_text
 from moe_posterior.benchmarks import records, render
 from moe_posterior.benchmarks.lm.experiment import Experiment, run
 from moe_posterior.benchmarks.lm.figures import draw
@@ -18,6 +17,7 @@ from moe_posterior.benchmarks.records import Record, Results
 from moe_posterior.commands.lm import parser
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.escape import code, markdown, terminal
+from moe_posterior.files.atomic import write_text
 
 
 def lm(arguments: Sequence[str], about: dict[str, object]) -> int:

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from moe_posterior.benchmarks.lm.data import VOCABULARY, WINDOW, Corpus, batches
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+from moe_posterior.files.reading import decoding
+from moe_posterior.files.tensorfile import save_plain
+from moe_posterior.files.torchfile import load_plain, read_plain_file
 from moe_posterior.metrics import calibration_error
-from moe_posterior.reading import decoding
-from moe_posterior.tensorfile import save_plain
-from moe_posterior.torchfile import load_plain, read_plain_file
 
 KEEP_EVERY = 100  # steps between two checkpoints: at most this much is lost to an interruption
 EVALUATION_BATCH = 32

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_posterior.atomic import checked, write_bytes
 from moe_posterior.errors import DamagedFileError, MissingDependencyError
-from moe_posterior.torchfile import load_plain, read_plain_file
+from moe_posterior.files.atomic import checked, write_bytes
+from moe_posterior.files.torchfile import load_plain, read_plain_file
 
 _HEADER = "moe_posterior"
 

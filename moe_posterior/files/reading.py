@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from moe_posterior.errors import DamagedFileError, MissingDataError, MissingDependencyError, MoEPosteriorError
-from moe_posterior.torchfile import read_plain_file
+from moe_posterior.files.torchfile import read_plain_file
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MissingDataError
-from moe_posterior.rows import read_rows, write_rows
+from moe_posterior.files.rows import read_rows, write_rows
 
 ROWS = [
     {"gate": "softmax", "options": {"x": 1, "y": [None, True]}, "seed": 3, "value": 0.1 + 0.2, "paper": None},
@@ -43,7 +43,7 @@ def test_a_file_of_something_else_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_the_kept_records_are_small_and_whole() -> None:
-    folder = Path(__file__).resolve().parents[1] / "results"
+    folder = Path(__file__).resolve().parents[2] / "results"
     kept = list(folder.rglob("*.parquet"))
     assert kept
     assert sum(path.stat().st_size for path in kept) < 2e6

@@ -25,11 +25,11 @@ from moe_posterior.audit import AuditError, AuditLog
 from moe_posterior.audit.rebuild import restore
 from moe_posterior.audit.storage.state import Checkpoint
 from moe_posterior.calibrators import OnlineConfigurationCalibrator, Outputs, TemperatureScaling
+from moe_posterior.checks.soundness import require_sound
+from moe_posterior.files.tensorfile import load_tensors, save_tensors
 from moe_posterior.gates import BanditGate, NearestNeighbourGate
 from moe_posterior.serving import export_routing, load_routing, save_routing, update_routing
 from moe_posterior.serving.export import KIND
-from moe_posterior.soundness import require_sound
-from moe_posterior.tensorfile import load_tensors, save_tensors
 
 C, E, D = 3, 4, 5
 HIDDEN = torch.randn(60, D, generator=torch.Generator().manual_seed(0))

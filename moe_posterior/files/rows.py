@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_posterior.atomic import write_bytes, write_text
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MissingDependencyError, MoEPosteriorError
-from moe_posterior.reading import decoding, read_json
-from moe_posterior.torchfile import read_plain_file
+from moe_posterior.files.atomic import write_bytes, write_text
+from moe_posterior.files.reading import decoding, read_json
+from moe_posterior.files.torchfile import read_plain_file
 
 _KEY = b"moe_posterior"
 

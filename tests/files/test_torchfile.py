@@ -15,8 +15,8 @@ import torch
 
 from moe_posterior import PosteriorRouter
 from moe_posterior.errors import DamagedFileError, MissingDataError, MoEPosteriorError
-from moe_posterior.tensorfile import load_tensors
-from moe_posterior.torchfile import read_plain_file
+from moe_posterior.files.tensorfile import load_tensors
+from moe_posterior.files.torchfile import read_plain_file
 
 HUGE = 10**9
 ROOM = 256 << 20  # bytes that a child may take on beside what it has: a quarter of the smallest bomb
@@ -72,7 +72,7 @@ LOAD = """
 import resource, sys
 from moe_posterior import PosteriorRouter
 from moe_posterior.errors import MoEPosteriorError
-from moe_posterior.tensorfile import load_tensors
+from moe_posterior.files.tensorfile import load_tensors
 PosteriorRouter(2, 2, 2)
 room, load = int(sys.argv[1]), {"router": PosteriorRouter.load, "tensors": lambda path: load_tensors(path, "x")}
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

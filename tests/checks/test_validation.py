@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from moe_posterior.checks.validation import count, floats, integers, number, outcomes, tensor
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.validation import count, floats, integers, number, outcomes, tensor
 
 INTEGERS = [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
 TORCH_INTEGERS = [getattr(torch, np.dtype(kind).name) for kind in INTEGERS]

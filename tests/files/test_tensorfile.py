@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_posterior.errors import DamagedFileError, MissingDataError, MissingDependencyError
-from moe_posterior.tensorfile import digest, load_tensors, save_tensors
+from moe_posterior.files.tensorfile import digest, load_tensors, save_tensors
 
 HEADER = {"kind": "test", "names": ["a", "b"]}
 

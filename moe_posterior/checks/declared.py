@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_posterior.checks.validation import described, is_empty_list, real, tensor
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.validation import described, is_empty_list, real, tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")

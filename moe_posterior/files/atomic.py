@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moe_posterior.drafts import (
+from moe_posterior.errors import InvalidArgumentError, MoEPosteriorError, UnwritableFileError
+from moe_posterior.files.drafts import (
     FOLDER,
     NO_FOLLOW,
     bring_back,
@@ -27,7 +28,6 @@ from moe_posterior.drafts import (
     remove,
     take_place,
 )
-from moe_posterior.errors import InvalidArgumentError, MoEPosteriorError, UnwritableFileError
 
 _READ = os.O_RDONLY | NO_FOLLOW | getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
 _LOCK = os.O_RDWR | os.O_CREAT | os.O_APPEND | NO_FOLLOW | getattr(os, "O_NONBLOCK", 0)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from faults import calls_of, error_of, in_child, interposed, names_beside
 
-from moe_posterior import atomic, drafts
 from moe_posterior.errors import InvalidArgumentError, UnwritableFileError
+from moe_posterior.files import atomic, drafts
 
 OLD, NEW = b"old" * 100_000, b"new" * 200_000
 
