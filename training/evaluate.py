@@ -21,10 +21,8 @@ from moe_posterior.commands.evaluate import parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.escape import terminal
 from moe_posterior.files.atomic import copy, replacing_folder, write_text
-from moe_posterior.files.reading import one_line
 from moe_posterior.files.tensorfile import save_plain
 from moe_posterior.gates import BeliefGate
-from moe_posterior.training.cli import ExperimentCLI, chosen, read_checkpoint, read_config
 from moe_posterior.training.data import ClassificationData, EvaluationSet
 from moe_posterior.training.module import MoEClassifier
 from moe_posterior.training.outputs import outputs_of, routed_outputs_of
@@ -44,6 +42,7 @@ from moe_posterior.training.report.compute import OVERALL, is_everything, panels
 from moe_posterior.training.report.promise import Scored
 from moe_posterior.training.report.sections import Judged, fit_calibrators, further_sections, pooled, scored
 from moe_posterior.training.runs import Arm, Run
+from moe_posterior.training.trained import load_data, load_model, read_config
 
 LEAST_RESAMPLES = 100
 SEVERE = 3  # severities from here on are pooled for curves and calibrators
@@ -58,11 +57,11 @@ def evaluate(arguments: list[str]) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     run = Run(options.run)
-    arms = [run.arm(name) for name in chosen(options.arms, list(run.experiment().arms))]
+    arms = [run.arm(name) for name in run.experiment().chosen(options.arms)]
     if unfinished := [str(arm.folder) for arm in arms if not arm.finished]:
         raise MissingDataError(f"{', '.join(unfinished)} has not been trained to its end; the same fit command goes on")
     console = Console()
-    data = _load_data(arms)
+    data = _shared_data(arms)
     models = {arm.name: load_model(arm) for arm in arms}
     masks = {name: mask for name, mask in data.subsets().items() if name != OVERALL}
     subsets = {name: mask for name, mask in masks.items() if not is_everything(mask)}
@@ -120,18 +119,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def load_model(arm: Arm) -> MoEClassifier:
-    """The trained classifier of an arm, in evaluation mode, as its last checkpoint has it."""
-    model = ExperimentCLI(arm, ["--config", str(arm.config)], run=False).model
-    try:
-        model.load_state_dict(read_checkpoint(arm.checkpoint)["state_dict"])
-    except RuntimeError as error:
-        raise InvalidArgumentError(
-            f"{arm.checkpoint} does not fit this version's model; train it anew with --overwrite. {one_line(error)}"
-        ) from error
-    return model.eval()
-
-
 def predict(model: MoEClassifier, arm: str, item: EvaluationSet) -> tuple[Predictions, Judged]:
     """What one arm says of one evaluation set, for the table and for the further sections."""
     outputs, target, routing = routed_outputs_of(model, item.loader)
@@ -158,7 +145,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _load_data(arms: Sequence[Arm]) -> ClassificationData:
+def _shared_data(arms: Sequence[Arm]) -> ClassificationData:
     """The data module that all arms share."""
     configs = [read_config(arm) for arm in arms]
     for arm, config in zip(arms, configs, strict=True):
@@ -168,9 +155,7 @@ def _load_data(arms: Sequence[Arm]) -> ClassificationData:
         raise InvalidArgumentError(
             "arms must share their data settings to be compared; evaluate them one by one with --arms"
         )
-    data = ExperimentCLI(arms[0], ["--config", str(arms[0].config)], run=False).datamodule
-    data.setup()
-    return data
+    return load_data(arms[0])
 
 
 def _baseline(arms: list[str]) -> str:

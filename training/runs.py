@@ -45,6 +45,17 @@ class Experiment:
             return self
         return replace(self, arms={name: merge(self.config(name), settings) for name in self.arms}, base={})
 
+    def chosen(self, wanted: Sequence[str] | None) -> list[str]:
+        """The wanted arms in the experiment's order, all if None.
+
+        Raises:
+            InvalidArgumentError: an arm that the experiment does not have.
+        """
+        arms = list(self.arms)
+        if unknown := [name for name in wanted or [] if name not in arms]:
+            raise InvalidArgumentError(f"arms must be among {arms}; got {unknown}")
+        return [name for name in arms if wanted is None or name in wanted]
+
 
 def read_experiment(path: str | Path) -> Experiment:
     """Read an experiment file.

@@ -14,11 +14,11 @@ import yaml
 from moe_posterior import MoEPosteriorError
 from moe_posterior.cli import main
 from moe_posterior.files.reading import read_json, read_mapping
-from moe_posterior.training.cli import read_checkpoint
 from moe_posterior.training.data import manifest
 from moe_posterior.training.study.cli import _require_same_settings
 from moe_posterior.training.study.plan import STUDIES
 from moe_posterior.training.study.train import load_outputs
+from moe_posterior.training.trained import read_checkpoint
 
 
 def folder(path: Path, whole: bytes) -> None:

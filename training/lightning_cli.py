@@ -1,0 +1,88 @@
+"""LightningCLI as the experiments use it: which classes a configuration is read into, and what every arm's trainer is given."""
+
+import shlex
+import warnings
+from argparse import ArgumentError
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.files.reading import one_line
+from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint, WholeCheckpoints
+from moe_posterior.training.data import ClassificationData
+from moe_posterior.training.divergence import StopWhereDiverged
+from moe_posterior.training.log import MetricsFile
+from moe_posterior.training.module import MoEClassifier
+from moe_posterior.training.runs import Arm
+
+__all__ = ["ExperimentCLI"]
+
+
+class _Progress(RichProgressBar):
+    """Without the loggers' version number: the run's name says which run it is."""
+
+    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+def _metrics_file(arm: Arm) -> dict[str, Any]:
+    return {"class_path": f"{MetricsFile.__module__}.{MetricsFile.__name__}", "init_args": {"folder": str(arm.figures)}}
+
+
+def _tensorboard(arm: Arm) -> dict[str, Any]:
+    folder = {"save_dir": str(arm.folder), "name": "", "version": "tensorboard"}
+    return {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": folder}
+
+
+class ExperimentCLI(LightningCLI):
+    """LightningCLI with a MoEClassifier, any data module of this library's kind, and the competence updates."""
+
+    def __init__(self, arm: Arm, args: list[str], *, run: bool) -> None:
+        self.arm = arm
+        # LightningCLI suspects a mistake where it finds arguments on the command line as well; ours are read already.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        super().__init__(
+            MoEClassifier,
+            ClassificationData,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=42,
+            trainer_defaults={
+                "default_root_dir": str(arm.folder),
+                "callbacks": [
+                    _Progress(),
+                    StopWhereDiverged(f"arm {arm.name!r}"),
+                    WarmupCheckpoint(arm.folder / "checkpoints"),
+                    ModelCheckpoint(arm.folder / "checkpoints", save_last=True, monitor="val/nll", filename="best"),
+                ],
+                "plugins": [{"class_path": f"{WholeCheckpoints.__module__}.{WholeCheckpoints.__name__}"}],
+                "logger": [_metrics_file(arm), _tensorboard(arm)],
+            },
+            args=args,
+            run=run,
+            parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}}
+            if run
+            else {"exit_on_error": False},
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the configuration, and say in one line what is wrong with it.
+
+        Raises:
+            InvalidArgumentError: it is no configuration of a MoEClassifier, its data and its trainer.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except (ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
+            where = self.arm.config if self.arm.config.is_file() else shlex.join(args)
+            raise InvalidArgumentError(f"{where} cannot be used: {one_line(error)}") from error
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.num_groups", "model.num_groups", apply_on="instantiate")
+        parser.add_lightning_class_args(CompetenceUpdates, "competence")

@@ -1,0 +1,83 @@
+"""An arm's files read back: its configuration, its checkpoints, the trained model and its data."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_posterior.errors import DamagedFileError, InvalidArgumentError
+from moe_posterior.files.reading import decoding, one_line, read_mapping
+from moe_posterior.files.torchfile import load_plain, read_plain_file
+from moe_posterior.training.data import ClassificationData
+from moe_posterior.training.lightning_cli import ExperimentCLI
+from moe_posterior.training.module import MoEClassifier
+from moe_posterior.training.runs import Arm
+
+__all__ = ["load_data", "load_model", "read_checkpoint", "read_config"]
+
+PARTS = {  # of a checkpoint that training resumes from, and their types
+    "state_dict": Mapping,
+    "epoch": int,
+    "global_step": int,
+    "loops": Mapping,
+    "callbacks": Mapping,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "pytorch-lightning_version": str,
+}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of an arm, opened without running code from it.
+
+    Raises:
+        MissingDataError: there is none.
+        DamagedFileError, InvalidArgumentError: it is torn, or not a checkpoint that training or evaluation can go on from.
+    """
+    advice = "delete it, or train anew with --overwrite"
+    with decoding(path, "a checkpoint that can be read", advice, InvalidArgumentError):
+        content = load_plain(read_plain_file(path), path)
+    for name, kind in PARTS.items():
+        if not isinstance(content, Mapping) or not isinstance(content.get(name), kind):
+            raise DamagedFileError(f"{path} must be a checkpoint of an arm; it holds no {name}; {advice}")
+    if not all(isinstance(value, torch.Tensor) for value in content["state_dict"].values()):
+        raise DamagedFileError(f"{path} must hold tensors alone in its state_dict; {advice}")
+    return dict(content)
+
+
+def read_config(arm: Arm) -> dict[str, Any]:
+    """What an arm was trained with.
+
+    Raises:
+        MissingDataError: there is none. DamagedFileError: it cannot be read.
+    """
+    return read_mapping(arm.config, "the fit command that made the run writes it again")
+
+
+def load_model(arm: Arm) -> MoEClassifier:
+    """The trained classifier of an arm, in evaluation mode, with the weights of its last checkpoint.
+
+    Raises:
+        InvalidArgumentError: the configuration or the checkpoint does not fit this version's model.
+        MissingDataError, DamagedFileError: the checkpoint is missing or cannot be read.
+    """
+    model = ExperimentCLI(arm, ["--config", str(arm.config)], run=False).model
+    try:
+        model.load_state_dict(read_checkpoint(arm.checkpoint)["state_dict"])
+    except RuntimeError as error:
+        raise InvalidArgumentError(
+            f"{arm.checkpoint} does not fit this version's model; train it anew with --overwrite. {one_line(error)}"
+        ) from error
+    return model.eval()
+
+
+def load_data(arm: Arm) -> ClassificationData:
+    """The data module that an arm was trained on, set up.
+
+    Raises:
+        InvalidArgumentError: the configuration cannot be used. MissingDataError: its files are not there.
+    """
+    data = ExperimentCLI(arm, ["--config", str(arm.config)], run=False).datamodule
+    data.setup()
+    return data
