@@ -1,4 +1,4 @@
-"""Swap the gates of transformers models: ``swap_gates``, ``restore_gates`` and what belongs to them."""
+"""Swap the gates of transformers models: ``swap_gates``, ``restore_gates``, and saving and loading what was swapped."""
 
 from moe_posterior.huggingface.loading import load_belief, load_swapped
 from moe_posterior.huggingface.passes import token_outcomes

@@ -1,4 +1,4 @@
-"""What routers return, class by class: how to read their choice, and how to hand back other weights or another choice.
+"""What each router class returns: how to read its choice, and how to write other weights or another choice into it.
 
 Most routers of transformers return ``(logits, weights (T, k), indices (T, k), …)``; one adapter serves them. The others have one each.
 
@@ -16,7 +16,7 @@ from moe_posterior.replay.auxiliary import chosen_by, handed_on
 
 Decide = Callable[
     [Tensor, Tensor], tuple[Tensor, Tensor] | None
-]  # from (T, k) indices and weights to others; None: these stand
+]  # maps (T, k) indices and weights to new ones; None keeps them
 _CORRECTIONS = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 
 
@@ -25,16 +25,16 @@ class UnknownRouterError(InvalidArgumentError):
 
 
 class Adapter:
-    """The common return: a tuple that begins with logits, weights (T, k), indices (T, k)."""
+    """The usual return value: a tuple that starts with logits, weights (T, k), indices (T, k)."""
 
-    kind = "swapped"  # what the table of layers calls it
+    kind = "swapped"  # the status shown in the table of layers
     logits: int | None = (
-        0  # which part of the output is the logits, handed on for auxiliary losses; None if they come otherwise
+        0  # position in the output of the logits that auxiliary losses use; None if they are not in the tuple
     )
-    whole = True  # whether indices and weights are all of the output that depends on the logits and that the model computes with
+    whole = True  # whether indices and weights are all that the model computes with among the outputs that depend on the logits
 
     def num_experts(self, router: nn.Module) -> int:
-        """E; where a router scores more than its experts (a zero expert, say), those count as experts too."""
+        """E; if a router also scores something else, such as a zero expert, that counts as an expert too."""
         return _projection(router)[0]
 
     def hidden_size(self, router: nn.Module) -> int:
@@ -66,7 +66,7 @@ class Adapter:
     def correction(
         self, router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Tensor | None:  # -> (W,)
-        """What this call adds to the scores for the choice alone, if anything."""
+        """The correction that this call adds to the scores for choosing, but not to the weights, if any."""
         holders = (router, getattr(router, "moe_statics", None))
         found = [getattr(holder, name, None) for holder in holders for name in _CORRECTIONS]
         found += [kwargs.get(name) for name in _CORRECTIONS]
@@ -85,7 +85,7 @@ class Adapter:
         kwargs: Mapping[str, Any],
         decide: Decide,
     ) -> Any:
-        """Run the router's own ``forward``, and put what ``decide`` makes of its choice in the choice's place."""
+        """Run the router's own ``forward`` and replace its choice by what ``decide`` returns for it."""
         output = forward(router, *args, **kwargs)
         changed = decide(*self.read(router, output))
         return output if changed is None else self.write(router, output, *changed)
@@ -105,7 +105,7 @@ class Adapter:
         return indices, weights
 
     def write(self, router: nn.Module, output: Any, indices: Tensor, weights: Tensor) -> Any:  # (T, k), (T, k)
-        """The output with another choice or other weights in it."""
+        """The output with this choice and these weights in it."""
         return (output[0], weights, indices, *output[3:])
 
     def hand_on(self, output: Any, told: Callable[[], None]) -> Any:
@@ -120,7 +120,7 @@ class Adapter:
 
 
 class SharedInside(Adapter):
-    """Inkling, Zaya: the last of the logits belong to shared experts, or to the choice of none."""
+    """Inkling, Zaya: the last logits belong to shared experts, or to choosing no expert."""
 
     kind = "special"
 
@@ -138,7 +138,7 @@ class SharedInside(Adapter):
     def correction(self, router: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         if hasattr(
             router, "n_shared_experts"
-        ):  # the choice is among the routed alone, so it has fewer columns than the logits
+        ):  # only routed experts can be chosen, so the correction has fewer columns than the logits
             return None
         return super().correction(router, args, kwargs)
 
@@ -171,7 +171,7 @@ class Dense(Adapter):
 
 
 class Grouped(Adapter):
-    """JetMoE: the weights lie sorted by expert, beside what sorts them."""
+    """JetMoE: the weights are sorted by expert, and the sort order is returned with them."""
 
     kind = "special"
     logits = 4
@@ -192,7 +192,7 @@ class Grouped(Adapter):
 
 
 class Capacity(Adapter):
-    """Switch: ``(one-hot choice (B, S, E), probability (B, S, 1), logits)``; a token over capacity chose nothing."""
+    """Switch: ``(one-hot choice (B, S, E), probability (B, S, 1), logits)``; a token over capacity gets no expert."""
 
     kind = "special"
     logits = 2

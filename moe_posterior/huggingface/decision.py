@@ -1,6 +1,6 @@
-"""One call of a swapped router that takes more than the router's own forward.
+"""One call of a swapped router, when its own forward is not enough.
 
-Apart from :mod:`~moe_posterior.huggingface.host` because keeping it out of compiled graphs loads torch's compiler.
+Kept apart from :mod:`~moe_posterior.huggingface.host` because excluding it from compiled graphs loads torch's compiler.
 
 Dimensions: T tokens, D hidden size, E experts, W logits a token (at least E), k experts per token, B sequences, S positions.
 """
@@ -19,7 +19,7 @@ from moe_posterior.replay.record import auxiliary_listener
 
 @torch.compiler.disable
 def decide(router: SwappedRouter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run the router's own forward with the evidence on its logits, and let the gate see, and where it chooses change, the choice."""
+    """Run the router's own forward with the evidence added to its logits; the gate sees the choice and, in replace mode, makes it."""
     gate, binding = router.posterior_gate, router.moe_posterior
     adapter, width = binding.adapter, binding.adapter.width(router)
     hidden = adapter.hidden(args, kwargs).detach()
@@ -43,14 +43,14 @@ def decide(router: SwappedRouter, args: tuple[Any, ...], kwargs: dict[str, Any])
         routing = gate(hidden, Choice(indices, weights, real, assignment, stands=not replacing))
         weights = routing.routing_weights
         if weights.is_leaf and weights.requires_grad:
-            weights = weights.clone()  # experts may scale their weights in place, which a leaf forbids
+            weights = weights.clone()  # experts may scale their weights in place, which autograd forbids on a leaf
         return routing.expert_indices, weights
 
     with LogitsInterceptor(len(hidden), width, bias, correction) as interceptor:
         output = adapter.call(router, binding.original.forward, args, kwargs, choose)
     if not interceptor.over:
         raise UnknownRouterError(
-            f"{binding.original.__name__} must hand on a choice; got none (router {binding.name!r})"
+            f"{binding.original.__name__} must return a choice; got none (router {binding.name!r})"
         )
     listening = gate._forward_hooks and torch.is_grad_enabled()
     return adapter.hand_on(output, auxiliary_listener(gate)) if listening else output
@@ -61,14 +61,14 @@ def _validate_understood(binding: Binding, interceptor: LogitsInterceptor, num_t
     if interceptor.products != 1:
         raise UnknownRouterError(
             f"{kind} must compute its logits in one matrix product to {interceptor.width} columns; got {interceptor.products} "
-            f"(router {binding.name!r}); restore_gates(model) makes the model what it was"
+            f"(router {binding.name!r}); restore_gates(model) undoes the swap"
         )
     if num_routed != num_tokens:
         raise UnknownRouterError(f"{kind} must route {num_tokens} tokens; got {num_routed} (router {binding.name!r})")
 
 
 def real_tokens(mask: Tensor | None, num_tokens: int) -> Tensor | None:  # (B, S) -> (T,) bool
-    """Which of the tokens of a call are no padding; None if all are, or if the mask speaks of other tokens.
+    """Which tokens of a call are real, not padding; None if all of them are, or if the mask is for other tokens.
 
     With cached keys the mask covers past positions too; a call's own tokens are its last ones.
 

@@ -1,4 +1,4 @@
-"""Find the routers of a model, and say of each what can be done with it."""
+"""Find the routers of a model, and whether each can be swapped."""
 
 import re
 from typing import NamedTuple
@@ -24,7 +24,7 @@ BYPASSING = {
 
 
 class Found(NamedTuple):
-    """A router, or a mixture without one that is understood."""
+    """A router, or a mixture whose router is not supported."""
 
     name: str
     module: nn.Module
@@ -33,7 +33,7 @@ class Found(NamedTuple):
 
 
 def find_routers(model: nn.Module) -> list[Found]:
-    """Every router in the model, in the model's order, and every mixture whose router is not known."""
+    """Every router in the model, in the model's order, and every mixture whose router is not supported."""
     found: list[Found] = []
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -53,7 +53,7 @@ def find_routers(model: nn.Module) -> list[Found]:
 
 
 def _looks_like_router(module: nn.Module) -> bool:
-    """By its name, and by knowing how many experts it chooses."""
+    """Whether the class name is a router's, and the module says how many experts it chooses."""
     if not _ROUTER_NAME.search(type(module).__name__):
         return False
     return hasattr(module, "top_k") or hasattr(getattr(module, "config", None), "top_k_experts")

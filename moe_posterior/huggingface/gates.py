@@ -1,4 +1,4 @@
-"""Gates that live inside another router: they turn what it chose into a Routing, and hold the belief about its experts.
+"""Gates that live inside another library's router: they turn its choice into a Routing and hold the belief about its experts.
 
 Dimensions: T tokens, D hidden size, E experts, k experts per token.
 """
@@ -21,18 +21,18 @@ class Choice(NamedTuple):
     weights: Tensor  # (T, k); its gradient is the router's own
     real: Tensor | None  # (T,) bool, False for padding; None if all are real
     assignment: Assignment | None  # the tokens' clusters, if they are known already
-    stands: bool  # whether this choice is final; if not, a gate that replaces the router makes another
+    stands: bool  # whether this choice is final; if not, a gate in replace mode makes its own
 
 
 class HostedGate(BeliefGate):
-    """What a gate inside another router is asked by it."""
+    """The interface through which a router uses the gate inside it."""
 
-    replaces: ClassVar[bool]  # whether it chooses itself, once there are clusters
+    replaces: ClassVar[bool]  # whether it makes the choice itself once clusters are fitted
 
     @property
     @abstractmethod
     def takes_part(self) -> bool:
-        """Whether it changes the router's choice as things stand."""
+        """Whether it currently changes the router's choice."""
 
     def logits_bias(self, hidden: Tensor) -> tuple[Tensor, Assignment] | None:  # (T, D) -> (T, E)
         """What the evidence adds to the host's logits, and the tokens' clusters; None where it adds nothing."""
@@ -43,7 +43,7 @@ class HostedGate(BeliefGate):
         """Start from counts on healthy data; evidence so far is forgotten."""
 
     def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (T, k) or (T, E)
-        """As :meth:`BeliefGate.observe`; a slot of weight 0, an expert over capacity, took no part and is not observed."""
+        """As :meth:`BeliefGate.observe`; a slot of weight 0 (an expert over capacity) did not take part and is not observed."""
         super().observe(routing, without_idle(self, routing, outcome, dense), dense=dense)
 
 
@@ -58,7 +58,7 @@ class HostedPriorGate(HostedGate, PriorGate):
         return self.biased
 
     def forward(self, hidden: Tensor, choice: Choice | None = None) -> Routing:  # (T, D)
-        """The host's choice as a Routing; padding lies at distance inf, where nothing is observed."""
+        """The host's choice as a Routing; padding gets distance inf, so it is never observed."""
         if choice is None:
             return super().forward(hidden)
         ids, distance = self.assign(hidden) if choice.assignment is None else choice.assignment
@@ -75,7 +75,7 @@ class HostedPriorGate(HostedGate, PriorGate):
 
 
 class HostedPosteriorGate(HostedGate, PosteriorGate):
-    """A :class:`PosteriorGate` in a router's place: it chooses; its weights add up to what the host's own would have."""
+    """A :class:`PosteriorGate` that chooses in a router's place; its weights sum to what the host's own weights would."""
 
     replaces = True
 
@@ -88,11 +88,11 @@ class HostedPosteriorGate(HostedGate, PosteriorGate):
         super().__init__(*args, **options)
         if self.members is not None:
             raise InvalidArgumentError(
-                "clusterings and neighbours must be 1 for a gate in a host's router: its passes count by one cluster a token"
+                "clusterings and neighbours must be 1 for a gate inside a router: fit and warm_start count each token in one cluster"
             )
 
     def forward(self, hidden: Tensor, choice: Choice | None = None) -> Routing:  # (T, D)
-        """This gate's choice, weighted to the sum of the host's weights for that token, in the host's dtype."""
+        """This gate's choice in the host's dtype, its weights scaled to the sum of the host's weights for that token."""
         routing = super().forward(hidden)
         if choice is None:
             return routing
@@ -120,7 +120,7 @@ def make_gate(
     """A hosted gate for one layer.
 
     Raises:
-        InvalidArgumentError: another mode than "prior" or "replace", or a knob that the mode's gate does not take.
+        InvalidArgumentError: a mode other than "prior" or "replace", or a knob that the mode's gate does not take.
     """
     kinds: dict[str, type[HostedPriorGate] | type[HostedPosteriorGate]] = {
         "prior": HostedPriorGate,

@@ -18,21 +18,21 @@ CHILD = "posterior_gate"  # the name of the gate inside its router
 
 
 class Binding:
-    """What a swapped router knows beside its parameters; it is no module, so that nothing of it is saved or cast."""
+    """A swapped router's state besides its parameters; not a module, so that none of it is saved or cast."""
 
     def __init__(self, name: str, original: type[nn.Module], adapter: Adapter, recipe: dict[str, Any]) -> None:
         self.name, self.original, self.adapter = name, original, adapter
         self.recipe = recipe  # what swap_gates was called with: num_clusters, mode, knobs
         self.proved = False  # whether a forward has shown the adapter to fit
-        self.mask: Tensor | None = None  # (B, S), 0 for padding, of the model call under way
-        self.own_choice = False  # whether the router's choice stands even where the gate is to replace it
+        self.mask: Tensor | None = None  # (B, S), 0 for padding, of the current model call
+        self.own_choice = False  # whether the router's own choice is kept even in replace mode
         self.collector: Callable[[Tensor], None] | None = (
             None  # takes the hidden states of real tokens while clusters are fitted
         )
 
 
 class SwappedRouter(GateHost):
-    """Mixed into a router's class by :func:`swapped_class`; a router becomes one by having its ``__class__`` set."""
+    """Mixin that :func:`swapped_class` adds to a router's class; swapping a router sets its ``__class__``."""
 
     moe_posterior: Binding
     posterior_gate: HostedGate
@@ -46,7 +46,7 @@ class SwappedRouter(GateHost):
         return self.moe_posterior.adapter.whole
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The router's own forward, untouched while there is neither evidence nor anybody listening."""
+        """The router's own forward, unchanged as long as there is no evidence and no listener."""
         if is_awake(self):
             from moe_posterior.huggingface.decision import decide  # loads torch's compiler
 
@@ -61,7 +61,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def swapped_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The class derived from a router's own that asks the gate inside; one for each original."""
+    """The subclass of a router's class that consults the gate inside; one per original class."""
     if original not in _CLASSES:
         _CLASSES[original] = type(f"Swapped{original.__name__}", (SwappedRouter, original), {"__module__": __name__})
     return _CLASSES[original]
@@ -84,7 +84,7 @@ def host(router: nn.Module, gate: HostedGate, binding: Binding) -> None:
 
 
 def unhost(router: SwappedRouter) -> None:
-    """Take the gate out again: the router is what it was."""
+    """Take the gate out again; the router is as it was before the swap."""
     _rebind(router, SwappedRouter.forward, router.moe_posterior.original.forward)
     router.__class__ = router.moe_posterior.original  # type: ignore[assignment]
     delattr(router, CHILD)
@@ -97,13 +97,13 @@ def _empty_router(original: type[nn.Module]) -> nn.Module:
 
 
 def wraps_own_forward(router: nn.Module) -> bool:
-    """Whether accelerate's hooks stand around the forward of the router's class, as on models spread over several devices."""
+    """Whether accelerate's hooks wrap the forward of the router's class, as on models spread over several devices."""
     inner = vars(router).get("_old_forward")
     return "_hf_hook" in vars(router) and getattr(inner, "__func__", None) is type(router).forward
 
 
 def _rebind(router: nn.Module, old: Callable[..., Any], new: Callable[..., Any]) -> None:
-    """Methods that were bound to the instance, by accelerate's hooks, follow its class."""
+    """Rebind to the new class the methods that accelerate's hooks bound to the instance."""
     for name in ("forward", "_old_forward"):
         if getattr(vars(router).get(name), "__func__", None) is old:
             vars(router)[name] = MethodType(new, router)

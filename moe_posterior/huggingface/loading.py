@@ -1,6 +1,6 @@
 """Load what a swapped model saved: the model by transformers, the belief by us.
 
-The forms of the files are described in :mod:`~moe_posterior.huggingface.saving`.
+The file formats are described in :mod:`~moe_posterior.huggingface.saving`.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ from moe_posterior.huggingface.swap import SwappedModel, restore_gates, swap_gat
 def load_swapped(path: str | os.PathLike[str], auto_class: Any = None, **options: Any) -> Any:
     """Load a folder that a swapped model's ``save_pretrained`` wrote: the model, its clusters and its belief.
 
-    A plain ``from_pretrained`` of that folder gives the model without the belief, and warns of a tensor whose name says so.
+    A plain ``from_pretrained`` of that folder loads the model without the belief, and warns about a tensor whose name says so.
 
     Args:
         path: the folder.
-        auto_class: whose ``from_pretrained`` loads the model; None (default) takes the class it was saved from.
-        options: for ``from_pretrained``, as ``dtype``, which leaves the belief in float64.
+        auto_class: the class whose ``from_pretrained`` loads the model; None (default) takes the class it was saved from.
+        options: passed to ``from_pretrained``, such as ``dtype``; the belief stays in float64.
 
     Raises:
-        MissingDataError: the folder holds no belief: load it by transformers alone. DamagedFileError: a file of it is torn or
-            altered. InvalidArgumentError: the belief does not belong to the model.
+        MissingDataError: the folder holds no belief: load it with transformers alone. DamagedFileError: a file in it is
+            truncated or altered. InvalidArgumentError: the belief does not belong to the model.
     """
     transformers, _ = libraries()
     _read(path)
@@ -48,17 +48,17 @@ def load_swapped(path: str | os.PathLike[str], auto_class: Any = None, **options
     load_belief(model, path)
     vars(model.config).pop(
         ENTRY, None
-    )  # it speaks of that folder, and a model restored later would carry it into another
+    )  # it describes that folder; a model restored and saved elsewhere must not carry it along
     return model
 
 
 def load_belief(model: nn.Module, directory: str | os.PathLike[str]) -> SwappedModel:
-    """Swap an unswapped model as the one that was saved, and give it the saved belief, bit for bit.
+    """Swap a model the way the saved one was swapped, and load the saved belief, bit for bit.
 
     Raises:
-        MissingDataError: the folder holds no belief. DamagedFileError: a file of it is torn or altered. InvalidArgumentError: the
-            belief is of other routers than this model's, or not the one that the folder's ``config.json`` speaks of. The model stays
-            unswapped.
+        MissingDataError: the folder holds no belief. DamagedFileError: a file in it is truncated or altered.
+            InvalidArgumentError: the belief is for other routers than this model's, or not the one that the folder's
+            ``config.json`` names. The model stays unswapped.
     """
     recipe, belief = _read(directory)
     swapped = swap_gates(model, recipe["num_clusters"], recipe["mode"], **recipe["knobs"])
@@ -80,7 +80,7 @@ def _read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
         raise MissingDataError(f"{path} must hold the belief of a swapped model; there is no such file")
     config = path.with_name("config.json")
     if config.is_file() and _digest_in(config) != hashlib.sha256(path.read_bytes()).hexdigest():
-        raise InvalidArgumentError(f"{path} must be the belief that config.json speaks of; it is another's, or damaged")
+        raise InvalidArgumentError(f"{path} must be the belief that config.json names; it is another one, or damaged")
     belief, recipe = load_tensors(path, KIND)
     del recipe["kind"]
     if recipe.pop("version") != VERSION:
@@ -102,7 +102,7 @@ def _fill(model: nn.Module, belief: Mapping[str, Tensor]) -> None:
     for key, tensor in belief.items():
         owner = next((name for name in gates if key.startswith(f"{name}.")), None)
         if owner is None:
-            raise InvalidArgumentError(f"belief must be of this model's routers, {list(gates)}; got {key!r}")
+            raise InvalidArgumentError(f"belief must be for this model's routers, {list(gates)}; got {key!r}")
         states[owner][key.removeprefix(f"{owner}.")] = tensor
     for name, gate in gates.items():
         try:
@@ -113,7 +113,7 @@ def _fill(model: nn.Module, belief: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _marker_expected() -> Iterator[None]:
-    """Within, transformers' report of what did not fit is not printed if it names the marker: it is checked right after."""
+    """Inside, transformers' report of mismatched weights is not printed if it names the marker; we check it right after."""
 
     def without_marker(record: logging.LogRecord) -> bool:
         return MARKER not in record.getMessage()

@@ -1,4 +1,4 @@
-"""Add evidence to a router's logits inside its own forward, so that everything it does with them stays its own.
+"""Add evidence to a router's logits inside its own forward, so that everything after them is still the router's own code.
 
 Dimensions: T tokens, E experts, W logits a token (at least E), k experts per token.
 """
@@ -25,14 +25,14 @@ _CHOICES = (torch.topk, Tensor.topk)
 
 
 class LogitsInterceptor(TorchFunctionMode):
-    """While active, add ``bias`` to the result of every matrix product that is T rows of W: a router has exactly one.
+    """While active, add ``bias`` to the result of every matrix product of shape (T, W): a router computes exactly one.
 
-    Where the router adds a correction to its scores for the choice alone (DeepSeek-V3's load balancing), an expert that the
-    evidence condemns would keep that advantage; it fades, as the expert's odds do, to the lowest correction of all.
+    Some routers add a correction to the scores for choosing only (DeepSeek-V3's load balancing). An expert that evidence
+    speaks against would keep that advantage, so its correction fades, as its odds do, to the lowest correction of all.
 
     Args:
         num_tokens, width: T and W.
-        bias: (T, W) to be added, at most 0 where it condemns; None only counts the products.
+        bias: (T, W) to be added, below 0 where evidence speaks against an expert; None only counts the products.
         correction: (W,), what the router adds to its scores before choosing; None if nothing.
     """
 
@@ -40,7 +40,7 @@ class LogitsInterceptor(TorchFunctionMode):
         super().__init__()
         self.size, self.width, self.bias = num_tokens * width, width, bias
         self.products = 0  # seen so far
-        self.over = False  # set once the router has chosen: what comes after is none of its logits
+        self.over = False  # set once the router has chosen: products after that are not its logits
         self.handicap: Tensor | None = None  # (T, W), at most 0
         if bias is not None and correction is not None:
             lost = 1 - bias.clamp(max=0.0).exp()

@@ -1,8 +1,8 @@
-"""Know which tokens of a model's call are padding, so that they never become evidence.
+"""Find out which tokens of a model call are padding, so that they never become evidence.
 
 A mask comes as the user gave it, (B, M) over past and present positions, or as transformers made it for a static cache:
-(B, H, S, K) for S queries and K keys, boolean or added to the scores, one for each kind of layer, or a BlockMask. All say of a
-token whether its own key may be attended to.
+(B, H, S, K) for S queries and K keys, boolean or added to the scores, one for each kind of layer, or a BlockMask. Every form tells
+whether a token's own key may be attended to.
 
 Dimensions: B sequences, S positions of the call, M ≥ S positions with the past, K ≥ S keys, H heads.
 """
@@ -22,22 +22,22 @@ _OTHER_TOKENS = {
     "encoder_hidden_states",
     "decoder_input_ids",
 }  # arguments that bring tokens of their own
-_HIDDEN = -1000.0  # an added mask hides with -1e4 or less; what is nearer to 0 is a bias, of relative positions say
+_HIDDEN = -1000.0  # an additive mask hides with -1e4 or less; values nearer to 0 are a bias, for relative positions say
 
 
 class MaskCapture:
-    """A forward-pre-hook that leaves a call's attention mask with the routers below; an object, so that a copied model's refers to
-    the copy's routers.
+    """A forward pre-hook that passes a call's attention mask to the routers inside; an object, so that in a copied model it refers
+    to the copy's routers.
 
-    An inner model that is given a mask of its own overrides the outer one's. One that is given none keeps it, unless its tokens
-    are plainly others: a vision tower's, or those of a decoder beside an encoder.
+    An inner model that is called with its own mask overrides the outer one. Without a mask it keeps the outer one, unless its
+    tokens are clearly different ones: a vision tower's, or a decoder's next to an encoder.
     """
 
     def __init__(self, bindings: list[Binding], outermost: bool) -> None:
         self.bindings, self.outermost = bindings, outermost
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Find the mask and hand it on."""
+        """Find the mask and pass it on."""
         if torch.compiler.is_compiling():
             return
         given = _arguments(model, args, kwargs)
@@ -108,7 +108,7 @@ def padding_of(
 
 
 def _attended(mask: Tensor) -> Tensor:
-    """Where a mask lets attend: True, positive, or, in one that is added to scores, not far below 0."""
+    """Where a mask allows attention: True, positive, or, in an additive mask, not far below 0."""
     if mask.dtype == torch.bool:
         return mask
     added = bool((mask < 0).any()) or (mask.is_floating_point() and mask.ndim > 2 and not bool((mask > 0).any()))
@@ -121,7 +121,7 @@ def _first_key(size: int, keys: int, start: int | None) -> int:
 
 
 def _of_blocks(mask: Any, size: tuple[int, int], start: int | None) -> Tensor:  # -> (B, S)
-    """A BlockMask keeps the rule it was made by."""
+    """A BlockMask keeps the function that it was made from."""
     device = mask.kv_num_blocks.device
     first = _first_key(size[1], mask.seq_lengths[1], start)
     queries, sequences = torch.arange(size[1], device=device), torch.arange(size[0], device=device)

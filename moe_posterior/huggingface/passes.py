@@ -30,7 +30,7 @@ class Reservoir:
         self.rows: Tensor | None = None  # (capacity, D) float32, on the CPU
 
     def add(self, hidden: Tensor) -> None:  # (T, D)
-        """Let each row in with the probability that it belongs to a sample of all rows so far; broken rows do not count."""
+        """Admit each row with the probability that keeps this a uniform sample of all rows so far; non-finite rows are skipped."""
         rows = hidden.detach().to("cpu", torch.float32)
         rows = rows[torch.isfinite(rows).all(dim=1)]
         if self.rows is None:
@@ -39,7 +39,7 @@ class Reservoir:
         drawn = (torch.rand(len(rows), generator=self.generator, dtype=torch.float64) * (number + 1)).long()
         place = torch.where(number < self.capacity, number, drawn)
         kept = (place < self.capacity).nonzero().flatten()
-        last = torch.full((self.capacity,), -1).scatter_reduce(0, place[kept], kept, "amax")  # of several for a slot
+        last = torch.full((self.capacity,), -1).scatter_reduce(0, place[kept], kept, "amax")  # last one per slot
         self.rows[last >= 0] = rows[last[last >= 0]]
         self.seen += len(rows)
 
@@ -127,13 +127,13 @@ def token_outcomes(
     *,
     shift: bool = True,
 ) -> Tensor:  # (B, S) float32
-    """How well each position's prediction did: the shared outcome of all experts that had a part in it, for ``trace.observe``.
+    """How well each position was predicted: one outcome shared by all experts that took part, for ``trace.observe``.
 
     Args:
         logits: what the model returned.
         labels: the true tokens; -100 where there is none, as at padding.
         kind: ``"top1"`` (default) 1 where the most likely token is the true one; ``"probability"`` the true token's probability, which
-            is less coarse where few tokens are hit.
+            is less coarse if few tokens are predicted right.
         shift: True (default) for causal language models, whose position s predicts label s + 1, so that the last position has no
             outcome; False where position s predicts label s.
 
@@ -150,7 +150,7 @@ def token_outcomes(
     logits, labels = validation.floats("logits", logits), validation.integers("labels", labels)
     if logits.ndim != 3 or labels.shape != logits.shape[:2]:
         raise InvalidArgumentError(
-            f"labels must have the shape of logits less its last, {tuple(logits.shape[:2])}; got {tuple(labels.shape)}"
+            f"labels must have the shape of logits without its last dimension, {tuple(logits.shape[:2])}; got {tuple(labels.shape)}"
         )
     if kind not in ("top1", "probability"):
         raise InvalidArgumentError(f"kind must be 'top1' or 'probability'; got {kind!r}")
@@ -158,7 +158,7 @@ def token_outcomes(
     if shift:
         truth = torch.cat([truth[:, 1:], torch.full_like(truth[:, :1], -100)], dim=1)
     known = truth != -100
-    sound = logits.amax(dim=-1).isfinite()  # a prediction that is broken is no failure, and no success, of the experts
+    sound = logits.amax(dim=-1).isfinite()  # a non-finite prediction counts neither for nor against the experts
     if bool(((truth < 0) | (truth >= logits.shape[-1]))[known].any()):
         raise InvalidArgumentError(f"labels must be -100 or lie in [0, {logits.shape[-1]})")
     truth = truth.clamp(min=0)
@@ -208,7 +208,7 @@ def _count(counts: Tensor, routing: Routing, outcome: Tensor) -> None:  # (2, C,
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, jitter and capacity that differ in training; each module's own mode comes back after."""
+    """Evaluation mode: no dropout, jitter or training capacity; each module's own mode is restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -220,7 +220,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """The routing weights alone take part in the backward: no parameter gets a gradient, and no memory for one."""
+    """Only the routing weights take part in the backward pass: no parameter gets a gradient, or memory for one."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -233,7 +233,7 @@ def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _own_choice(routers: Mapping[str, SwappedRouter]) -> Iterator[None]:
-    """Every router chooses as it did before the swap, also one whose gate is to replace it: that is what is measured."""
+    """Every router chooses as it did before the swap, also in replace mode: that choice is what is measured."""
     for router in routers.values():
         router.moe_posterior.own_choice = True
     try:
@@ -244,7 +244,7 @@ def _own_choice(routers: Mapping[str, SwappedRouter]) -> Iterator[None]:
 
 
 def _progress(batches: Batches, label: str) -> Iterable[Mapping[str, Any]]:
-    """transformers' own bar, which its ``disable_progress_bar`` silences."""
+    """transformers' progress bar, which its ``disable_progress_bar`` turns off."""
     try:
         from transformers.utils import logging
     except ImportError as error:

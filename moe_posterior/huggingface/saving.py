@@ -1,8 +1,8 @@
 """Keep the belief of a swapped model beside its weights, and never lose it silently.
 
 transformers renames weights as it saves and loads, rounds buffers to the dtype asked for, and drops what it does not know. So the
-belief travels in a safetensors file of its own, which says by itself how the model was swapped; the model's ``config.json`` names that
-file and its digest, and among the weights lies one tensor that no model expects, so that a plain load warns.
+belief is kept in a safetensors file of its own, which also holds how the model was swapped; the model's ``config.json`` names that
+file and its digest; and the weights include one tensor that no model expects, so that a plain load warns.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ def save_belief(model: nn.Module, directory: str | os.PathLike[str]) -> str:
 
 
 class Saver:
-    """Stands in for a swapped model's own ``save_pretrained``; an object, so that a copied model saves the copy."""
+    """Replaces a swapped model's own ``save_pretrained``; an object, so that a copied model saves the copy."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -62,7 +62,7 @@ class Saver:
         push_to_hub: bool = False,
         **options: Any,
     ) -> Any:
-        """Save the belief beside what the model itself saves; arguments as the model's own method.
+        """Save the model and, next to it, the belief; takes the arguments of the model's own method.
 
         Raises:
             InvalidArgumentError: ``push_to_hub``, which would upload the model without its belief.

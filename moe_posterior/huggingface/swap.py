@@ -28,16 +28,17 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
     (:class:`~moe_posterior.PosteriorGate`), with weights that add up to what the router's own would have, so that its
     scaling stays. Wherever a router reports its logits, as for an auxiliary loss, they carry the bias that was in force.
 
-    What is found are modules whose class name ends in Router, Gate or Gating, that have ``top_k`` and one projection to logits, and
-    return ``(logits, weights (T, k), indices (T, k))``; a hand-written block needs no more than a router of that form. Before the
-    first choice is changed, a forward must have shown that the router behaves so; otherwise that forward raises. A few classes with
-    other returns have adapters of their own.
+    It finds modules whose class name ends in Router, Gate or Gating, that have ``top_k`` and one projection to logits, and
+    return ``(logits, weights (T, k), indices (T, k))``; a hand-written block only needs such a router. Before any choice is
+    changed, a forward must have confirmed that the router behaves this way; otherwise that forward raises. A few classes that
+    return something else have adapters of their own.
 
-    Tokens that a two-dimensional ``attention_mask`` marks as padding never become evidence; a mask of another form does not tell.
+    Tokens that the ``attention_mask`` marks as padding never become evidence: as a (B, M) mask, or as the 4-D mask or BlockMask
+    that transformers makes for a static cache.
 
-    The model's ``save_pretrained`` then saves the belief too (``save_pretrained``). A model that gets LoRA
-    adapters is wrapped first and swapped then; otherwise the wrapper's ``save_pretrained`` does not know of the belief, and
-    :func:`~moe_posterior.huggingface.save_belief` must be called beside it.
+    The model's ``save_pretrained`` then saves the belief too. With LoRA adapters, wrap the model first and swap afterwards;
+    otherwise the wrapper's ``save_pretrained`` does not know about the belief, and
+    :func:`~moe_posterior.huggingface.save_belief` must be called as well.
 
     Next: with ``swapped = swap_gates(model)``, ``swapped.fit(dataloader)``, then ``swapped.warm_start(dataloader)``, then observe.
 
@@ -48,7 +49,7 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
         knobs: options of the mode's gate, the same for every layer.
 
     Returns:
-        What was swapped, and what was left alone and why; printed, it is a table. What was left alone is also warned of.
+        What was swapped, and what was left alone and why; print it for a table. A warning also names what was left alone.
 
     Raises:
         InvalidArgumentError: nothing in the model could be swapped, it is swapped or compiled already, or a knob is out of range;
@@ -108,7 +109,7 @@ def swapped_gates(model: nn.Module) -> Iterator[tuple[str, HostedGate]]:
 
 
 def _validate_savable(recipe: dict[str, Any]) -> None:
-    """Better now than after the training, when the belief is saved."""
+    """Fail now rather than after training, when the belief is saved."""
     try:
         json.dumps(recipe)
     except TypeError as error:

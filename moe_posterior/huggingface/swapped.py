@@ -11,7 +11,7 @@ from moe_posterior.huggingface.passes import Batches, fit_clusters, warm_start
 
 
 class Layer(NamedTuple):
-    """One router, or one mixture whose router is not understood."""
+    """One router, or one mixture whose router is not supported."""
 
     name: str  # in the model
     router: str  # its class
@@ -55,8 +55,8 @@ class SwappedModel:
     ) -> "SwappedModel":
         """Find every layer's clusters in one pass, with a sample of fixed size for each layer in memory.
 
-        The model runs in evaluation mode, without gradients, routing as it does now; belief so far is forgotten, for it spoke of
-        other clusters. Under torch.distributed this is a collective call, and every rank ends with rank 0's clusters.
+        The model runs in evaluation mode, without gradients, routing as it does now; the belief so far is dropped, because it
+        belongs to other clusters. Under torch.distributed this is a collective call, and every rank ends with rank 0's clusters.
 
         Args:
             dataloader: yields the model's arguments as mappings; padding, by ``attention_mask``, is left out.
@@ -72,15 +72,15 @@ class SwappedModel:
         return self
 
     def warm_start(self, dataloader: Batches, max_tokens: int | None = None) -> "SwappedModel":
-        """Measure on healthy data how often each expert's share lowers its token's loss: the reference it will be held to.
+        """Measure on healthy data how often each expert's share lowers its token's loss: the reference for later evidence.
 
         One forward and one backward a batch, through the routing weights alone: no parameter changes or gets a gradient. The
         routers choose as before the swap. Evidence so far is forgotten.
 
         Args:
-            dataloader: yields the model's arguments as mappings; without ``labels``, those of a causal language model are its
-                ``input_ids``, padding left out.
-            max_tokens: stop after this many tokens; None (default) reads everything. 30,000 sufficed for 64 clusters of 8 experts.
+            dataloader: yields the model's arguments as mappings; without ``labels``, a causal language model's ``input_ids`` are
+                used, padding left out.
+            max_tokens: stop after this many tokens; None (default) reads everything. 30,000 were enough for 64 clusters and 8 experts.
 
         Raises:
             NotFittedError: before :meth:`fit`. InvalidArgumentError: there are no labels, or the model returns no loss.

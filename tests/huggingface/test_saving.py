@@ -145,14 +145,14 @@ def test_a_belief_that_is_missing_damaged_or_anothers_is_refused(tmp_path: Path)
     content = bytearray((tmp_path / FILE).read_bytes())
     content[-1] ^= 1
     (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(InvalidArgumentError, match="another's, or damaged"):
+    with pytest.raises(InvalidArgumentError, match="another one, or damaged"):
         load_swapped(tmp_path)
     content[-1] ^= 1
     (tmp_path / FILE).write_bytes(content)
     load_swapped(tmp_path)
     restore_gates(model)
     model.save_pretrained(tmp_path)  # an unswapped model saved over a swapped one
-    with pytest.raises(InvalidArgumentError, match="another's, or damaged"):
+    with pytest.raises(InvalidArgumentError, match="another one, or damaged"):
         load_swapped(tmp_path)
     assert "moe_posterior" not in model.config.to_dict()
 
@@ -246,7 +246,7 @@ def test_a_loaded_model_that_is_restored_and_saved_again_leaves_no_belief_behind
     assert not hasattr(model.config, "moe_posterior")
     restore_gates(model)
     model.save_pretrained(tmp_path)
-    with pytest.raises(InvalidArgumentError, match="another's, or damaged"):
+    with pytest.raises(InvalidArgumentError, match="another one, or damaged"):
         load_swapped(tmp_path)
 
 
