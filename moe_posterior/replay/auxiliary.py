@@ -1,9 +1,9 @@
-"""Tell the gradient of the loss proper from that of an auxiliary loss on the routers' logits.
+"""Separate the gradient of the main loss from that of an auxiliary loss on the routers' logits.
 
-A load-balancing loss says how often experts are asked, not how well they answer, and its gradient reaches every token of every
-layer but the last. So the logits that a router hands on, beside its choice, pass a door that can be shut; and where a backward
-pass reaches the loss of a recorded forward whose graph holds such a door, the gradients of the routing weights are computed once
-more with the doors shut. The gradients of the parameters are what they would have been.
+A load-balancing loss reflects how often experts are used, not how well they do, and its gradient reaches every token of every
+layer but the last. So the logits that a router returns besides its choice pass through a *door*: an identity whose gradient can be
+shut off. When a backward pass reaches the loss of a recorded forward whose graph holds such a door, the gradients of the routing
+weights are computed a second time with the doors shut. The gradients of the parameters do not change.
 
 Dimensions: T tokens, W logits a token, k experts per token.
 """
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-_ROOTS = ("loss", "logits", "last_hidden_state")  # what of a model's output a loss is made of, the nearest to it first
+_ROOTS = ("loss", "logits", "last_hidden_state")  # outputs that a loss is made from, the one closest to the loss first
 _AUXILIARY = "router_logits", "aux_loss", "router_aux_loss", "z_loss", "encoder_router_logits", "decoder_router_logits"
 _shut = [False]  # for every thread: autograd runs backward passes on threads of its own
 
 
 class _HandedOn(torch.autograd.Function):
-    """The identity, through which no gradient comes back while the doors are shut."""
+    """An identity that passes no gradient back while the doors are shut."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, told: Callable[[], None]) -> Tensor:
@@ -39,7 +39,7 @@ class _HandedOn(torch.autograd.Function):
 
 
 class _Chosen(torch.autograd.Function):
-    """The identity, which remembers the gradient that came back through it while the doors were shut."""
+    """An identity that stores the gradient that came back through it while the doors were shut."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, kept: list[Tensor]) -> Tensor:
@@ -54,12 +54,12 @@ class _Chosen(torch.autograd.Function):
 
 
 def handed_on(logits: Tensor, told: Callable[[], None]) -> Tensor:  # (T, W) -> (T, W)
-    """Logits that the router's choice does not use any more; ``told`` is called if a gradient comes back through them."""
+    """Put a door on logits that the router's choice does not use; ``told`` is called if a gradient comes back through it."""
     return _HandedOn.apply(logits, told)
 
 
 def chosen_by(logits: Tensor) -> Tensor:  # (T, W) -> (T, W)
-    """Logits for the choice alone, where what is handed on beside them cannot be had: these are told apart instead."""
+    """Mark the logits that the choice uses, for routers whose returned logits cannot be reached separately."""
     kept: list[Tensor] = []
 
     def only_the_choice(gradient: Tensor) -> Tensor | None:
@@ -76,17 +76,17 @@ class Apart:
 
     def __init__(self, output: Any, weights: list[Tensor]) -> None:
         self.weights = weights
-        self.gradients: list[Tensor | None] | None = None  # None until they were computed apart
+        self.gradients: list[Tensor | None] | None = None  # None until they are computed separately
         fields = _fields(output)
         self._announced = any(fields.get(name) is not None for name in _AUXILIARY)
         self._roots: dict[str, GradientEdge] = {}
         for name, root in _roots(fields).items():
             self._roots[name] = get_gradient_edge(root)
-            # Weakly: a hook that held its own node would keep the graph for good.
+            # A weak reference: a hook that held its own node would keep the graph alive for ever.
             root.register_hook(_Arrival(self, name))
 
     def arrived(self, name: str, gradient: Tensor) -> None:
-        """A gradient has reached a root; the first of them tells."""
+        """Called when a gradient has reached a root; only the first one counts."""
         edge = self._roots.pop(name, None)
         if edge is None or _shut[0]:
             return
@@ -99,13 +99,13 @@ class Apart:
                 self.gradients = list(
                     torch.autograd.grad([edge], self.weights, [gradient], retain_graph=True, allow_unused=True)
                 )
-        except RuntimeError:  # a part of the graph that allows one pass only
+        except RuntimeError:  # part of the graph allows only one backward pass
             self.gradients = None
         for weights, kept in zip(self.weights, before, strict=True):
             weights.grad = kept
 
     def of(self, weights: Tensor) -> Tensor | None:  # (T, k)
-        """The gradient of these routing weights without auxiliary losses; None if it was not computed apart."""
+        """The gradient of these routing weights without auxiliary losses; None if it was not computed separately."""
         if self.gradients is None:
             return None
         for own, gradient in zip(self.weights, self.gradients, strict=True):
@@ -154,7 +154,7 @@ def _roots(fields: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _reaches(root: Node) -> bool:
-    """Whether logits that were handed on have a part in what this node computes."""
+    """Whether this node depends on logits that have a door."""
     waiting, seen = [root], {root}
     while waiting:
         node = waiting.pop()

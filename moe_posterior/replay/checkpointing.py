@@ -10,7 +10,7 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def signature(hidden: Tensor) -> Tensor:  # (N, D) -> () int64
-    """A number that tells hidden states apart by their bits and places, without asking the device for it.
+    """A checksum of hidden states over their bits and positions; it stays on the device, so that nothing waits for it.
 
     >>> rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     >>> signature(rows) == signature(rows.clone()), signature(rows) == signature(rows.flip(0))
@@ -28,8 +28,8 @@ def in_backward() -> bool:
 
 
 def may_run_again() -> bool:
-    """Whether activation checkpointing may run the present forward again.
+    """Whether activation checkpointing may run the current forward again.
 
-    Its reentrant kind runs forwards without gradients, as does inference; the other kind hooks what autograd saves.
+    Reentrant checkpointing runs forwards without gradients, as inference does; the other kind hooks what autograd saves.
     """
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

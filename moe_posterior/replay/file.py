@@ -1,4 +1,4 @@
-"""The routings of a model's forward passes as plain data, and the file they travel in from where they were made to where they count.
+"""The routings of a model's forward passes as plain data, and the file that stores them.
 
 Dimensions: N tokens, D hidden size, E experts, k experts per token.
 """
@@ -18,16 +18,16 @@ from moe_posterior.gates.base import SharedRouting
 from moe_posterior.memberships import Memberships
 
 KIND, VERSION = "recorded routing", 1
-_MEMBERS = ("member_ids", "member_shares")  # beside the fields, of tokens in several clusters
+_MEMBERS = ("member_ids", "member_shares")  # extra fields, for tokens in several clusters
 
 
 class GateMark(NamedTuple):
-    """What a gate must have in common with the one whose routing it is to repeat."""
+    """What must match between a gate and the one whose routing it replays."""
 
     num_experts: int  # E
     top_k: int  # k
     hidden_size: int  # D
-    state: str  # checksum of its state_dict: weights, belief, centroids; "" where it was not asked for
+    state: str  # checksum of its state_dict: weights, belief, centroids; "" if not requested
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -49,14 +49,14 @@ def mark(gate: Gate, *, with_state: bool = True) -> GateMark:
 
 
 def recording_of(gates: Mapping[str, Gate], routings: Sequence[tuple[str, Routing]]) -> Recording:
-    """A recording apart from the autograd graph that the routings came from."""
+    """A recording detached from the autograd graph of its routings."""
     calls = [(name, routing.map(Tensor.detach)) for name, routing in routings]
     return Recording({name: mark(gate) for name, gate in gates.items()}, calls)
 
 
 @as_declared
 def save_recording(recording: Recording, path: str | os.PathLike[str]) -> None:
-    """Write a recording; indices and clusters travel in 32 bits, everything else as it is."""
+    """Write a recording; indices and clusters are stored in 32 bits, everything else unchanged."""
     tensors = {
         f"{place}.{field}": part.to(torch.int32) if part.dtype == torch.int64 else part
         for place, (_, routing) in enumerate(recording.calls)
@@ -77,7 +77,7 @@ def load_recording(path: str | os.PathLike[str]) -> Recording:
 
     Raises:
         MissingDataError, MissingDependencyError: as ``tensorfile.load_tensors``.
-        DamagedFileError: as there, or written by a later version, or an index out of its gate's range.
+        DamagedFileError: as there, or the file was written by a later version, or an index is out of its gate's range.
     """
     tensors, header = load_tensors(path, KIND)
     if header["version"] != VERSION:

@@ -21,10 +21,10 @@ from moe_posterior.replay.find import find_gates, hosting_router
 
 
 class _Listener:
-    """The forward hook of a trace; once the trace is gone, or in a copy of the model, it listens no more."""
+    """The forward hook of a trace; it does nothing once the trace is gone, or in a copy of the model."""
 
     def __init__(self, trace: "Trace | None", name: str) -> None:
-        # Weakly: a trace that nobody observes would otherwise stay, with its autograd graph, as long as the model.
+        # A weak reference: otherwise a trace that is never observed would live, with its autograd graph, as long as the model.
         self._trace = None if trace is None else weakref.ref(trace)
         self._name = name
 
@@ -36,7 +36,7 @@ class _Listener:
         return _Listener, (None, self._name)
 
     def auxiliary(self) -> None:
-        """Tell the trace that a gradient came through logits that a router handed on."""
+        """Tell the trace that a gradient came through logits that a router returned."""
         trace = None if self._trace is None else self._trace()
         if trace is not None:
             trace.auxiliary = True
@@ -73,7 +73,7 @@ class Trace:
         self.routings: list[tuple[str, Routing]] = []
         self.recording = True  # inside the block
         self._seen: list[tuple[str, Tensor]] = []  # calls that checkpointing may run again, by gate and signature
-        self.auxiliary = False  # whether a gradient came through logits that a router handed on
+        self.auxiliary = False  # whether a gradient came through logits that a router returned
         self._forwards: list[Apart] = []  # of the model, with gradients
         self._watched = 0  # routings of those forwards
         self._overtaken = False  # by a later forward with gradients, which may be the one that is run again
@@ -134,22 +134,22 @@ class Trace:
 
         The loss's gradient on a routing weight is the inner product of the gradient on the layer's output with that expert's
         output, so ``gradient · weight < 0`` says the contribution helped: one bit a slot and layer, at no extra forward.
-        A gradient of exactly zero beside another that is not zero says that the contribution did nothing, as that of a dead expert:
-        it did not help. A token without any gradient has no loss and is not observed, which stands as NaN; so do a slot of weight
-        zero, a gradient of NaN, and a routing that the loss does not depend on.
+        A gradient of exactly zero next to a nonzero one means that the contribution did nothing, like that of a dead expert: it did
+        not help. The outcome is NaN (not observed) for a token without any gradient, which has no loss, for a slot of weight zero,
+        for a NaN gradient, and for a routing that the loss does not depend on.
 
-        An auxiliary loss on the routers' logits, for the balance of their load, says nothing of competence. Where the loss that the
-        recorded model returned has one, or a loss made of its logits and router logits, the outcomes are those of the loss without it,
-        at the cost of a second backward pass through the activations.
+        An auxiliary loss on the routers' logits, for load balancing, says nothing about competence. If the loss that the recorded
+        model returned includes one, or your loss is made from its logits and router logits, the outcomes are those of the loss
+        without it, at the cost of a second backward pass through the activations.
 
         Raises:
-            InvalidArgumentError: as :meth:`observe_gradients`, or an auxiliary loss that could not be told apart, in a loss made of
-                something else than the recorded model's output.
+            InvalidArgumentError: as :meth:`observe_gradients`, or an auxiliary loss that cannot be separated, because the loss is
+                not made from the recorded model's output.
         """
         self._require_routings()
         if all(routing.routing_weights.grad is None for _, routing in self.routings):
             raise InvalidArgumentError(
-                f"the routing weights of gate {self.routings[0][0]!r} have no gradient, nor have any others: call "
+                f"the routing weights of gate {self.routings[0][0]!r} have no gradient, and no others do: call "
                 f"loss.backward() on a loss of the recorded forward first"
             )
         outcomes = []
@@ -177,28 +177,28 @@ class Trace:
             return apart
         if self.auxiliary and weights.grad is not None:
             raise InvalidArgumentError(
-                f"the loss's gradient on gate {name!r} must be told apart from that of an auxiliary loss on router logits: call "
-                f"backward on the loss that the recorded model returned, or on one made of its logits"
+                f"the loss's gradient on gate {name!r} must be separated from that of an auxiliary loss on router logits: call "
+                f"backward on the loss that the recorded model returned, or on one made from its logits"
             )
         return torch.zeros_like(weights) if weights.grad is None else weights.grad
 
     def close(self) -> None:
-        """Take the hooks off the gates. Observing does it too, and the trace's end; until then they stay, for a recomputation in the
-        backward pass.
+        """Remove the hooks from the gates. Observing does so too, and so does deleting the trace; until then they stay, for
+        recomputation in the backward pass.
         """
         _remove(self._handles)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the routings for :func:`~moe_posterior.replay.replay`, before they are observed; a file is replaced whole or not.
+        """Write the routings for :func:`~moe_posterior.replay.replay`, before they are observed; files are replaced atomically.
 
         Raises:
-            InvalidArgumentError: there are no routings, or no longer.
+            InvalidArgumentError: there are no routings, or they were observed already.
         """
         self._require_routings()
         save_recording(recording_of(self.gates, self.routings), path)
 
     def keep(self, name: str, hidden: Tensor, routing: Routing) -> Routing:  # (N, D)
-        """Note a routing that the gate of this name has made, and hand it back as part of the graph; the hooks call this."""
+        """Note a routing that the gate of this name has made, and return it as part of the graph; the hooks call this."""
         # Activation checkpointing runs the forward again inside the backward pass: the same tokens, not new ones.
         recomputed = in_backward()
         if not recomputed and not self.recording:
@@ -288,7 +288,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
 
 
 def auxiliary_listener(gate: nn.Module) -> Callable[[], None]:
-    """What to call where a gradient comes through logits that this gate's router has handed on."""
+    """What to call when a gradient comes through logits that this gate's router returned."""
     listeners = [hook for hook in gate._forward_hooks.values() if isinstance(hook, _Listener)]
 
     def tell() -> None:

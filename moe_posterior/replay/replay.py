@@ -1,4 +1,4 @@
-"""Repeat a recorded routing: what a rollout chose is what training on it must choose.
+"""Replay a recorded routing: training on a rollout must use the experts that the rollout used.
 
 Dimensions: N tokens, D hidden size, E experts, k experts per token.
 """
@@ -62,14 +62,14 @@ class _ForcedRouter:
         self.release()
 
     def release(self) -> None:
-        """End the mode; it outlives the router's call where an interrupt cut that short, for which hooks are not called."""
+        """Leave the mode; an interrupt that ends a router's call early runs no forward hooks, so it would stay on."""
         if self.mode is not None:
             mode, self.mode = self.mode, None
             mode.__exit__(None, None, None)
 
 
 class Replay:
-    """A recorded routing on its way back into a model, inside :func:`replay`.
+    """A recorded routing while it is being forced on a model, inside :func:`replay`.
 
     ``pending`` holds the calls still to come, as (name of the gate, its routing).
     """
@@ -79,7 +79,7 @@ class Replay:
         self.inside = True  # the block
         self._weights, self._total = weights, len(recording.calls)
         self._seen: list[_Call] = []
-        self._forward_since = False  # a forward of these gates after the block, which is none of ours
+        self._forward_since = False  # whether these gates ran a forward after the block
         self._handles: list[RemovableHandle] = []
         self._forced: list[_ForcedRouter] = []
         for name, gate in gates.items():
@@ -93,7 +93,7 @@ class Replay:
                 self._handles.append(router.register_forward_hook(hooks.after, always_call=True))
 
     def close(self) -> None:
-        """Take the hooks off the gates."""
+        """Remove the hooks from the gates."""
         for hooks in self._forced:
             hooks.release()
         for handle in self._handles:
@@ -101,7 +101,7 @@ class Replay:
         self._handles, self._seen, self._forced = [], [], []
 
     def leave(self) -> None:
-        """End of the block; where calls may yet be run again in a backward pass the hooks stay for those alone."""
+        """End of the block; the hooks stay only for calls that a backward pass may still run again."""
         self.inside = False
         if self.pending:
             left, (name, _) = len(self.pending), self.pending[0]
@@ -113,7 +113,7 @@ class Replay:
             self.close()
 
     def force(self, name: str, gate: Gate, hidden: Tensor, routing: Routing) -> Routing | None:
-        """The routing for this call of a gate, in place of its own; None leaves it its own."""
+        """The routing to force on this call of a gate; None keeps the gate's own."""
         recorded = self.expected(name, hidden)
         if recorded is None:
             self._forward_since = self._forward_since or not in_backward()
@@ -136,7 +136,7 @@ class Replay:
         return routing
 
     def expected(self, name: str, hidden: Tensor) -> Routing | None:  # (N, D)
-        """What was recorded for the call that this gate is in; None where the call is not part of the replay."""
+        """What was recorded for the current call of this gate; None if the call is not part of the replay."""
         if in_backward():  # activation checkpointing: the same tokens again, not the next ones
             return self._recall(name, hidden)
         if not self.inside:
@@ -161,7 +161,7 @@ class Replay:
         for call in reversed(self._seen):
             if call.name == name and torch.equal(call.signature, wanted):
                 return call.routing
-        if self._forward_since:  # of a forward pass that was never ours
+        if self._forward_since:  # of a forward pass that is not part of the replay
             return None
         raise InvalidArgumentError(
             f"gate {name!r} must see in the backward pass, bit for bit, what it saw in the forward pass; it does not. Run the backward "
@@ -180,23 +180,23 @@ def replay(
 ) -> Iterator[Replay]:
     """Force a recorded routing on the forward passes inside the block.
 
-    Training on what a rollout produced wants the experts that the rollout used: a gate that is a little different by then, or
-    computed in another precision, would choose others, and the probabilities would not be those of the model that acted. Calls
-    must come in the recorded order with the recorded numbers of tokens, and all of them. Activation checkpointing gets, when it
-    runs a call again, what that call got. Record and replay may be nested.
+    Training on a rollout needs the experts that the rollout used: a gate that has changed a little since, or runs in another
+    precision, would choose others, and the probabilities would not be those of the model that acted. The model must make all
+    recorded calls, in the recorded order and with the recorded numbers of tokens. A call that activation checkpointing runs again
+    gets the same routing again. Record and replay may be nested.
 
     Args:
         model: holds the same gates, by name, order and sizes, as the model recorded; not compiled.
         recorded: a trace that has not been observed yet, a file of :meth:`Trace.save`, what
             :func:`~moe_posterior.replay.load_recording` read, or :func:`recording_from_experts`.
-        weights: ``"recorded"`` (default) also forces the routing weights, as constants: the same outputs bit for bit, whatever has
-            become of the gates, and no gradient to them. ``"recomputed"`` forces the experts alone and weighs them by the gate's own
-            rule as of now, with gradient, as training a router on a rollout needs; outputs are the same while the gates are.
+        weights: ``"recorded"`` (default) also forces the routing weights, as constants: the same outputs bit for bit, however the
+            gates have changed, and no gradient to them. ``"recomputed"`` forces only the experts and weights them by the gate's
+            current rule, with gradient, which training a router on a rollout needs; outputs are the same while the gates are.
         same_state: also require the gates' weights, clusters and belief to be those of the recording, bit for bit.
 
     Raises:
         InvalidArgumentError: another model, another order or number of tokens, calls left over at the end of the block, a gate
-            that knows no rule to weigh a given choice, or a swapped router that makes more of its logits than choice and weights
+            that cannot weight a given choice, or a swapped router that uses its logits for more than choice and weights
             (Inkling). MissingDataError, DamagedFileError: the file is missing or damaged.
 
     >>> from moe_posterior import PosteriorMoE, record
@@ -232,7 +232,7 @@ def replay(
 
 @as_declared
 def recording_from_experts(model: nn.Module, experts: Mapping[str, Tensor]) -> Recording:  # name: (N, k)
-    """One forward pass as an engine reports it: the chosen experts alone, to be replayed with ``weights="recomputed"``.
+    """One forward pass as an engine reports it: only the chosen experts, to be replayed with ``weights="recomputed"``.
 
     Args:
         model: what will be trained on it.
@@ -307,7 +307,7 @@ def _validate_weights(name: str, gate: Gate, router: GateHost | None, weights: W
 
 
 def _make_room(gates: dict[str, Gate]) -> None:
-    """Close a replay that has ended; refuse beside one that has not."""
+    """Close a replay that has ended; raise if one is still running."""
     for name, gate in gates.items():
         for hook in list(gate._forward_hooks.values()):
             if isinstance(hook, _Forced):

@@ -1,4 +1,4 @@
-"""Weigh experts that somebody else chose by a router's own rule; a gate does it by :meth:`~moe_posterior.gates.Gate.reweigh`.
+"""Weight experts that were chosen elsewhere by a router's own rule; gates have :meth:`~moe_posterior.gates.Gate.reweigh`.
 
 Dimensions: N tokens, E experts, k experts per token.
 """
@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class ForcedChoice(TorchFunctionMode):
-    """While active, the top-k by which a router chooses gives the recorded experts and their values; all else stays the router's.
+    """While active, the top-k by which a router chooses returns the recorded experts and their values; the rest is unchanged.
 
-    What the router makes of the values, normalisation and scaling, follows by its own rule and with its gradient.
+    What the router does with the values, normalisation and scaling, follows its own rule, with gradient.
 
     >>> with ForcedChoice(torch.tensor([[2, 0]]), num_experts=3):
     ...     torch.tensor([[0.1, 0.7, 0.2]]).topk(2)
@@ -43,7 +43,7 @@ class ForcedChoice(TorchFunctionMode):
         return torch.return_types.topk((args[0].gather(-1, indices), indices))
 
     def _is_choice(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Among all experts and of as many as recorded: not the best groups, nor the best of each group."""
+        """Whether a top-k is over all experts and of the recorded k, not one that picks groups or the best within each group."""
         scores, (num_tokens, top_k) = args[0], self.expert_indices.shape
         wanted = args[1] if len(args) > 1 else kwargs.get("k")
         whole = scores.shape[-1] >= self.num_experts and scores.numel() == num_tokens * scores.shape[-1]
