@@ -1,9 +1,9 @@
-"""The same gates in a serving engine: ``export_routing`` and what belongs to it.
+"""The same gates in a serving engine: ``export_routing``, and saving, loading and updating what it exports.
 
 vLLM and SGLang call a custom routing function with keywords, ``custom_routing_function(hidden_states=..., gating_output=...,
-topk=..., renormalize=...)``, and take back weights (T, k) in float32 and expert ids (T, k) in int32. That was read in the wheels of
-vLLM 0.33.0 (``CustomRoutingRouter``, ``CPURouter``) and SGLang 0.5.23 (``select_experts``). Neither is a dependency; the tests call
-as they do, and call vLLM's own router where it is installed.
+topk=..., renormalize=...)``, and expect weights (T, k) in float32 and expert ids (T, k) in int32. We took this from the wheels of
+vLLM 0.33.0 (``CustomRoutingRouter``, ``CPURouter``) and SGLang 0.5.23 (``select_experts``). Neither is a dependency; the tests make
+the same calls, and call vLLM's own router where it is installed.
 """
 
 from moe_posterior.serving.export import export_routing, load_routing, save_routing, update_routing

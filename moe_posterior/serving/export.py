@@ -1,4 +1,4 @@
-"""From the gates of a model to routing functions, and from one process to another."""
+"""Turn the gates of a model into routing functions, and pass those to other processes."""
 
 import os
 from collections.abc import Mapping
@@ -28,20 +28,20 @@ def export_routing(
 ) -> dict[str, CustomRouting]:
     """A routing function for every gate of a model, by the gate's name; for a swapped model, by its router's.
 
-    The functions hold copies and know nothing of the model. They give the choice of the gates as they are now: later evidence reaches
-    them by :meth:`CustomRouting.refresh` or :func:`update_routing`. What an engine calls hidden states and logits must be what the
-    router saw and computed; weights come as the engine asks for them by ``renormalize``. The nearest cluster is always the exact one.
+    The functions hold copies and no reference to the model. They choose as the gates do now; later evidence reaches them through
+    :meth:`CustomRouting.refresh` or :func:`update_routing`. The engine's hidden states and logits must be those that the router sees
+    and computes; weights are normalised if the engine asks for it by ``renormalize``. The nearest cluster is always the exact one.
 
     Args:
         model: was given to ``swap_gates``, or holds :class:`~moe_posterior.PriorGate` or :class:`~moe_posterior.PosteriorGate` itself.
-        rule: what the model makes of its logits, one for all or by name. None (default) finds a swapped router's rule by trying it on
-            random hidden states and takes softmax top-k for a gate of ours.
+        rule: how the model turns logits into a choice, one for all or by name. None (default) finds a swapped router's rule by trying
+            it on random hidden states, and takes softmax top-k for a gate of ours.
         scaled: whether the weights include the model's ``routed_scaling_factor``. False (default): SGLang multiplies by it after a
             custom routing function, and vLLM where the layer has ``apply_routed_scale_to_output``. True for a vLLM layer without that.
 
     Raises:
-        InvalidArgumentError: no gates, a gate of another class or one that draws or looks at each token, or a router whose rule is not
-            one that :class:`HostRule` can say; the message names it.
+        InvalidArgumentError: no gates, a gate of another class or one that draws at random or scores each token separately, or a router
+            whose rule :class:`HostRule` cannot express; the message names it.
 
     >>> from moe_posterior import PosteriorMoE
     >>> hidden = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -105,7 +105,7 @@ def load_routing(path: str | os.PathLike[str]) -> dict[str, CustomRouting]:
 @torch.no_grad()
 @as_declared
 def update_routing(functions: Mapping[str, CustomRouting], path: str | os.PathLike[str]) -> None:
-    """Give routing functions in use the clusters and evidence of a file, in the memory that they have.
+    """Give routing functions in use the clusters and evidence of a file, in place.
 
     Raises:
         InvalidArgumentError: the file's functions have other names, kinds, rules or sizes; nothing has changed.
@@ -131,7 +131,7 @@ def _routing_of(name: str, gate: Gate, rule: HostRule, hosted: bool) -> CustomRo
     for kind in (PriorRouting, PosteriorRouting):
         if isinstance(gate, kind.serves):
             try:
-                # A gate that keeps its host's logits weighs as the host does anyway.
+                # A gate that keeps its host's logits weights experts as the host does anyway.
                 return kind(gate, rule, spread=not hosted, hosted=hosted and kind is PosteriorRouting)
             except InvalidArgumentError as error:
                 raise InvalidArgumentError(f"gate {name!r} cannot be served: {error}") from error

@@ -1,4 +1,4 @@
-"""The rule by which a swapped router chooses, found by trying.
+"""Find the rule by which a swapped router chooses, by trying it.
 
 Dimensions: T tokens, D hidden size, E experts, k experts per token.
 """
@@ -17,11 +17,11 @@ from moe_posterior.serving.rule import HostRule, ScoringFunction, choose
 _PROBES = 128  # T
 _SPREAD = 2.0  # standard deviation of the logits to try on: near 0 all rules give nearly the same weights
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-_AGREEING = 0.9  # of the tokens must get the same experts; in low precision logits tie, and ties fall as they may
+_AGREEING = 0.9  # share of tokens that must get the same experts; low-precision logits tie, and tie-breaking differs
 
 
 class _Logits(LogitsInterceptor):
-    """Keeps the product that it counts."""
+    """Also keeps the product that it counts."""
 
     logits: Tensor
 
@@ -44,7 +44,7 @@ def rule_of(name: str, router: SwappedRouter) -> HostRule:
     """The rule that turns the router's logits into what the router returns, tried on random hidden states.
 
     Raises:
-        InvalidArgumentError: none of those that :class:`HostRule` can say does.
+        InvalidArgumentError: no rule that :class:`HostRule` can express does.
     """
     binding, gate = router.moe_posterior, router.posterior_gate
     kind = binding.original.__name__
@@ -75,7 +75,7 @@ def _run(router: SwappedRouter, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _candidates(router: SwappedRouter, hidden: Tensor) -> Iterator[HostRule]:
-    """By what the router calls its numbers; whether they mean that, the trial tells."""
+    """A guess from the names of the router's attributes; the trial then checks it."""
     correction = router.moe_posterior.adapter.correction(router, (hidden,), {})
     scale = float(getattr(router, "routed_scaling_factor", 1.0))
     counts = [getattr(router, name, None) for name in ("num_group", "n_group")]

@@ -1,4 +1,4 @@
-"""Gates as the routing function that vLLM and SGLang let a model bring along.
+"""Gates as the custom routing function that vLLM and SGLang accept from a model.
 
 Dimensions: T tokens, D hidden size, C clusters, E experts, k experts per token.
 """
@@ -20,14 +20,14 @@ from moe_posterior.serving.rule import HostRule, choose
 
 
 class CustomRouting(FixedPrecision):
-    """A gate's decision without the gate: tables of its own, no reference to a model, no decision on the host.
+    """A gate's decision without the gate: its own tables, no reference to a model, no data-dependent branch on the host.
 
     Pickles, compiles to one graph, and can be captured in a CUDA graph: :meth:`refresh` and ``load_state_dict`` write new evidence into
     the same memory. Move it to the device of the model before the first call.
 
     Args:
         gate: where clusters and evidence are copied from.
-        rule: what the model makes of its logits.
+        rule: how the model turns its logits into a choice.
         spread: whether ties are spread over experts by cluster, as our own gates do, rather than going to the lowest expert.
         hosted: whether the gate lives in the model's own router.
     """
@@ -51,7 +51,7 @@ class CustomRouting(FixedPrecision):
 
     @property
     def rule(self) -> HostRule:
-        """What the model makes of its logits."""
+        """How the model turns its logits into a choice."""
         return self._rule._replace(e_score_correction_bias=self.correction)
 
     @abstractmethod
@@ -96,7 +96,7 @@ class CustomRouting(FixedPrecision):
             raise InvalidArgumentError(f"gate must be a {self.serves.__name__}; got {type(gate).__name__}")
 
     def settings(self) -> dict[str, Any]:
-        """What beside the tables makes this routing, as JSON values."""
+        """Everything that defines this routing besides the tables, as JSON values."""
         rule = self._rule._asdict()
         del rule["e_score_correction_bias"]
         sizes = {"hidden_size": self.hidden_size, "num_experts": self.num_experts, "top_k": self.top_k}
@@ -151,7 +151,7 @@ class CustomRouting(FixedPrecision):
 
 
 class PriorRouting(CustomRouting):
-    """A :class:`~moe_posterior.PriorGate`'s: the model's own logits and rule, less what evidence speaks against an expert.
+    """A :class:`~moe_posterior.PriorGate`'s: the model's own logits and rule, with a penalty where evidence speaks against an expert.
 
     Without evidence the logits are untouched, and the choice is the engine's default.
 
@@ -176,14 +176,14 @@ class PriorRouting(CustomRouting):
     ) -> tuple[Tensor, Tensor]:
         self._validate(hidden_states, gating_output, topk)
         ids = nearest(hidden_states, Centroids(self.centroids, self.directions, self.offsets))
-        evidence = self.evidence_bias[ids]  # added also while it is all 0: a captured graph cannot branch on it
+        evidence = self.evidence_bias[ids]  # added even while it is all 0: a captured graph cannot branch on it
         return choose(gating_output.float() + evidence, self._ties(ids), topk, renormalize, self.rule, evidence)
 
     @staticmethod
     def _tables(gate: PriorGate) -> dict[str, Tensor]:
         points = gate.clusterer.prepared
         return {
-            "centroids": points.points,  # NaN before a fit: all tokens are then of cluster 0, as in the gate
+            "centroids": points.points,  # NaN before a fit: all tokens then belong to cluster 0, as in the gate
             "directions": points.directions,
             "offsets": points.offsets,
             "evidence_bias": gate.evidence_bias,
@@ -191,12 +191,12 @@ class PriorRouting(CustomRouting):
 
 
 class PosteriorRouting(CustomRouting):
-    """A :class:`~moe_posterior.PosteriorGate`'s: the tables of its choices and weights; the logits count for nothing.
+    """A :class:`~moe_posterior.PosteriorGate`'s: the tables of its choices and weights; the logits are ignored.
 
-    The weights add up to 1, or, of a gate in the model's own router, to what the model's own would have.
+    The weights sum to 1, or, for a gate inside the model's own router, to what the model's own weights would.
     """
 
-    topk_indices: Tensor  # (C, k) int64; one row more where the unlike are a class of their own
+    topk_indices: Tensor  # (C, k) int64; one extra row if outliers are a class of their own
     topk_weights: Tensor  # (C, k) float32
     topk_scores: Tensor  # (C, k) float32
     radius: Tensor  # (C,); (0,) where no distance counts as unusual

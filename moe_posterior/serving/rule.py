@@ -1,4 +1,4 @@
-"""How a model makes a choice of its router's logits.
+"""How a model turns its router's logits into a choice.
 
 Dimensions: T tokens, E experts, k experts per token, G groups of experts.
 """
@@ -15,7 +15,7 @@ ScoringFunction = Literal["softmax", "sigmoid"]
 
 
 class HostRule(NamedTuple):
-    """What a model makes of its router's logits, in the words of vLLM; the default is Mixtral's softmax top-k.
+    """How a model turns its router's logits into a choice, in vLLM's terms; the default is Mixtral's softmax top-k.
 
     >>> HostRule(scoring_func="sigmoid", num_expert_group=8, topk_group=4).scoring_func
     'sigmoid'
@@ -25,10 +25,10 @@ class HostRule(NamedTuple):
     num_expert_group: int = 1  # G; experts are chosen from the best topk_group of them
     topk_group: int = 1
     routed_scaling_factor: float = 1.0  # on the weights; 1 where the engine scales the experts' output itself
-    e_score_correction_bias: Tensor | None = None  # (E,) added to the scores for the choice alone
+    e_score_correction_bias: Tensor | None = None  # (E,) added to the scores for choosing only
 
     def validate(self, num_experts: int) -> None:
-        """Raise InvalidArgumentError unless this can be done with so many experts."""
+        """Raise InvalidArgumentError unless the rule works with this many experts."""
         if self.scoring_func not in get_args(ScoringFunction):
             raise InvalidArgumentError(
                 f"scoring_func must be one of {list(get_args(ScoringFunction))}; got {self.scoring_func!r}"
@@ -52,12 +52,12 @@ def choose(
     topk: int,
     renormalize: bool,
     rule: HostRule,
-    evidence: Tensor | None = None,  # (T, E), what of the logits is evidence: at most 0
+    evidence: Tensor | None = None,  # (T, E), the part of the logits that is evidence: at most 0
 ) -> tuple[Tensor, Tensor]:  # (T, k) float32, (T, k) int32
-    """A model's own choice from its logits; exact ties go to the expert that comes soonest from ``first`` on, in a circle.
+    """A model's own choice from its logits; exact ties go to the first expert counting up from ``first``, wrapping around.
 
-    A correction of the scores that serves the choice alone, such as DeepSeek-V3's load balancing, fades for an expert that evidence
-    speaks against to the lowest correction of all, as it does in a swapped model.
+    A correction that is added to the scores for choosing only, such as DeepSeek-V3's load balancing, fades to the lowest
+    correction of all for an expert that evidence speaks against, as it does in a swapped model.
 
     >>> weights, ids = choose(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0]), 2, True, HostRule())
     >>> ids.tolist(), [round(weight, 3) for weight in weights[0].tolist()]
@@ -65,7 +65,7 @@ def choose(
     """
     scores = torch.softmax(logits, dim=-1) if rule.scoring_func == "softmax" else logits.sigmoid()
     correction = rule.e_score_correction_bias
-    ranking = logits  # as the scores rank, and still apart where those round to the same
+    ranking = logits  # the same order as the scores, and still distinct where those round to the same value
     if correction is not None or rule.num_expert_group > rule.topk_group:
         ranking = scores if correction is None else scores + correction.float()
         outside = _outside_best_groups(ranking, rule, corrected=correction is not None)
@@ -81,7 +81,7 @@ def choose(
 
 
 def _outside_best_groups(ranking: Tensor, rule: HostRule, corrected: bool) -> Tensor:  # (T, E) -> (T, E) bool
-    """A group counts as much as its best expert, or, with a correction, as its best two together."""
+    """A group is ranked by its best expert, or, with a correction, by the sum of its best two."""
     groups = ranking.unflatten(1, (rule.num_expert_group, -1))
     best = groups.topk(min(2, groups.shape[-1]) if corrected else 1, dim=-1).values.sum(dim=-1)
     kept = select(best, torch.zeros_like(best[:, 0], dtype=torch.int64), rule.topk_group).expert_indices
