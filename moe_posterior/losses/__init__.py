@@ -2,8 +2,8 @@
 
 Dimensions: N rows, K classes, E experts, G groups or routing configurations. L_i is the negative log of the probability
 that the *aggregate* gives to the true class of row i. Half precision is computed in float32. Every loss is a 0-d tensor
-with a gradient; of a batch of no rows it is a 0 that hangs on the graph, so that a rank without data can still take part
-in a backward pass. What must outlive a batch is passed in and handed back.
+with a gradient; for an empty batch it is a 0 that is still attached to the graph, so that a rank without data can take part
+in a backward pass. State that must outlive a batch is passed in and returned.
 """
 
 from moe_posterior.losses.calibration import mmce, soft_ece

@@ -20,7 +20,7 @@ def top_label(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # (N, K)
 
 def true_class_nll(probs: Tensor, target: Tensor) -> Tensor:  # (N, K), (N,) -> (N,)
     true = probs.gather(1, target.long()[:, None])[:, 0]
-    # No floor above what the type can hold: at a floor the log has no gradient, and a tilt then gives all weight to rows without one.
+    # Clamp no higher than the type requires: at the clamp the log has no gradient, and a tilt would give such rows all the weight.
     return -true.clamp(min=torch.finfo(true.dtype).tiny).log()
 
 
@@ -42,8 +42,8 @@ def tilted(losses: Tensor, eta: float, detach_weights: bool) -> Tensor:  # (N,) 
 
 
 def multiplied(weights: Tensor, exponent: Tensor) -> Tensor:  # (G,), (G,) -> (G,)
-    """Weights times exp(exponent), normalised; in logs, where a large step cannot overflow nor a weight die at 0."""
-    exponent = exponent.nan_to_num(0.0, 0.0, 0.0)  # an overflow under mixed precision must not stay for good
+    """Weights times exp(exponent), normalised; in log space, where a large step cannot overflow and no weight gets stuck at 0."""
+    exponent = exponent.nan_to_num(0.0, 0.0, 0.0)  # an overflow under mixed precision must not become permanent
     logs = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
     return (logs + exponent.to(weights.dtype)).softmax(0)
 
@@ -57,6 +57,6 @@ def group_means(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor
 
 
 def root(power: Tensor, norm: float) -> Tensor:
-    """The norm-th root; below 1e-12, where rounding decides and the slope has no bound, 0 with slope 0."""
+    """The norm-th root; below 1e-12, where rounding dominates and the slope is unbounded, 0 with slope 0."""
     positive = power > 1e-12
     return torch.where(positive, power.where(positive, 1.0).pow(1 / norm), power * 0)

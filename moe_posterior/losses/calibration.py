@@ -64,7 +64,7 @@ def soft_ece(
         probs: class probabilities.
         target: class indices.
         n_bins: equal-width bins on [0, 1]; the convention of the literature.
-        temperature: a squared confidence; 0.01 spreads a row over about two bins, towards 0 the bins turn hard.
+        temperature: in squared confidence; 0.01 spreads a row over about two bins, and the bins become hard as it goes to 0.
         norm: 1 for the usual ECE; 2, the default, is the one that FGR projects against.
 
     Raises:

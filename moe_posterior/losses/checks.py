@@ -1,4 +1,4 @@
-"""What the losses refuse: shapes, dtypes and values that do not fit, by argument."""
+"""Argument checks of the losses: shapes, dtypes and values that do not fit are refused by name."""
 
 import math
 
@@ -40,7 +40,7 @@ def checked_experts(expert_probs: Tensor, probs: Tensor) -> Tensor:  # (N, E, K)
 
 
 def require_probabilities(name: str, probs: Tensor) -> None:
-    """Logits would train, to nowhere. NaN passes: the loss is NaN, which a gradient scaler knows how to skip."""
+    """Refuse logits: training on them would run and learn nothing. NaN passes: the loss is NaN, which a gradient scaler skips."""
     margin = max(1e-5, 2 * torch.finfo(probs.dtype).eps)
     probs = widened(probs.detach())
     outside = (probs < -margin) | (probs > 1 + margin)

@@ -21,16 +21,16 @@ LEAST_SHARE = 0.01  # of a uniform weight; see robust_config
 
 
 class ConfigurationState(NamedTuple):
-    """What ``robust_config`` remembers between batches of each routing configuration; constants to autograd."""
+    """What ``robust_config`` keeps for each routing configuration between batches; constants for autograd."""
 
     weights: Tensor  # (G,) float64, the adversary's distribution
     gaps: Tensor  # (G,) float64, fading mean of the gap over rows; signed, > 0 where overconfident
-    counts: Tensor  # (G,) float64, rows that mean rests on, faded alike
+    counts: Tensor  # (G,) float64, number of rows behind that mean, faded the same way
 
     @classmethod
     @as_declared
     def start(cls, num_configurations: int, device: torch.device | str | None = None) -> "ConfigurationState":
-        """An even adversary that has seen nothing.
+        """A uniform adversary, before the first batch.
 
         Raises:
             InvalidArgumentError: no configurations.
@@ -60,7 +60,7 @@ def robust_config(
     min_count: float = 30.0,
     half_life: float = 512.0,
 ) -> tuple[Tensor, ConfigurationState]:
-    """Mean loss plus the calibration gap under an adversary over routing configurations, and what to remember.
+    """Mean loss plus the calibration gap under an adversary over routing configurations, and the new state.
 
     mean L + weight · Σ_c q_c t_c gap_c over the configurations in the batch. A batch holds few rows of each, and |gap_c| of few
     rows is mostly noise with a positive mean: its gradient would chase the rarest configuration. So the roles are split.
@@ -69,7 +69,7 @@ def robust_config(
     near 0 within), and the adversary q_c ← q_c exp(step · t_c m_c) / Z. *This* batch only gives the gap, linear in its rows and
     independent of t and q, hence unbiased. Overconfident configurations are pushed down, underconfident ones up.
     The adversary moves for absent configurations too, else frequent ones would win by being seen more often.
-    All of it sees training rows: a model that has learned them by heart shows no gap on them.
+    All of this is measured on training rows: a model that has memorised them shows no gap.
 
     Args:
         probs: class probabilities of the aggregate.
@@ -107,7 +107,7 @@ def robust_config(
     gaps, count = _gaps(gap, *top_label(probs, target), configuration, len(state.weights))
     trust = _trust(state, min_count)
     weights = multiplied(state.weights, step * trust * state.gaps)
-    # A weight that was left to fall for a whole epoch would take another to come back when its configuration needs it.
+    # Without a floor, a weight that falls for an epoch would need another to recover when its configuration needs it.
     weights = weights.clamp(min=LEAST_SHARE / len(weights))
     weights = weights / weights.sum()
     penalty = ((weights * trust).to(gaps.dtype) * gaps).sum()
@@ -126,7 +126,7 @@ def _remembered(
     count: Tensor,  # (G,)
     half_life: float,
 ) -> ConfigurationState:
-    count = count.double().where(gaps.isfinite(), 0.0)  # an overflow under mixed precision must not stay for good
+    count = count.double().where(gaps.isfinite(), 0.0)  # an overflow under mixed precision must not become permanent
     kept = state.counts * torch.exp2(-count / half_life)
     total = kept + count
     mean = (kept * state.gaps + count * gaps.nan_to_num(0.0, 0.0, 0.0)) / total.clamp(min=1e-12)

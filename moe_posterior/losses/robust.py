@@ -120,7 +120,7 @@ def expert_disagreement(
     expert_probs: Tensor,  # (N, E, K)
     routing_weights: Tensor,  # (N, E)
 ) -> Tensor:  # (N,)
-    """How far the experts that were asked stand from the mixture, Σ_e r_e ‖p_e − p‖²; 0 where they agree.
+    """How far the chosen experts' predictions are from the mixture's, Σ_e r_e ‖p_e − p‖²; 0 where they agree.
 
     Raises:
         InvalidArgumentError: a shape or dtype that does not fit, naming the argument.
@@ -152,7 +152,7 @@ def filter_mask(
     Args:
         probs: class probabilities of the aggregate.
         expert_probs: class probabilities of each expert.
-        routing_weights: weight of each expert in the aggregate; 0 for one that was not asked.
+        routing_weights: weight of each expert in the aggregate; 0 for one that was not chosen.
         target: class indices.
         regret_threshold: in nats. The published 1e-6 lets nearly the whole batch through: a mixture of unequal experts
             always loses to the best of them.
@@ -180,7 +180,7 @@ def filter_mask(
         raise InvalidArgumentError(f"quantile must lie in [0, 1] or be None; got {described(quantile)}")
     if not len(regret):
         return torch.zeros_like(regret, dtype=torch.bool)
-    # A row that is not finite tells nothing of the others.
+    # A non-finite row must not affect the others.
     return (regret > regret.nanquantile(level)) | (disagreement > disagreement.nanquantile(level))
 
 
