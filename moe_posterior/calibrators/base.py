@@ -44,12 +44,12 @@ class Outputs(NamedTuple):
 class Calibrator(FixedPrecision, ABC):
     """Base of all calibrators: checks, the ``fitted`` flag, and buffers that take the shape of the state they load.
 
-    The state is float64 and survives every cast of a model that holds the calibrator: what is shown stays the same bits.
+    The state is float64 and survives every cast of a model that holds the calibrator: its output stays the same bit for bit.
     A child registers its state as buffers and writes ``_fit`` and ``_calibrate``, both in float64 and without gradients.
     """
 
-    fit_needs: ClassVar[tuple[str, ...]] = ()  # fields of Outputs without which fit cannot do
-    call_needs: ClassVar[tuple[str, ...]] = ()  # and those without which a call cannot
+    fit_needs: ClassVar[tuple[str, ...]] = ()  # fields of Outputs that fit requires
+    call_needs: ClassVar[tuple[str, ...]] = ()  # and those that a call requires
     keeps_top_label: ClassVar[bool] = True
 
     fitted: Tensor
@@ -60,7 +60,7 @@ class Calibrator(FixedPrecision, ABC):
 
     __call__: Callable[..., Tensor]
 
-    @torch.inference_mode(False)  # some fits follow a gradient
+    @torch.inference_mode(False)  # some fits use gradients
     @torch.no_grad()
     def fit(
         self,
@@ -107,7 +107,7 @@ class Calibrator(FixedPrecision, ABC):
     def _calibrate(self, outputs: Outputs) -> Tensor: ...
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # How many configurations, bins or domains there are is known to the saved state, not to a fresh instance.
+        # The number of configurations, bins or domains comes from the saved state; a fresh instance does not know it.
         for name, buffer in self._buffers.items():
             saved = state_dict.get(prefix + name)
             if buffer is not None and saved is not None and saved.shape != buffer.shape:
@@ -119,7 +119,7 @@ def read_outputs(outputs: Outputs, needs: tuple[str, ...]) -> Outputs:
     """Outputs whose fields are tensors or arrays of any type, ids as int64.
 
     Raises:
-        InvalidArgumentError: probabilities that are none, fields of different lengths, or none where there is to be one.
+        InvalidArgumentError: values that are not probabilities, fields of different lengths, or a missing field.
     """
     if not isinstance(outputs, Outputs):
         raise InvalidArgumentError(f"outputs must be Outputs(probs, ...); got {described(outputs)}")
@@ -150,7 +150,7 @@ def _validate(outputs: Outputs, needs: tuple[str, ...]) -> None:
         if field is not None and (field.ndim == 0 or len(field) != len(probs)):
             raise InvalidArgumentError(f"outputs.{name} must have {len(probs)} rows; got shape {tuple(field.shape)}")
     _validate_fields(outputs)
-    inside = (probs >= -1e-5) & (probs <= 1 + 1e-2)  # False for NaN; half precision rounds that far
+    inside = (probs >= -1e-5) & (probs <= 1 + 1e-2)  # False for NaN; half precision rounds that coarsely
     total = probs.double().sum(1)
     if not inside.all() or ((total - 1).abs() > 1e-2).any():
         row = int((~inside.all(1) | ((total - 1).abs() > 1e-2)).nonzero()[0])
@@ -179,7 +179,7 @@ def _validate_fields(outputs: Outputs) -> None:
             f"outputs.expert_probs must have shape (N, E, {outputs.probs.shape[1]}); got {tuple(experts.shape)}"
         )
     if experts is not None and not ((experts >= -1e-3) & (experts <= 1 + 1e-3)).all():
-        raise InvalidArgumentError("outputs.expert_probs must be probabilities in [0, 1]; got others, or NaN")
+        raise InvalidArgumentError("outputs.expert_probs must be probabilities in [0, 1]; got values outside, or NaN")
     if weights is not None and (
         weights.ndim != 2 or not ((weights >= 0) & (weights < torch.inf)).all() or not (weights.sum(1) > 0).all()
     ):
@@ -200,7 +200,7 @@ def read_target(
     """One class per row, from integers of any type.
 
     Raises:
-        InvalidArgumentError: no rows, or anything else.
+        InvalidArgumentError: no rows, or anything but one class index for each row.
     """
     found = tensor("target", target)
     if is_empty_list(target):

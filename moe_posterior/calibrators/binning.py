@@ -28,10 +28,10 @@ def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:  # (N,), (B
 
 
 class IsotonicCalibration(Calibrator):
-    """The rising step map from confidence to accuracy with the least squared error; the other classes rescaled.
+    """The increasing step function from confidence to accuracy with least squared error; the other classes are rescaled.
 
-    The label shown never changes, so a confidence ends at 1/K at the lowest. Where validation rows were all right the map
-    shows 1, and one mistake there makes the log loss infinite. Needs scikit-learn for ``fit`` alone.
+    The predicted label never changes, so no confidence falls below 1/K. Where all validation rows were right the map gives 1,
+    and one mistake there makes the log loss infinite. Only ``fit`` needs scikit-learn.
 
     Raises:
         MissingDependencyError: in ``fit``, without scikit-learn.
@@ -71,9 +71,9 @@ class IsotonicCalibration(Calibrator):
 
 
 class HistogramBinning(Calibrator):
-    """Equal-mass bins of confidence, each showing the accuracy of its validation rows; the other classes rescaled.
+    """Equal-mass bins of confidence, each mapped to the accuracy of its validation rows; the other classes are rescaled.
 
-    The label shown never changes, so a confidence ends at 1/K at the lowest.
+    The predicted label never changes, so no confidence falls below 1/K.
 
     Args:
         n_bins: bins asked for; equal confidences share a bin, so there may be fewer. 15 as in the usual ECE.

@@ -1,4 +1,4 @@
-"""A calibration map per routing configuration, as far as its evidence carries, and the global map beyond.
+"""A calibration map per routing configuration, shrunk to a global map where the configuration has few rows.
 
 Dimensions: N rows, K classes, C configurations.
 """
@@ -24,7 +24,7 @@ def between_variance(
 
     Under shifts with mean 0 and variance τ² a configuration's score has the second moment ``E[U²] ≈ I + τ² I²``, so
     ``τ² = Σ (U² - I) / Σ I²``. Unlike an estimate from each configuration's own best shift, it needs none of them to be
-    finite; shifts of more than about one logit it underrates (by a third at τ² = 1), which shrinks more, not less.
+    finite; it underestimates shifts of more than about one logit (by a third at τ² = 1), which means more shrinkage, not less.
 
     Source: the moments behind the score test for a variance component, Lin 1997, *Variance component testing in
     generalised linear models with random effects*.
@@ -74,19 +74,19 @@ def lookup(
 
 
 class ConfigurationCalibrator(Calibrator):
-    """A confidence map per routing configuration, shrunk to the global one by how little it has been seen.
+    """A confidence map per routing configuration, shrunk to the global one: the fewer rows, the more.
 
-    Three steps, each on what the one before left over:
+    Three steps, each fitted to what the one before leaves over:
 
     1. one temperature for all rows;
     2. one shift μ of the logit of the top-label confidence for all rows, with the prior N(0, 1): a temperature alone can
-       leave the mean confidence off;
+       leave the mean confidence wrong;
     3. per configuration a shift d_c on top, with the prior N(0, τ²): a one-dimensional ridge logistic regression. τ² is
        the between-configuration variance by the method of moments, so configurations that differ no more than noise does
        all keep the global map.
 
-    Shown is ``sigmoid(logit(confidence) + μ + d_c)``, for a configuration that was not seen without d_c; the other classes
-    share the rest in proportion. The top label stays, so with K classes a confidence ends at 1/K at the lowest.
+    The result is ``sigmoid(logit(confidence) + μ + d_c)``, without d_c for a configuration that ``fit`` has not seen; the other
+    classes share the rest in proportion. The top label stays, so with K classes no confidence falls below 1/K.
 
     Args:
         bounds: temperatures tried, as in ``TemperatureScaling``.

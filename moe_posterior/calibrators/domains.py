@@ -29,8 +29,8 @@ class MultiDomainTemperature(Calibrator):
     """One temperature per domain of the fit; rows of other domains get one from a regression on their features.
 
     The regression is least squares of log T of a row's domain on 1, excess novelty ``log(1 + relu(novelty - 1))``,
-    disagreement and entropy, every domain weighing the same; a feature that is not given is left out. What it predicts is
-    clamped to the range of the domains' own temperatures: a line says nothing about temperatures no domain has had. A row
+    disagreement and entropy, with equal weight for each domain; a feature that is not given is left out. Its prediction is
+    clamped to the range of the domains' own temperatures: a linear fit says nothing about temperatures no domain had. A row
     uses its domain's own temperature where ``outputs.domain`` names a known one, the regression otherwise.
 
     Args:
@@ -77,7 +77,7 @@ class MultiDomainTemperature(Calibrator):
         features, self.given = domain_features(outputs)
         features = features.clamp(max=1e6)  # an infinite novelty
         root_weight = part_weights(parts).sqrt()
-        # The pseudo-inverse leaves out columns that are 0 or follow from others.
+        # The pseudo-inverse drops columns that are 0 or depend linearly on others.
         self.weights = torch.linalg.pinv(features * root_weight[:, None], rtol=1e-9) @ (
             root_weight * self.log_temperature[parts]
         )

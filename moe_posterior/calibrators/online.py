@@ -1,4 +1,4 @@
-"""A calibrator that keeps learning: outcomes that trickle in move the confidence shown.
+"""A calibrator that keeps learning: outcomes that arrive later adjust the confidence.
 
 Dimensions: N rows, K classes, C configurations, B confidence bins.
 """
@@ -22,10 +22,10 @@ STRENGTHS = (10.0, 30.0, 100.0, 300.0)
 
 
 class OnlineConfigurationCalibrator(Calibrator):
-    """Starts as a fitted static calibrator and follows delivered outcomes, pooled from coarse to fine.
+    """Starts as a fitted static calibrator and learns from outcomes as they arrive, pooled from coarse to fine.
 
     ``observe(outputs, correct)`` counts successes and failures per (configuration, confidence bin): float64 sums, a few
-    hundred bytes per configuration whatever the traffic, additive over replicas (``merge``). From all of them it draws
+    hundred bytes per configuration whatever the traffic, additive over replicas (``merge``). From these counts it computes
 
     1. an offset and a slope of the logit of the static confidence, which a few dozen outcomes already move
        (``pooling.affine_posterior``);
@@ -33,18 +33,18 @@ class OnlineConfigurationCalibrator(Calibrator):
        ``(strength · m + successes) / (strength + n)`` with that confidence m as the prior mean (``pooling.beta_shift``);
     3. per configuration the same, on top of both.
 
-    Shown is ``sigmoid(offset + slope · logit(static) + bin + configuration)``. Without outcomes that is the static calibrator, bit
-    for bit; a configuration without outcomes gets the pooled steps. Where ``outputs.configuration`` is None all rows count as
-    one. The label of the static calibrator stays, so with K classes a confidence ends at 1/K at the lowest.
+    The result is ``sigmoid(offset + slope · logit(static) + bin + configuration)``. Without outcomes that is the static calibrator,
+    bit for bit; a configuration without outcomes gets the pooled steps. Where ``outputs.configuration`` is None all rows count as
+    one. The label of the static calibrator stays, so with K classes no confidence falls below 1/K.
 
     Args:
         static: the calibrator to start from; ``fit`` fits it if it is not.
         strength: pseudo-observations of the prior in steps 2 and 3. None: ``fit`` chooses among 10, 30, 100 and 300 by the log
             score of each half of the validation rows after observing the other half.
-        half_life: outcomes after which an outcome counts half, for worlds that keep moving; None: never forget.
+        half_life: number of later outcomes after which an outcome counts half, for conditions that keep changing; None: never forget.
 
     Raises:
-        InvalidArgumentError: a knob without meaning.
+        InvalidArgumentError: an option out of range.
 
     Source: ours; the hierarchy as in Gelman et al., *Bayesian Data Analysis*, chapter 5.
 
@@ -118,11 +118,11 @@ class OnlineConfigurationCalibrator(Calibrator):
         """Add the outcomes that a replica with the same static calibrator has observed.
 
         Raises:
-            InvalidArgumentError: under a half-life, where the order of outcomes matters and two replicas have none.
+            InvalidArgumentError: under a half-life, where the order of outcomes matters and two replicas have no common order.
         """
         if self.half_life is not None or other.half_life is not None:
             raise InvalidArgumentError(
-                f"merge must come without a half_life; got {self.half_life} and {other.half_life}"
+                f"merge must be between calibrators without a half_life; got {self.half_life} and {other.half_life}"
             )
         self._make_room(other.configurations)
         slots = torch.searchsorted(self.configurations, other.configurations)

@@ -1,4 +1,4 @@
-"""How delivered outcomes move confidences: counts per (configuration, confidence bin), and shifts drawn from them.
+"""How delivered outcomes move confidences: counts per (configuration, confidence bin), and shifts computed from them.
 
 Dimensions: M outcomes, C configurations, B confidence bins, S prior scales.
 """
@@ -16,7 +16,7 @@ PRIOR_SCALES = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
 class Counts(NamedTuple):
-    """Sums over outcomes, all additive; the logits' sum says where in its bin a cell's mass lies."""
+    """Sums over outcomes, all additive; the sum of logits gives the mean logit of a cell within its bin."""
 
     successes: Tensor  # (C, B) float64
     failures: Tensor  # (C, B) float64
@@ -24,7 +24,7 @@ class Counts(NamedTuple):
 
 
 class Shifts(NamedTuple):
-    """The map drawn from counts: ``logit' = offset + slope · logit + bins[bin] + configurations[c]``."""
+    """The map computed from counts: ``logit' = offset + slope · logit + bins[bin] + configurations[c]``."""
 
     offset: Tensor  # ()
     slope: Tensor  # ()
@@ -50,7 +50,7 @@ def affine_posterior(
 
     For one scale σ the pair maximises ``Σ s log p + f log(1 - p) - a² / (2σ²) - 2 (k - 1)² / σ²`` with
     ``p = sigmoid(a + k · logit)``: priors a ~ N(0, σ²) and k ~ N(1, (σ/2)²). The scales are weighted by the Laplace
-    approximation of their marginal likelihood, times 1/σ: a large change has to be earned. Outcomes that agree with the
+    approximation of their marginal likelihood, times 1/σ: a large change needs strong evidence. Outcomes that agree with the
     confidences favour a small scale, which keeps the map where it is; outcomes that contradict them soon favour a large
     one, which lets it move. A negative slope becomes 0: more confident never means less often right.
 

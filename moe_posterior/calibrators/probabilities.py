@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-FLOOR = 1e-12  # below it a probability says no more than "never", and its logarithm would rule every fit
+FLOOR = 1e-12  # below it a probability says no more than "never", and its logarithm would dominate every fit
 LOGIT_BOUND = 13.8  # about the logit of 1 - 1e-6
 
 
@@ -55,7 +55,7 @@ def with_confidence(
     """Give the top label this confidence and share the rest among the other classes in their old proportions.
 
     The top label must stay on top. So a confidence below 1/K becomes 1/K; and where the runner-up would overtake, the rest
-    is mixed with the uniform just far enough that the two tie: the confidence asked for is shown all the same.
+    is mixed with the uniform distribution just enough that the two tie: the requested confidence is still used.
 
     >>> with_confidence(torch.tensor([[0.8, 0.2, 0.0], [0.8, 0.2, 0.0]]), torch.tensor([0.6, 0.4]))
     tensor([[0.6000, 0.4000, 0.0000],
@@ -99,7 +99,7 @@ def root(
 ) -> Tensor:
     """Where an elementwise increasing function crosses 0, by bisection; the nearer bound where it does not.
 
-    The slope of a convex loss is such a function, and bisection has no step size that could go wrong.
+    The slope of a convex loss is such a function, and bisection has no step size to tune.
 
     >>> root(lambda x: x**2 - 2, torch.zeros(1, dtype=torch.float64), torch.full((1,), 2.0, dtype=torch.float64))
     tensor([1.4142], dtype=torch.float64)

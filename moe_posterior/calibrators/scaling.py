@@ -26,7 +26,7 @@ def best_temperature(
     target: Tensor,  # (N,) int64
     bounds: tuple[float, float],
 ) -> Tensor:  # ()
-    """The temperature in ``bounds`` with the smallest negative log-likelihood; 1 where every temperature is as good.
+    """The temperature in ``bounds`` with the smallest negative log-likelihood; 1 if all temperatures are equally good.
 
     The loss is convex in 1/T, so its slope, mean(E_p[z] - z_y), has one zero: bisection finds it. Rows without a
     mistake have no best temperature and get the lower bound.
@@ -90,7 +90,7 @@ class TemperatureScaling(Calibrator):
 class ExpertTemperature(Calibrator):
     """One temperature per expert, each fitted to that expert's own validation loss; then mixed by the routing weights.
 
-    May change the top label: the experts' shares in it move.
+    May change the top label, because the experts' contributions change.
 
     Args:
         bounds: temperatures are clamped to these; [0.1, 10] as published.

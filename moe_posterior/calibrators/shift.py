@@ -17,7 +17,7 @@ from moe_posterior.errors import InvalidArgumentError
 
 
 def excess_novelty(novelty: Tensor) -> Tensor:  # (N,) -> (N,)
-    """``log(1 + relu(novelty - 1))``: 0 inside a cluster, and slow enough outside that one outlier is only one outlier.
+    """``log(1 + relu(novelty - 1))``: 0 inside a cluster, and growing slowly outside, so that a single outlier does not dominate.
 
     >>> excess_novelty(torch.tensor([0.5, 1.0, 2.0])).tolist()
     [0.0, 0.0, 0.6931471824645996]
@@ -35,14 +35,14 @@ def shift_signs(outputs: Outputs) -> tuple[Tensor, Tensor]:  # -> (N, 2), (2,) b
 
 
 def require_signs(given: Tensor, fitted: Tensor) -> None:  # (2,) bool, (2,) bool
-    """Refuse outputs that lack a sign of shift which the fit has read."""
+    """Refuse outputs that lack a sign of shift that the fit used."""
     for name, now, then in zip(("novelty", "disagreement"), given.tolist(), fitted.tolist(), strict=True):
         if then and not now:
             raise InvalidArgumentError(f"outputs.{name} must be given as in fit; got None")
 
 
 def part_weights(parts: Tensor) -> Tensor:  # (N,) int64 in [0, P) -> (N,)
-    """Weights that sum to 1 and give every part the same say, however many rows it has.
+    """Weights that sum to 1 and give every part the same total, however many rows it has.
 
     >>> part_weights(torch.tensor([0, 0, 1])).tolist()
     [0.25, 0.25, 0.5]
@@ -52,11 +52,11 @@ def part_weights(parts: Tensor) -> Tensor:  # (N,) int64 in [0, P) -> (N,)
 
 
 class ShiftAwareTemperature(Calibrator):
-    """``T(x) = exp(a + b · novelty + c · disagreement)``: doubt grows with the distance from what was seen.
+    """``T(x) = exp(a + b · novelty + c · disagreement)``: the farther a row is from what was seen, the less confident.
 
     Here ``novelty`` is ``log(1 + relu(distance / radius - 1))``, and both signs are divided by, and capped at, the largest
     value among the rows of the fit: b and c are the growth of log T over the range seen, and T cannot grow beyond what
-    the simulated shifts have shown. b, c ≥ 0. ``fit`` wants rows of several simulated shifts (a domain left out, a
+    the simulated shifts have shown. b, c ≥ 0. ``fit`` needs rows of several simulated shifts (a domain left out, a
     corruption) and unshifted ones; ``outputs.domain`` numbers these parts and every part weighs the same. Where the
     signs do not rise, as on an easy new domain, the temperature does not either.
 
@@ -76,7 +76,7 @@ class ShiftAwareTemperature(Calibrator):
         bounds: the temperatures that may be shown.
 
     Raises:
-        InvalidArgumentError: a knob without meaning, a reference that is not among the parts, or a sign that was there in
+        InvalidArgumentError: an option out of range, a reference that is not among the parts, or a sign that was there in
             ``fit`` and is missing later.
 
     Source: ours; the temperature as a function of the input follows Yu et al. 2022, *Robust Calibration with Multi-domain
@@ -116,7 +116,7 @@ class ShiftAwareTemperature(Calibrator):
             if not value > 0:
                 raise InvalidArgumentError(f"{name} must be positive; got {value}")
         self.reference, self.ridge, self.level_ridge, self.bounds = reference, ridge, level_ridge, bounds
-        self.register_buffer("given", torch.zeros(2, dtype=torch.bool))  # which signs fit has read
+        self.register_buffer("given", torch.zeros(2, dtype=torch.bool))  # which signs fit used
         for name, shape in (
             ("scale", (2,)),  # largest signs in the fit
             ("row_weights", (3,)),  # a, b, c
@@ -131,9 +131,9 @@ class ShiftAwareTemperature(Calibrator):
 
     @torch.no_grad()
     def adapt(self, outputs: Outputs) -> Self:
-        """Read the level of the shift from unlabelled rows, in place of the level read before; no rows: back to none.
+        """Estimate the level of the shift from unlabelled rows, replacing any earlier estimate; an empty batch resets it.
 
-        The level is a mean over the rows: give some dozens at least.
+        The level is a mean over the rows: give at least a few dozen.
         """
         self.require_fitted()
         outputs = read_outputs(outputs, ())
@@ -225,7 +225,7 @@ def _fit_log_temperature(
         losses = torch.nn.functional.cross_entropy(logits / log_temperature.exp()[:, None], target, reduction="none")
         return weights @ losses + ridges @ slopes.square()
 
-    # A slope that starts at 0 would stay there: the gradient of its square root is 0.
+    # A slope is the square of a parameter: started at 0 it would stay there, because the gradient is 0.
     first = torch.cat([start[None], start.new_full((features.shape[1],), 0.3)])
     found = minimise(loss, first)
     return torch.cat([found[:1], found[1:].square()])
