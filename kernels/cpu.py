@@ -4,10 +4,10 @@ Dimensions: N tokens, D hidden size, C clusters, k experts per token.
 
 The product with the centroids is nearly all of a table gate's cost, and a CPU with bfloat16 instructions does it several times faster
 in bfloat16. Its error is bounded: rounding x and d to 8 bits and the sum to 8 bits changes x·d by at most ``3.1 · 2⁻⁹ ‖x‖ ‖d‖``
-(Cauchy-Schwarz; the float32 accumulation is in the margin). Where the best similarity leads the second by more than twice that, it is
-the best in float32 too; the other tokens are assigned by the reference. So the choice is the reference's, not an approximation.
+(Cauchy-Schwarz; the float32 accumulation is in the margin). If the best similarity leads the second by more than twice that, it is
+the best in float32 too; all other tokens are assigned by the reference. So the result is the reference's, not an approximation.
 
-A single token is decided in numpy: there a torch operation costs more than its arithmetic.
+A single token is assigned in numpy, because one torch call costs more than the arithmetic in it.
 """
 
 import math
@@ -29,7 +29,7 @@ BLOCK = 256  # tokens whose offsets from their centroids stay in the cache
 
 @lru_cache(maxsize=1)
 def has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware; emulated it is slower than float32."""
+    """Whether this processor multiplies bfloat16 in hardware; emulated, it is slower than float32."""
     return "bf16" in torch.backends.cpu.get_cpu_capability().lower() or _flag("avx512_bf16") or _flag("amx_bf16")
 
 
@@ -42,9 +42,9 @@ def _flag(name: str) -> bool:
 
 
 def applies(hidden: Tensor) -> bool:  # (N, D)
-    """Whether :func:`assign` may stand in: it has no gradient and looks at the data, so no graph can hold it."""
+    """Whether :func:`assign` can be used: it has no gradient and branches on the data, so it cannot be part of a graph."""
     if (
-        type(hidden) is not Tensor  # of a fake one, for one, nothing can be seen
+        type(hidden) is not Tensor  # a fake tensor, for example, has no values to look at
         or not hidden.is_cpu
         or hidden.dtype is not torch.float32
         or torch.compiler.is_compiling()
@@ -59,7 +59,7 @@ def applies(hidden: Tensor) -> bool:  # (N, D)
 def assign(hidden: Tensor, centroids: Centroids, *, low_precision: bool | None = None) -> Assignment:  # (N, D) float32
     """As :func:`moe_posterior.kernels.reference.assign`: the same clusters, and distances equal up to rounding.
 
-    Where the centroids come with levels, a batch is assigned by them: to a valid cluster, near, but not always the nearest.
+    If the centroids have levels, a batch is assigned by them: to a valid, near cluster that is not always the nearest.
 
     Args:
         hidden: float32 on a CPU.
@@ -78,7 +78,7 @@ def assign(hidden: Tensor, centroids: Centroids, *, low_precision: bool | None =
     else:
         cluster_ids = _exact(hidden, centroids)
     distance = _distance(hidden, centroids.points, cluster_ids)
-    if not bool(torch.isfinite(distance).all()):  # a broken row, or one beyond float32: as the reference says
+    if not bool(torch.isfinite(distance).all()):  # NaN, inf or too large: left to the reference
         return reference.assign(hidden, centroids)
     if centroids.radius is not None:
         outside = distance > centroids.radius[cluster_ids]
@@ -113,7 +113,7 @@ class Views:
         kept, views, rows, _ = self._kept
         if kept != addresses:
             views, rows = tuple(c.numpy() for c in centroids), tuple(table.numpy()[:, None] for table in tables)
-            self._kept = (addresses, views, rows, centroids + tables)  # at once: other threads see the old or the new
+            self._kept = (addresses, views, rows, centroids + tables)  # one assignment: threads see the old or the new
         points, directions, offsets, *radius = views
         similarity = directions.dot(vector)
         similarity -= offsets
@@ -195,7 +195,7 @@ def _by_levels(hidden: Tensor, levels: Levels) -> Tensor:  # (N,)
 
 
 def _distance(hidden: Tensor, points: Tensor, cluster_ids: Tensor) -> Tensor:  # (N, D), (C, D), (N,) -> (N,)
-    """Directly, block by block: in one piece the offsets would go through memory three times."""
+    """From the differences, block by block: in one piece they would pass through memory three times."""
     distance = hidden.new_empty(len(hidden))
     for start in range(0, len(hidden), BLOCK):
         rows = slice(start, start + BLOCK)

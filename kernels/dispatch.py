@@ -1,4 +1,4 @@
-"""One function a task picks the backend that runs it: ``auto`` falls back, an explicit backend that cannot run raises.
+"""One function per task, which picks the backend: ``auto`` falls back, an explicit backend that cannot run raises.
 
 Triton runs on CUDA and ROCm devices (NVIDIA from compute capability 8.0), and on CPU tensors where ``TRITON_INTERPRET=1`` was set
 before the import, which is how the kernels are tested without a GPU.
@@ -70,13 +70,13 @@ def route(
     """Nearest centroid, lower confidence bounds of its experts, the k best, their weights, by the chosen backend.
 
     Args:
-        alpha, beta: pseudo-counts; one row more than there are centroids where these have a radius. Triton takes float32: counts
-            kept in float64 are to be copied once a change, not once a call.
-        top_k, risk_aversion, temperature: as of :class:`~moe_posterior.gates.posterior.PosteriorGate`; Triton takes k ≤ 64.
+        alpha, beta: pseudo-counts; one row more than there are centroids where these have a radius. Triton takes float32: copy
+            float64 counts once per change, not once per call.
+        top_k, risk_aversion, temperature: as in :class:`~moe_posterior.gates.posterior.PosteriorGate`; Triton takes k ≤ 64.
         active: experts that may be chosen; the others score -inf and come last. None (default): all.
         seed: None (default) ranks by lower confidence bounds; a number ≥ 0 ranks by one draw from each expert's posterior instead. It
-            depends on (seed, place of the token in the batch, expert) alone. See :mod:`moe_posterior.kernels.sampling`.
-        backend: as of :func:`route_by_table`.
+            depends on (seed, position of the token in the batch, expert) only. See :mod:`moe_posterior.kernels.sampling`.
+        backend: as in :func:`route_by_table`.
 
     Raises:
         InvalidArgumentError: the backend is unknown or cannot run here; a seed below 0 or beyond 63 bits.
@@ -110,16 +110,16 @@ def route_prior(
 ) -> tuple[reference.Assignment, reference.Selection, Tensor]:  # weights (N, k)
     """Nearest centroid, a learned gate's logits plus that cluster's bias, the k best, softmax over them, by the chosen backend.
 
-    Ties, broken rows and the class of the unlike are as in :func:`route`; a logit that is NaN counts as -inf. Gradients flow through
+    Ties, rows with NaN or inf and the outlier class are as in :func:`route`; a NaN logit counts as -inf. Gradients flow through
     scores and weights to ``hidden``, ``gate_weight`` and ``gate_bias``, and through the distance to ``hidden``.
 
     Args:
         gate_weight, gate_bias: of the learned gate; Triton takes a weight of the dtype of ``hidden``.
-        evidence_bias: float32, one row more than there are centroids where these have a radius; 0 leaves the gate as it is. Takes part
-            in no gradient.
+        evidence_bias: float32, one row more than there are centroids where these have a radius; 0 changes nothing. Gets no
+            gradient.
         top_k: k; Triton takes k ≤ 64.
         active: experts that may be chosen; the others score -inf and come last. None (default): all.
-        backend: as of :func:`route_by_table`.
+        backend: as in :func:`route_by_table`.
 
     Raises:
         InvalidArgumentError: the backend is unknown or cannot run here. MissingDependencyError: Triton is not installed.

@@ -1,4 +1,4 @@
-"""Routing in plain torch: the definition of correct that every faster backend is held to.
+"""Routing in plain torch: the definition of correct, against which every faster backend is tested.
 
 Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
 
@@ -41,22 +41,22 @@ class Levels(NamedTuple):
 
 
 class Centroids(NamedTuple):
-    """Centroids and what the search for the nearest one wants to have at hand; see :func:`prepare_centroids`."""
+    """Centroids and what is precomputed for the search for the nearest one; see :func:`prepare_centroids`."""
 
     points: Tensor  # (C, D) float32
     directions: Tensor  # (C, D) float32, points less their mean
     offsets: Tensor  # (C,) float32
-    radius: Tensor | None = None  # (C,) float32; given, a token farther than its centroid's radius belongs to cluster C
-    rounded: Tensor | None = None  # (C, D) bfloat16 directions, which :mod:`moe_posterior.kernels.cpu` proposes by
+    radius: Tensor | None = None  # (C,) float32; a token farther than its centroid's radius belongs to cluster C
+    rounded: Tensor | None = None  # (C, D) bfloat16 directions, for the first pass of :mod:`moe_posterior.kernels.cpu`
     reach: Tensor | None = None  # () float32, the longest direction
-    levels: Levels | None = None  # given, a batch on a CPU is assigned by them, approximately
+    levels: Levels | None = None  # if given, a batch on a CPU is assigned by them, approximately
 
 
 def prepare_centroids(points: Tensor) -> Centroids:  # (C, D)
-    """What depends on the centroids alone, worth keeping between calls.
+    """Precompute what depends on the centroids alone and is worth keeping between calls.
 
     With m the centroids' mean and d = c - m, the nearest centroid maximises ``x·d - (m·d + ‖d‖²/2)``. Against the plain
-    ``x·c - ‖c‖²/2`` this costs nothing and does not drown the differences between clusters in an offset that they share, such as
+    ``x·c - ‖c‖²/2`` this costs nothing, and the differences between clusters are not drowned in an offset that they share, such as
     the massive activations of language models.
     """
     exact = points.double()
@@ -76,14 +76,14 @@ def assign(hidden: Tensor, centroids: Centroids) -> Assignment:  # (N, D)
     """Nearest centroid of every token and the Euclidean distance to it, in float32 also under autocast.
 
     Equal distances go to the lower cluster. A row that holds NaN or inf has no nearest centroid: it goes to cluster 0 at distance
-    inf, so that its index is valid and it reads as infinitely novel. A finite row too large for float32 arithmetic keeps some
-    valid cluster, and distance inf. Where the centroids come with a radius, whatever lies outside it, broken rows too, forms one more
-    class, with index C.
+    inf, so that its index is valid and it reads as infinitely novel. A finite row too large for float32 arithmetic gets some
+    valid cluster and distance inf. If the centroids have a radius, tokens outside it, and rows with NaN or inf, form one more class,
+    the outlier class, with index C.
     """
     cluster_ids = nearest(hidden, centroids)
     with torch.autocast(hidden.device.type, enabled=False):
         tokens = hidden.float()
-        # Directly: ‖x‖² - 2 x·c + ‖c‖² would leave nothing but rounding for data far from the origin.
+        # From the differences: ‖x‖² - 2 x·c + ‖c‖² would leave only rounding error for data far from the origin.
         distance = torch.linalg.vector_norm(tokens - centroids.points[cluster_ids], dim=-1)
     distance = torch.where(torch.isnan(distance), torch.inf, distance)
     if centroids.radius is not None:
@@ -92,7 +92,7 @@ def assign(hidden: Tensor, centroids: Centroids) -> Assignment:  # (N, D)
 
 
 def nearest(hidden: Tensor, centroids: Centroids) -> Tensor:  # (N, D) -> (N,) int64
-    """The clusters of :func:`assign` where the distance is not wanted and no radius counts."""
+    """The clusters of :func:`assign`, when the distance is not needed and there is no radius."""
     with torch.autocast(hidden.device.type, enabled=False):
         similarity = hidden.float() @ centroids.directions.T - centroids.offsets
     best, cluster_ids = similarity.max(dim=-1)
@@ -113,7 +113,7 @@ def select(
 def weigh(scores: Tensor, temperature: float) -> Tensor:  # (N, k) -> (N, k)
     """Routing weights: softmax of ``score / temperature`` over the chosen experts; k = 1 gives exactly 1.
 
-    An infinite score counts as the largest number of its sign, so that a row of removed experts alone has weights too.
+    An infinite score counts as the largest finite number of its sign, so that a row with only removed experts has weights too.
     """
     largest = torch.finfo(scores.dtype).max
     return torch.softmax((scores / temperature).clamp(-largest, largest), dim=-1)
@@ -131,7 +131,7 @@ def route(
     active: Tensor | None = None,  # (E,) bool
     seed: int | None = None,
 ) -> tuple[Assignment, Selection, Tensor]:  # weights (N, k)
-    """The full path in one call: nearest centroid, lower confidence bound or with a seed a draw, top-k, weights."""
+    """The full path in one call: nearest centroid, lower confidence bounds (with a seed, draws), top-k, weights."""
     prepared = centroids if isinstance(centroids, Centroids) else prepare_centroids(centroids)
     assignment = assign(hidden, prepared)
     rows = assignment.cluster_ids
@@ -160,7 +160,7 @@ def route_prior(
 ) -> tuple[Assignment, Selection, Tensor]:  # weights (N, k)
     """Prior mode: a learned gate's logits plus the bias of the token's cluster, top-k, softmax over the chosen.
 
-    Logits are float32 also under autocast. A logit that is NaN, as of a row that holds NaN or inf, counts as -inf.
+    Logits are float32 also under autocast. A NaN logit, as in a row that holds NaN or inf, counts as -inf.
     """
     assignment = assign(hidden, centroids)
     with torch.autocast(hidden.device.type, enabled=False):

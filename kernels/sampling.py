@@ -1,4 +1,4 @@
-"""Beta draws that depend on (seed, token, expert) alone: the definition that the Triton kernels are held to.
+"""Beta draws that depend on (seed, token, expert) alone: the definition against which the Triton kernels are tested.
 
 Dimensions: N tokens, E experts.
 

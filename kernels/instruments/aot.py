@@ -1,4 +1,4 @@
-"""Every kernel variant compiled ahead of time, without a GPU, and what the compilers say of it.
+"""Compile every kernel variant ahead of time, without a GPU, and report what the compilers made of it.
 
 Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
 
@@ -62,17 +62,17 @@ class Report:
     launches: int
     token_reads: int
     minimal_bytes: float
-    requested_bytes: float  # as the model has it
-    counted_bytes: float | None  # as the PTX has it
-    memory_ratio: float  # to the minimum: tokens and outputs as often as asked for, all else once a launch
-    requested_ratio: float  # to the minimum: everything as often as asked for
-    resident_bytes: int  # that once supposes to stay in the second-level cache
+    requested_bytes: float  # by the model
+    counted_bytes: float | None  # by the PTX
+    memory_ratio: float  # to the minimum: tokens and outputs as often as requested, all else once per launch
+    requested_ratio: float  # to the minimum: everything as often as requested
+    resident_bytes: int  # assumed to stay in the second-level cache, if read once per launch
 
 
 def variants() -> Iterator[Variant]:
     """All combinations of dtype, tiles and kernel, the full path up to C = 512, E = 1024.
 
-    D is an argument of the kernels, not a constant; here it is small, so that the count of their bytes is soon done.
+    D is an argument of the kernels, not a constant; here it is small, so that counting their bytes is quick.
     """
     for dtype in _POINTERS:
         for num_tokens in (1, 4096, 8192):
@@ -87,9 +87,9 @@ def variants() -> Iterator[Variant]:
 
 
 def largest() -> Iterator[Variant]:
-    """Of every dtype and kernel the variants with the most tokens and clusters, of kernel 1 those that read a token once.
+    """For every dtype and kernel the variants with the most tokens and clusters; for kernel 1 those that read a token once.
 
-    Draws, which are slow to compile and touch no token, in bfloat16 alone.
+    Draws, which are slow to compile and do not touch tokens, in bfloat16 only.
     """
     for v in variants():
         most = v.num_clusters == 512 if v.num_experts else v.num_clusters in (64, 256)
@@ -161,13 +161,13 @@ def count_bytes(ptx: str, names: list[str], variant: Variant, tiles: dict[str, i
     arguments = {i: values[name] for i, name in enumerate(names) if name in values}
     found = traffic.walk(ptx, arguments, 32 * tiles["num_warps"])
     tokens = min(variant.num_tokens, tiles["BLOCK_N"])
-    # A walk without data takes every token for one of cluster 0: what it gathers must not be merged.
+    # A walk without data puts every token in cluster 0, so the rows that it gathers must not be merged.
     amounts = {names[i]: access.by_thread if names[i] in _GATHERED else access.merged for i, access in found.items()}
     return {name: amount / tokens for name, amount in amounts.items()}
 
 
 def memory_bytes(variant: Variant, tiles: dict[str, int], counted: dict[str, float] | None) -> float:
-    """Per token, from and to memory: tokens and outputs as often as the code asks for them, all else once a launch."""
+    """Bytes per token to and from memory: tokens and outputs as often as the code asks, all else once per launch."""
     if counted is None:
         streamed: float = roofline.token_reads(variant, tiles) * roofline.token_bytes(variant) + roofline.output_bytes(
             variant

@@ -1,6 +1,6 @@
 """What the CPU benchmarks share: a gate that has learned, and ratios of medians of two functions that take turns.
 
-Both sides run in the same loop, so that what else the machine does hits both alike.
+Both sides run in the same loop, so that other load on the machine affects both equally.
 """
 
 import gc
@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_posterior.gates import PosteriorGate
 
 TOP_K = 2
-ROUNDS = 30  # at least; short calls are repeated within a round until it lasts as long as the clock is good for
+ROUNDS = 30  # at least; short calls are repeated within a round until it is long enough for the clock
 ROUND_SECONDS = 0.02
 
 

@@ -4,7 +4,7 @@
 
 Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token. Every path is captured in a CUDA graph, so that what
 is timed is the device and not Python; each shape takes a few seconds. The GB/s are those of the minimal traffic, each input read once
-and each output written once: the roofline's, not the memory controller's. Without a GPU it says so and ends well.
+and each output written once: the roofline's, not the memory controller's. Without a GPU it says so and exits with 0.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SHAPES = [(8192, 4096, 64, 64, 8), (16384, 2048, 128, 128, 8), (4096, 7168, 256,
 DTYPES = [torch.bfloat16, torch.float32]
 KNOBS: dict[str, Any] = {"risk_aversion": 1.0, "temperature": 0.1}
 SEED = 1  # of the draws
-_NEAR_TIE = 1e-4  # of a token's similarity to its own centroid: below it, float32 itself does not know the nearest
+_NEAR_TIE = 1e-4  # of a token's similarity to its own centroid: below it, float32 itself cannot tell which is nearest
 _REPLAYS, _SAMPLES = 20, 15
 _FLUSH_BYTES = 256 * 2**20  # more than any second-level cache
 Call = Callable[[], Any]
@@ -69,11 +69,11 @@ def make_problem(shape: tuple[int, int, int, int, int], dtype: torch.dtype, devi
 
 
 def check(problem: Problem) -> dict[str, float]:
-    """Hold all kernels to the reference; what they may differ in is near-ties and last digits.
+    """Check all kernels against the reference; they may differ only in near-ties and last digits.
 
     Raises:
-        WrongAnswerError: a cluster that is no near-tie, experts or weights that are not the cluster's, a distance off by more than
-            1e-4, a draw or a gate's choice that is no near-tie of the reference's.
+        WrongAnswerError: a cluster that is not a near-tie, experts or weights that are not the cluster's, a distance off by more
+            than 1e-4, a draw or a gate's choice that is not a near-tie of the reference's.
     """
     p = problem
     expected = reference.route_by_table(p.hidden, p.centroids, *p.tables)
@@ -206,7 +206,7 @@ def run(
     compiled: Callable[[Call], Call],
     shapes: list[tuple[int, int, int, int, int]],
 ) -> list[dict[str, Any]]:
-    """One row a shape, dtype and path; a wrong answer ends everything."""
+    """One row per shape, dtype and path; a wrong answer stops the run."""
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         for dtype in DTYPES:
@@ -236,7 +236,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check, time, print, write; 0 also where there is no GPU to do it on."""
+    """Check, time, print, write; returns 0 also without a GPU."""
     parser = argparse.ArgumentParser(
         prog="python -m moe_posterior.kernels.instruments.bench_gpu", description="Time routing on a GPU"
     )

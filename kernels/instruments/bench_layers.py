@@ -42,7 +42,7 @@ def layer_case(batch: int, hidden_size: int, experts: int, backward: bool) -> di
 
 
 def mixtral_case(batch: int, hidden_size: int, experts: int, implementation: str, backward: bool) -> dict[str, Any]:
-    """PosteriorMoE against the Mixtral block of transformers with the same experts; a record that says so where it is missing."""
+    """PosteriorMoE against the Mixtral block of transformers with the same experts; without transformers, a record that says so."""
     ours, softmax, hidden = layers(batch, hidden_size, experts)
     clusters = ours.gate.num_clusters
     case, path = "layer / Mixtral block", f"{implementation}, forward{' + backward' if backward else ''}"
@@ -116,7 +116,7 @@ def layers(batch: int, hidden_size: int, experts: int) -> tuple[PosteriorMoE, Mi
 def peak_bytes(layer: nn.Module, hidden: Tensor) -> int:
     """The most that tensors made during a forward and backward held at once; what an operator uses inside is not seen."""
     step = _step(layer, hidden, backward=True)
-    step()  # whatever is made once is made
+    step()  # allocates what is allocated only once
     layer.zero_grad(set_to_none=True)
     with _Peak() as peak:
         step()
@@ -132,7 +132,7 @@ def saved_bytes(layer: nn.Module, hidden: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = layer(hidden)  # held until all is counted: an address is not given twice
+        output = layer(hidden)  # kept alive until all is counted, so that no address is reused
     del output
     return sum(kept.values())
 

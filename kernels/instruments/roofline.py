@@ -15,7 +15,7 @@ MEMORY_BYTES_PER_US = 3.35e6
 CACHE_BYTES_PER_US = 5.5e6  # between the second-level cache and the multiprocessors; assumed
 CACHE_BYTES = 50e6
 FLOPS_PER_US = {torch.bfloat16: 990e6, torch.float32: 495e6}
-# Products on the matrix units for one of the model: three parts of a direction; a gate's weight is one, or TF32 three times.
+# Matrix-unit products for one product of the model: three parts of a direction; one for a gate's weight, or three with TF32.
 PARTS = 3
 
 
@@ -49,7 +49,7 @@ def minimal_bytes(variant: Variant) -> float:
 
 
 def resident_bytes(variant: Variant) -> int:
-    """What every program reads, and the second-level cache is to hold: directions, tables or belief, gate weights."""
+    """What every program reads and the second-level cache should hold: directions, tables or belief, gate weights."""
     return _centroid_bytes(variant) + variant.num_clusters * _row_bytes(variant) + _gate_bytes(variant)
 
 
@@ -103,7 +103,7 @@ def flops(variant: Variant) -> float:
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    """Shape, dtype, path, then megabytes and microseconds of the least, gigaflops and theirs, megabytes asked for and theirs."""
+    """Shape, dtype, path; then least megabytes, gigaflops and requested megabytes, each with its microseconds."""
     from moe_posterior.kernels.triton import launch
 
     for dtype in FLOPS_PER_US:

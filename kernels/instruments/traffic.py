@@ -1,8 +1,8 @@
-"""What a compiled kernel asks of global memory: one program of its PTX, walked through address by address.
+"""Bytes that a compiled kernel reads and writes in global memory: one program of its PTX, executed address by address.
 
 Every statement on which an address, a predicate of an access or a branch depends is executed for all threads of the program at once;
-the others, the arithmetic on data, are left out, and whatever they would have given reads as zero. So a branch that data decide is
-not taken, and rows that data choose are row 0: of such gathers the bytes are right, the addresses are not.
+the others, arithmetic on data, are skipped, and their results read as zero. So a data-dependent branch is not taken, and
+data-dependent rows are row 0: the bytes of such gathers are right, the addresses are not.
 """
 
 import re
@@ -26,7 +26,7 @@ Value = Any  # an int64 array over the threads, or one number for all
 
 
 class UnreadableCodeError(MoEPosteriorError):
-    """The PTX holds something on which an address depends and that is not understood here."""
+    """An address depends on PTX that this module does not understand."""
 
 
 @dataclass
@@ -106,7 +106,7 @@ def _names(text: str) -> set[str]:
 
 
 def _slice(statements: list[_Statement]) -> set[int]:
-    """Those whose results reach an address, a branch or the predicate of either."""
+    """The statements whose results reach an address, a branch or the predicate of either."""
     wanted: set[str] = set()
     needed: set[int] = set()
     for i, s in enumerate(statements):
@@ -127,7 +127,7 @@ def _slice(statements: list[_Statement]) -> set[int]:
 
 
 def _understood(s: _Statement) -> bool:
-    """What is not, gives data: sums of products, values loaded or passed between threads."""
+    """Whether a statement computes on addresses; the rest computes on data: sums of products, loaded or exchanged values."""
     base, *_, kind = s.operation.split(".")
     if base == "ld" and not s.operation.startswith("ld.param"):
         return False
@@ -167,7 +167,7 @@ def _count(s: _Statement, registers: dict[str, Value], guard: np.ndarray, found:
 
 
 def _width(s: _Statement, registers: dict[str, Value]) -> tuple[int, np.ndarray]:
-    """Bytes a thread, and which threads ask at all: an asynchronous copy that is masked is one of no bytes."""
+    """Bytes per thread, and which threads access memory at all: a masked asynchronous copy moves no bytes."""
     if s.operation.startswith("cp."):
         size = np.asarray(_value(s.operands[-1], registers))
         return int(s.operands[2], 0), size > 0

@@ -1,6 +1,6 @@
 """Triton: the Beta draws of :mod:`moe_posterior.kernels.sampling`, operation by operation."""
 
-# Triton's parameters are no Python values and its kernels are traced: no annotations but constexpr.
+# Triton parameters are not Python values, and kernels are traced: constexpr is the only annotation.
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -46,7 +46,7 @@ def _gamma(shape, normal_word, uniform_word):
 def beta_draws(
     alpha, beta, seed, tokens, experts
 ):  # (BLOCK_N, BLOCK_E) x 2, (), (BLOCK_N, 1) int64, (1, BLOCK_E) int32
-    """One draw for every token and expert, which depends on nothing but their numbers and the seed."""
+    """One draw for every token and expert, which depends only on their indices and the seed."""
     none = tl.zeros_like(alpha).to(tl.int32)
     words = tl.philox(seed, none + experts, none + tokens.to(tl.int32), none + (tokens >> 32).to(tl.int32), none)
     successes = _gamma(alpha, words[0], words[1])

@@ -14,15 +14,15 @@ from moe_posterior.kernels.triton import routing
 
 Prepared = tuple[Tensor, Tensor, Tensor, Tensor | None]  # points (C, D), directions (C, D), offsets (C,), radius (C,)
 INTERPRETED = not isinstance(routing.assign_and_gather, triton.JITFunction)
-_PROGRAMS = 128  # about one a multiprocessor: with fewer tokens than fill them, each takes fewer
+_PROGRAMS = 128  # about one per multiprocessor; for small batches each program takes fewer tokens
 
 
 def tiles(num_tokens: int, num_clusters: int, dtype: torch.dtype, *, amd: bool, prior: bool = False) -> dict[str, int]:
-    """Block sizes, warps and stages; fixed rather than tuned, so that what was proved not to spill is what runs.
+    """Block sizes, warps and stages; fixed rather than tuned, so that what runs is what was checked not to spill.
 
-    Up to 256 clusters are one tile, so that a token is read once; of 256 a program has registers for 32 tokens. Beyond, a token is
-    read once for every 128 clusters, and the more tokens share a read of the centroids the better. In prior mode 64 float32 tokens
-    would spill on sm_90.
+    Up to 256 clusters are one tile, so that a token is read once; with 256, a program has registers for 32 tokens. Beyond 256, a
+    token is read once for every 128 clusters, and more tokens should share each read of the centroids. In prior mode 64 float32
+    tokens would spill on sm_90.
     """
     block_n = max(16, min(64, triton.next_power_of_2(triton.cdiv(num_tokens, _PROGRAMS))))
     block_c = 16 if num_clusters <= 16 else 64 if num_clusters <= 64 else 128
@@ -57,7 +57,7 @@ def table_tile(top_k: int) -> dict[str, int]:
 
 
 def expert_tile(top_k: int, num_experts: int, *, draws: bool = False) -> dict[str, int]:
-    """A whole row of 1024 experts would not fit the registers; 64 with what a draw takes would not either."""
+    """A whole row of 1024 experts would not fit the registers; nor would 64 experts with what a draw needs."""
     return {
         "K": top_k,
         "BLOCK_K": triton.next_power_of_2(top_k),
@@ -125,7 +125,7 @@ def _run(
     amd = torch.version.hip is not None
     prior = kernel is routing.assign_and_add
     options = tiles(num_tokens, num_clusters, hidden.dtype, amd=amd, prior=prior)
-    # What is not given is never read, but its place in the signature is to hold some tensor.
+    # An argument that is not given is never read, but its place in the signature needs some tensor.
     given = [hidden if tensor is None else tensor.contiguous() for tensor in (*centroids, *inputs)]
     rows = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     with torch.cuda.device_of(hidden):  # a launch goes to the current device

@@ -4,8 +4,8 @@ Dimensions: N tokens, D hidden size, C clusters. A program owns BLOCK_N tokens: 
 and keeps the best cluster so far.
 
 The distance comes with the similarities. With m the mean of the centroids and d = c - m, a similarity is s = x·d - (m·d + ‖d‖²/2),
-and ``‖x - c‖² = ‖x - m‖² - 2 s``, whose first term is summed from differences while the first tile of clusters is multiplied. What is
-lost in it is a few roundings of ``Σ|x_i d_i| ≤ (‖x - m‖ + ‖m‖) (‖x - m‖ + ‖x - c‖)``; where ``‖x - c‖²`` is less than 2^-6 of that, or
+and ``‖x - c‖² = ‖x - m‖² - 2 s``, whose first term is summed from differences while the first tile of clusters is multiplied. The
+error is a few roundings of ``Σ|x_i d_i| ≤ (‖x - m‖ + ‖m‖) (‖x - m‖ + ‖x - c‖)``; where ``‖x - c‖²`` is less than 2^-6 of that, or
 not finite, the token is read once more and its distance taken from the differences.
 
 How the similarity is multiplied (``DOT``), always summed in float32:
@@ -14,10 +14,10 @@ How the similarity is multiplied (``DOT``), always summed in float32:
   every product is exact and runs on the matrix units.
 - ``tf32x3``: for float16 and float32 tokens on NVIDIA. Three TF32 products keep 21 bits of each factor.
 - ``ieee``: for float16 and float32 tokens on AMD, whose matrix units multiply float32 as it is.
-- ``emulated``: ``split`` with float32 products, for Triton's interpreter, which multiplies bfloat16 wrongly without a word.
+- ``emulated``: ``split`` with float32 products, for Triton's interpreter, which silently multiplies bfloat16 wrongly.
 """
 
-# Triton's parameters are no Python values and its kernels are traced: no annotations but constexpr.
+# Triton parameters are not Python values, and kernels are traced: constexpr is the only annotation.
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -101,7 +101,7 @@ def _nearest(
 def _distance_to(
     hidden, points, cluster, o_n, m_n, D, stride_n, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """From the differences, at the price of reading the rows of ``m_n`` again."""
+    """Distance from the differences, at the cost of reading the rows of ``m_n`` again."""
     rows = hidden + o_n[:, None] * stride_n
     own = points + cluster[:, None].to(tl.int64) * D
     squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)

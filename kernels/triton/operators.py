@@ -170,7 +170,7 @@ def _away_from_centroids(
     distance: Tensor,  # (N,)
 ) -> Tensor:  # (N, D)
     """The direction away from the centroid; zero where there is none: at the centroid, and for a row that holds NaN or inf."""
-    if has_radius:  # the class of the unlike hides which centroid was nearest
+    if has_radius:  # the outlier class hides which centroid was nearest
         nearest = reference.assign(hidden, reference.Centroids(points, directions, offsets)).cluster_ids
     away = (hidden.float() - points[nearest]) * (gradient / distance)[:, None]
     smooth = (distance > 0) & torch.isfinite(distance)
@@ -186,7 +186,7 @@ def _keep_choice(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _prior_gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of the distance as above; of the weights and scores to the tokens and the gate, over the chosen experts alone."""
+    """Gradients of the distance as above, and of weights and scores to tokens and gate, over the chosen experts only."""
     *of_distance, gate_weight, experts, weights, scores = ctx.saved_tensors
     hidden = of_distance[0]
     to_distance, _, _, to_weights, to_scores = gradients

@@ -6,7 +6,7 @@ program, ``o_`` are offsets, ``m_`` masks, ``b_`` blocks of values; BLOCK_X is t
 best so far.
 """
 
-# Triton's parameters are no Python values and its kernels are traced: no annotations but constexpr.
+# Triton parameters are not Python values, and kernels are traced: constexpr is the only annotation.
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -43,7 +43,7 @@ def assign_and_gather(
 
 @triton.jit
 def _lower_bound(alpha, beta, risk_aversion):
-    """Operation by operation as moe_posterior.beta.lcb, each rounded as IEEE 754 says, so that equals stay equal."""
+    """The same operations as moe_posterior.beta.lcb, each rounded by IEEE 754, so that equal scores stay equal."""
     total = alpha + beta
     mean = tl.div_rn(alpha, total)
     variance = tl.div_rn(mean * tl.div_rn(beta, total), total + 1.0)
@@ -68,14 +68,14 @@ def _score_of(ranks):
 
 @triton.jit
 def _none_chosen(LOWEST: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Distinct ranks, so that an eviction takes one; what lies beyond K is never the least and never evicted."""
+    """Distinct ranks, so that each eviction removes exactly one; slots beyond K are never the lowest and never evicted."""
     o_k = tl.arange(0, BLOCK_K)[None, :].to(tl.int64)
     return tl.zeros((BLOCK_N, BLOCK_K), tl.int64) + tl.where(o_k < K, LOWEST + o_k, 0x7FFFFFFFFFFFFFFF)
 
 
 @triton.jit
 def _keep_best(best, ranks, LOWEST: tl.constexpr, K: tl.constexpr):  # (BLOCK_N, BLOCK_K), (BLOCK_N, BLOCK_E)
-    """The K highest of both, in no order."""
+    """The K highest of both, unordered."""
     for _ in range(K):
         top = tl.max(ranks, axis=1)[:, None]
         ranks = tl.where(ranks == top, LOWEST, ranks)
@@ -86,7 +86,7 @@ def _keep_best(best, ranks, LOWEST: tl.constexpr, K: tl.constexpr):  # (BLOCK_N,
 
 @triton.jit
 def _logits(scores, temperature):
-    """Finite, so that a row of removed experts alone has weights too."""
+    """Finite, so that a row with only removed experts has weights too."""
     scaled = tl.div_rn(scores, tl.zeros_like(scores) + temperature)
     return tl.minimum(tl.maximum(scaled, -3.4028234663852886e38), 3.4028234663852886e38)
 
