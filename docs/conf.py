@@ -1,4 +1,4 @@
-"""How the documentation is built: ``make docs``, strict, so that a reference that leads nowhere fails the build."""
+"""How ``make docs`` builds the documentation: warnings are errors, so that a broken reference fails the build."""
 
 from importlib.metadata import version as version_of
 from typing import Any
@@ -44,7 +44,7 @@ nitpick_ignore_regex = [
         r"(torch|numpy|np|nn|lightning|pyarrow|transformers|collections|pathlib|os|torchmetrics|threading)\..*",
     ),
     (r"py:(class|obj|exc|data)", r"[A-Za-z_]*"),  # a bare name of a signature
-    # Types that signatures name and that are no part of the reference.
+    # Types that signatures name but the reference does not cover.
     (
         r"py:class",
         r"abc\..*|moe_posterior\.(audit|churn|forking|kernels|memberships|metrics|pending|precision|router|training)\.[a-z_.]*[A-Z]\w*",
@@ -56,7 +56,7 @@ nitpick_ignore_regex = [
 def _resolve_short_name(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element
 ) -> nodes.Element | None:
-    """Let a docstring name ``BetaPosterior.add_expert`` by the one public object of that name, whatever module it stands in."""
+    """Let a docstring refer to ``BetaPosterior.add_expert`` by its public name, whichever module defines it."""
     if node.get("refdomain") != "py":
         return None
     wanted = node["reftarget"].removeprefix("moe_posterior.")
@@ -87,12 +87,12 @@ def _pointing_at(node: pending_xref, target: str) -> pending_xref:
 
 
 def _keep_bars(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """|x| in a formula is an absolute value, no substitution."""
+    """|x| in a formula is an absolute value, not a substitution."""
     lines[:] = [line if "``" in line or ">>>" in line else line.replace("|", r"\|") for line in lines]
 
 
 def _keep_colons(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """napoleon takes what stands before a colon in a property's first line for a type; here it is a sentence."""
+    """napoleon takes the text before a colon in a property's first line for a type; here it is a sentence."""
     types = [place for place, line in enumerate(lines) if line.startswith(":type: ")]
     if what in ("property", "attribute") and types:
         lines[0] = f"{lines.pop(types[0]).removeprefix(':type: ')}: {lines[0]}"

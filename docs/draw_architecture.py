@@ -48,7 +48,7 @@ def levels(uses: dict[str, set[str]]) -> dict[str, int]:
 
     def level(room: str, above: tuple[str, ...] = ()) -> int:
         if room in above:
-            raise SystemExit(f"a circle of imports: {' -> '.join([*above, room])}")
+            raise SystemExit(f"circular imports: {' -> '.join([*above, room])}")
         if room not in known:
             known[room] = 1 + max((level(used, (*above, room)) for used in uses[room]), default=-1)
         return known[room]
@@ -120,8 +120,8 @@ def write_table(
     text = [
         "# Architecture",
         "",
-        "Rooms of the package, and who imports whom; imports run one way, downwards, and a test keeps it so. Numbers are lines.",
-        "Drawn from the imports by `python docs/draw_architecture.py`; an arrow that follows from others is left out.",
+        "Rooms of the package, and which imports which. Imports run one way, downwards; a test checks this. Numbers are lines.",
+        "Drawn from the imports by `python docs/draw_architecture.py`; arrows implied by others are left out.",
         "",
         "![Rooms and imports](architecture.svg)",
         "",
