@@ -1,7 +1,7 @@
 """Keep an audit log of a router, lose the process, and ask the log what happened.
 
 A child process routes queries with an audit log and is killed without warning. The parent verifies the log, rebuilds the router
-from it, goes on where the child stopped, and then reads the log like any table: how often was a better expert known?
+from it, resumes where the child stopped, and then reads the log like any table: how often was a better expert known?
 
     pip install 'moe-posterior[audit]'
     python examples/audit_and_replay.py       # a few seconds
@@ -23,7 +23,7 @@ COMPETENCE = np.array([0.55, 0.85, 0.70, 0.40])  # of four experts, the same on 
 
 
 def serve_until_killed(folder: Path) -> None:
-    """Route and learn; says nothing, for it is killed in the middle of it."""
+    """Route and learn; it returns nothing, because it is killed in the middle."""
     rng = np.random.default_rng(0)
     log = AuditLog(folder)
     router = PosteriorRouter(num_experts=4, hidden_size=8, num_clusters=4, audit=log)
@@ -32,7 +32,7 @@ def serve_until_killed(folder: Path) -> None:
         decision = router.route(rng.normal(size=8))
         router.resolve(decision.id, float(rng.random() < COMPETENCE[decision.expert]))
         if step == 600:
-            log.flush()  # what was decided before is on the disk when this returns
+            log.flush()  # all decisions so far are on disk when this returns
             os.kill(os.getpid(), signal.SIGKILL)
 
 

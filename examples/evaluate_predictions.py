@@ -50,7 +50,7 @@ def main() -> None:
                 correct.float().mean(),
                 brier_score(probs, target),
                 calibration_error(probs, target),
-                calibration_error(probs, target, debias=True),  # less what noise alone adds on this many rows
+                calibration_error(probs, target, debias=True),  # minus what noise alone adds on this many rows
                 excess_aurc(confidence, correct),  # does the confidence rank right above wrong? 0 is perfect
                 calibration_error(calibrator(Outputs(probs)), target, debias=True),
             )

@@ -23,7 +23,7 @@ def main() -> None:
     images, digits = load_digits(return_X_y=True)
     order = rng.permutation(len(images))
     images, digits = images[order] / 16, digits[order]
-    embed = PCA(16, random_state=0).fit(images[:600])  # any encoder does; it must map like queries to near points
+    embed = PCA(16, random_state=0).fit(images[:600])  # any encoder works if it maps similar queries to nearby points
 
     agents = []
     for known in KNOWN:

@@ -1,8 +1,8 @@
 """Swap the gates of a transformers model, damage an expert, and let the belief take traffic away from it.
 
-The model is a real Mixtral, made tiny and trained for a few hundred steps here, so that nothing is downloaded; with a model of your
-own only the lines from `swap_gates` on matter. Swapping changes no output bit. What changes outputs is evidence: one bit for each token
-and expert, read from the gradient on the routing weights. No weight of the model is trained after the swap.
+The model is a real Mixtral, made tiny and trained for a few hundred steps here, so that nothing is downloaded; with your own model you
+only need the lines from `swap_gates` on. Swapping changes no output bit. What changes outputs is evidence: one bit for each token and
+expert, read from the gradient on the routing weights. No weight of the model is trained after the swap.
 
     pip install 'moe-posterior[hf]'
     python examples/swap_and_heal.py          # under a minute on one CPU core

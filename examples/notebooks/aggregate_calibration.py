@@ -48,7 +48,7 @@ for name, probs in (("expert A", a), ("expert B", b), ("their average", mixture)
     print(f"{name:14} accuracy {accuracy:.3f}, calibration error {calibration_error(probs, label).item():.4f}")
 
 # %% [markdown]
-# Both experts are calibrated, the average says 0.7 where it is right far more often.
+# Both experts are calibrated, but where their average says 0.7 it is right far more often.
 
 # %%
 curve = reliability_curve(mixture, label, n_bins=10)
@@ -58,8 +58,8 @@ for confidence, accuracy, rows in zip(curve.confidence, curve.accuracy, curve.co
         print(f"{confidence.item():10.3f} {accuracy.item():9.3f}")
 
 # %% [markdown]
-# Under a shift of who is asked, the error changes although no expert does: that is *calibration under routing shift*. Send the
-# rows on which the experts disagree to their average and the rest to A alone, and measure each routing configuration for itself.
+# If the routing changes, the error changes although no expert does: that is *calibration under routing shift*. Send the
+# rows on which the experts disagree to their average and the rest to A alone, and measure each routing configuration separately.
 
 # %%
 disagree = a.argmax(1) != b.argmax(1)

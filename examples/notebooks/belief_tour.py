@@ -51,7 +51,7 @@ print("lower bound, mean - 1 std:\n", gate.posterior.lcb(risk_aversion=1.0))
 print("expert of each cluster:", gate.topk_indices.flatten().tolist())
 
 # %% [markdown]
-# Routing says why: the cluster, the score that ranked, the distance to the cluster's centre. Under a threshold it abstains.
+# A routing says why: the cluster, the score, the distance to the cluster's centre. Below a threshold it abstains.
 
 # %%
 routing = gate(torch.tensor([[0.2, 0.1], [3.0, 3.0]]))
@@ -59,7 +59,7 @@ print(routing)
 print("abstain below 0.9:", routing.abstain(0.9).tolist())
 
 # %% [markdown]
-# An expert breaks. Without forgetting, 200 good outcomes have to be outweighed; with a half-life, or with the surprise detector, the
+# An expert breaks. Without forgetting, its 200 good outcomes must be outweighed; with a half-life, or with the surprise detector, the
 # gate changes its mind sooner.
 
 # %%
@@ -75,8 +75,8 @@ for options in ({}, {"half_life": 50}, {"surprise": 6.0}):
     print(f"{options or 'defaults'}: expert 1 left after {asked} failures")
 
 # %% [markdown]
-# The belief is two tables of counts beside a prior. It adds up across replicas, is saved in the `state_dict` in float64, and survives
-# every cast of the model.
+# The belief is two tables of counts beside a prior. Counts add up across replicas, are saved in the `state_dict` in float64, and
+# survive every cast of the model.
 
 # %%
 replica = PosteriorGate(hidden_size=2, num_experts=4, num_clusters=3, top_k=1)

@@ -20,7 +20,7 @@ class Tumours(ClassificationData):
 
     Args:
         batch_size: rows of a batch.
-        seed: of split, order and shift.
+        seed: for split, order and shift.
     """
 
     name = "Tumours"
@@ -39,7 +39,7 @@ class Tumours(ClassificationData):
         }
 
     def shifted(self, test: Split, shift: str, severity: int) -> Split:
-        """Every measurement off by a constant of its own, by half of `severity` standard deviations on average."""
+        """Every measurement is off by its own constant, half of `severity` standard deviations on average."""
         offset = torch.randn(30, generator=generator_for("drift", self.seed)) * severity / 2
         return Split(test.inputs + offset, test.targets)
 
@@ -50,7 +50,7 @@ class Tumours(ClassificationData):
 
 
 class Network(nn.Module):
-    """What stands before the mixture: measurements in, features out."""
+    """The part before the mixture: measurements in, features out."""
 
     def __init__(self, out_features: int = 32) -> None:
         super().__init__()
