@@ -20,7 +20,8 @@ from moe_posterior.metrics import (
     grouped_calibration_error,
     reliability_curve,
 )
-from moe_posterior.training.report import Predictions, evaluate_predictions
+from moe_posterior.training.prediction import Prediction
+from moe_posterior.training.report import evaluate_predictions
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 BINS = [1, 2, 3, 10, 15, 20, 64]
@@ -65,7 +66,9 @@ def test_every_number_on_or_beside_an_edge_falls_in_the_bin_that_numpy_counts(n_
 def through_report(confidence: Tensor, correct: Tensor, n_bins: int) -> list[float]:
     """The report's table, its curve, and its sums per configuration, of two-class probabilities with these confidences."""
     probs = torch.stack([confidence, 1 - confidence], dim=1)
-    one = Predictions(probs, 1 - correct, "a", "clean", 0, cluster_ids=torch.zeros_like(correct))
+    one = Prediction(
+        probs, target=1 - correct, arm="a", shift="clean", severity=0, cluster_ids=torch.zeros_like(correct)
+    )
     report = evaluate_predictions([one], {}, resamples=2, n_bins=n_bins)
     [curve], [configuration] = report["reliability"], report["configurations"]
     bins = curve["bins"]

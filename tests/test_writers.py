@@ -170,7 +170,7 @@ def manifest_of_a_cache(path: Path, version: int) -> None:
 
 @writer
 def outputs_of_a_study(path: Path, version: int) -> None:
-    from moe_posterior.training.outputs import Outputs
+    from moe_posterior.calibrators import Outputs
     from moe_posterior.training.study.train import save_outputs
 
     rows = torch.full((50,), version)

@@ -8,6 +8,7 @@ import platform
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from moe_posterior.files.tensorfile import save_plain
 from moe_posterior.gates import BeliefGate
 from moe_posterior.training.data import ClassificationData, EvaluationSet
 from moe_posterior.training.module import MoEClassifier
-from moe_posterior.training.outputs import outputs_of, routed_outputs_of
+from moe_posterior.training.outputs import predict_split
 from moe_posterior.training.own import folders_on_path, require_importable
+from moe_posterior.training.prediction import Prediction, joined
 from moe_posterior.training.report import (
-    Predictions,
     evaluate_predictions,
     posterior_heatmap,
     reliability_diagram,
@@ -40,7 +41,7 @@ from moe_posterior.training.report import (
 )
 from moe_posterior.training.report.compute import OVERALL, is_everything, panels_of
 from moe_posterior.training.report.promise import Scored
-from moe_posterior.training.report.sections import Judged, fit_calibrators, further_sections, pooled, scored
+from moe_posterior.training.report.sections import fit_calibrators, further_sections, scored
 from moe_posterior.training.runs import Arm, Run
 from moe_posterior.training.trained import load_data, load_model, read_config
 
@@ -72,21 +73,21 @@ def _evaluate(options: argparse.Namespace) -> int:
 
         planned = [(data.test_name, 0), *((shift, severity) for shift in sets for severity in options.severities)]
         panel_of = panels_of(planned, SEVERE)
-        judged: dict[str, dict[str, list[Judged]]] = {}  # panel -> arm -> evaluation sets
+        judged: dict[str, dict[str, list[Prediction]]] = {}  # panel -> arm -> evaluation sets
         acted: dict[str, list[Scored]] = {name: [] for name in models}
 
-        def predictions() -> Iterator[Predictions]:
+        def predictions() -> Iterator[Prediction]:
             for item in data.evaluation_sets(options.shifts, options.severities):
                 for name, model in models.items():
                     what = " ".join(str(part) for part in (item.shift, item.severity or "", name) if part)
                     progress.update(task, description=terminal(what))
                     if not console.is_terminal:  # a log file shows no bar
                         console.print(terminal(f"evaluating {what}"), markup=False)
-                    predicted, outputs = predict(model, name, item)
-                    acted[name].append(scored(item.shift, item.severity, outputs))
+                    prediction = predict(model, name, item)
+                    acted[name].append(scored(prediction))
                     if panel := panel_of.get((item.shift, item.severity)):
-                        judged.setdefault(panel, {}).setdefault(name, []).append(outputs)
-                    yield predicted
+                        judged.setdefault(panel, {}).setdefault(name, []).append(prediction)
+                    yield prediction
                     progress.advance(task)
 
         report = evaluate_predictions(
@@ -97,11 +98,8 @@ def _evaluate(options: argparse.Namespace) -> int:
             baseline=_baseline(list(models)),
             shifted_from=SEVERE,
         )
-        validation = {}
-        for name, model in models.items():
-            outputs, target = outputs_of(model, data.val_dataloader())
-            validation[name] = Judged(outputs, target, torch.arange(len(target)))
-        panels = {panel: {name: pooled(parts) for name, parts in arms.items()} for panel, arms in judged.items()}
+        validation = {name: predict_split(model, data.val_dataloader()) for name, model in models.items()}
+        panels = {panel: {name: joined(parts) for name, parts in arms.items()} for panel, arms in judged.items()}
         calibrators = {name: fit_calibrators(one) for name, one in validation.items()}
         report |= further_sections(
             calibrators, validation, panels, subsets, base=data.test_name, sets=acted, seed=options.seed
@@ -119,20 +117,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def predict(model: MoEClassifier, arm: str, item: EvaluationSet) -> tuple[Predictions, Judged]:
-    """What one arm says of one evaluation set, for the table and for the further sections."""
-    outputs, target, routing = routed_outputs_of(model, item.loader)
-    routed = isinstance(model.moe.gate, BeliefGate)
-    predictions = Predictions(
-        probs=outputs.probs,
-        target=target,
-        arm=arm,
-        shift=item.shift,
-        severity=item.severity,
-        cluster_ids=routing.cluster_ids if routed else None,
-        expert_indices=routing.expert_indices,
-    )
-    return predictions, Judged(outputs, target, torch.arange(len(target)))
+def predict(model: MoEClassifier, arm: str, item: EvaluationSet) -> Prediction:
+    """What one arm says of one evaluation set."""
+    return replace(predict_split(model, item.loader), arm=arm, shift=item.shift, severity=item.severity)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

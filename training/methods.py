@@ -147,7 +147,7 @@ class RobustFiltered(Method):
             "disagreement_threshold": self.disagreement_threshold,
             "quantile": self.quantile,
         }
-        arguments = (prediction.probs, prediction.expert_probs, weights, target)
+        arguments = (prediction.probs, prediction.need("expert_probs"), weights, target)
         loss = losses.robust_filtered(*arguments, eta=self.eta, detach_weights=self.detach_weights, **which)
         return Terms(loss, {"filtered": losses.filter_mask(*arguments, **which).float().mean()})
 

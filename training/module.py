@@ -94,7 +94,7 @@ class MoEClassifier(lightning.LightningModule):
         # E linear maps cost next to nothing beside the backbone, so all experts run: each one's own correctness is observed.
         expert_probs = self.moe.expert_outputs(hidden)
         if not self.moe.gate.fitted:
-            return Prediction(expert_probs.mean(dim=1), expert_probs, None)
+            return Prediction(expert_probs.mean(dim=1), expert_probs)
         routing = self.moe.route(hidden)
         chosen = expert_probs.gather(1, routing.expert_indices[..., None].expand(-1, -1, self.num_classes))
         probs = (routing.routing_weights[..., None].to(chosen.dtype) * chosen).sum(dim=1)
@@ -114,7 +114,7 @@ class MoEClassifier(lightning.LightningModule):
         self.log("train/nll", losses.nll(prediction.probs[:count].detach(), target), batch_size=count)
         for name, value in terms.logs.items():
             self.log(f"train/{name}", value.float(), batch_size=count)
-        correct = prediction.expert_probs[:count].detach().argmax(dim=-1) == target[:, None]
+        correct = prediction.need("expert_probs")[:count].detach().argmax(dim=-1) == target[:, None]
         routing = prediction.routing
         if routing is not None and len(inputs) > count:
             routing = routing.map(lambda field: field[:count])

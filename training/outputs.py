@@ -1,68 +1,66 @@
-"""What a trained classifier says of a split: the fields that calibrators and reports read.
+"""What a trained classifier says of a whole split: the fields that calibrators and reports read, on the CPU.
 
 Dimensions: n rows, E experts, K classes.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from moe_posterior.calibrators import Outputs
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.gates import BeliefGate, Routing
+from moe_posterior.gates import BeliefGate
 from moe_posterior.metrics import Configurations, configuration_ids
 from moe_posterior.training.data import Batch
 from moe_posterior.training.module import MoEClassifier
-from moe_posterior.training.prediction import dense_weights
+from moe_posterior.training.prediction import Prediction, dense_weights, joined
 
-__all__ = ["normalised", "numbered_configurations", "outputs_of", "routed_outputs_of"]
+__all__ = ["normalised", "numbered_configurations", "outputs_of", "predict_split"]
 
 
 def outputs_of(model: MoEClassifier, batches: Iterable[Batch]) -> tuple[Outputs, Tensor]:
-    """What the model says of all batches, and the labels."""
-    outputs, target, _ = routed_outputs_of(model, batches)
-    return outputs, target
+    """What calibrators read of the model's predictions on all batches, and the labels."""
+    prediction = predict_split(model, batches)
+    return prediction.outputs, prediction.need("target")
 
 
 @torch.no_grad()
-def routed_outputs_of(model: MoEClassifier, batches: Iterable[Batch]) -> tuple[Outputs, Tensor, Routing]:
-    """What the model says of all batches, the labels, and the routing; on the CPU.
-
-    Novelty is the distance to the cluster's centroid in units of its radius, 0 for gates without clusters; disagreement is the
-    routing-weighted squared distance of the experts' probabilities from the aggregate's. Domains are the batches' groups, 0 where
-    there are none.
+def predict_split(model: MoEClassifier, batches: Iterable[Batch]) -> Prediction:
+    """What the model says of all batches, with their labels and groups (0 where the data have none); rows are numbered from 0.
 
     Raises:
         InvalidArgumentError: the gate was never fitted.
     """
-    gate = model.moe.gate
-    if not gate.fitted:
+    if not model.moe.gate.fitted:
         raise InvalidArgumentError("the gate was never fitted: train past competence.warmup_epochs")
-    parts, targets, routings = [], [], []
-    for batch in batches:
-        prediction = model.predict(batch["input"].to(model.device))
-        routing = prediction.routing
-        assert routing is not None
-        weights = dense_weights(prediction)
-        gap = prediction.expert_probs - prediction.probs[:, None]
-        novelty = (
-            gate.relative_distance(routing) if isinstance(gate, BeliefGate) else torch.zeros_like(routing.distance)
-        )
-        fields = (
-            prediction.probs,
-            prediction.expert_probs,
-            weights,
-            gate.configurations(routing),
-            novelty,
-            (weights * gap.square().sum(dim=-1)).sum(dim=-1),
-            batch.get("group", torch.zeros(len(novelty), dtype=torch.int64)),
-        )
-        parts.append([field.cpu() for field in fields])
-        targets.append(batch["target"])
-        routings.append([field.cpu() for field in routing])
-    whole = Outputs(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return whole, torch.cat(targets), Routing(*(torch.cat(column) for column in zip(*routings, strict=True)))
+    whole = joined([_predict_batch(model, batch) for batch in batches])
+    return replace(whole, row=torch.arange(len(whole.probs)))
+
+
+def _predict_batch(model: MoEClassifier, batch: Batch) -> Prediction:
+    gate = model.moe.gate
+    prediction = model.predict(batch["input"].to(model.device))
+    expert_probs, routing = prediction.need("expert_probs"), prediction.routing
+    assert routing is not None  # the gate is fitted
+    weights = dense_weights(prediction)
+    gap = expert_probs - prediction.probs[:, None]
+    clusters, novelty = None, torch.zeros_like(routing.distance)
+    if isinstance(gate, BeliefGate):
+        clusters, novelty = routing.cluster_ids.cpu(), gate.relative_distance(routing)
+    return Prediction(
+        prediction.probs.cpu(),
+        expert_probs.cpu(),
+        routing_weights=weights.cpu(),
+        expert_indices=routing.expert_indices.cpu(),
+        cluster_ids=clusters,
+        configuration=gate.configurations(routing).cpu(),
+        novelty=novelty.cpu(),
+        disagreement=(weights * gap.square().sum(dim=-1)).sum(dim=-1).cpu(),
+        group=batch.get("group", torch.zeros(len(weights), dtype=torch.int64)).cpu(),
+        target=batch["target"],
+    )
 
 
 def normalised(probs: Tensor) -> Tensor:  # (n, K) -> (n, K) float64

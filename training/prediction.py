@@ -1,35 +1,112 @@
-"""What a classifier says of a batch, and the views of it that objectives, calibrators and reports take.
+"""What a model says of some rows: one type from the classifier through objectives and calibrators to the report.
 
-Dimensions: N inputs, E experts, K classes, k experts per input, C clusters.
+Dimensions: N rows, E experts, K classes, k experts per row.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from moe_posterior.calibrators import Outputs
+from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Routing
 
-__all__ = ["Prediction", "dense_weights"]
+__all__ = ["Prediction", "dense_weights", "joined"]
 
 
-class Prediction(NamedTuple):
-    """What the classifier says of a batch, and how it came to it."""
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a model says of N rows, and how it came to it. Whoever reads it needs some of the fields; None is not known.
+
+    >>> one = Prediction(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), target=torch.tensor([0, 1]), arm="softmax")
+    >>> one.rows(torch.tensor([False, True])).target
+    tensor([1])
+    """
 
     probs: Tensor  # (N, K) of the aggregate
-    expert_probs: Tensor  # (N, E, K)
-    routing: Routing | None  # None while the gate is not fitted: every expert weighs 1/E then
+    expert_probs: Tensor | None = None  # (N, E, K) each expert's own
+    routing: Routing | None = (
+        None  # as the gate returned it, to observe outcomes by; rows joined from batches do not keep it
+    )
+    routing_weights: Tensor | None = None  # (N, E), 0 for experts that were not chosen
+    expert_indices: Tensor | None = None  # (N, k) int64, the chosen experts
+    cluster_ids: Tensor | None = None  # (N,) int64; None also for gates without clusters
+    configuration: Tensor | None = None  # (N,) int64, id of (cluster, chosen experts)
+    novelty: Tensor | None = None  # (N,) distance to the centroid / cluster radius, 0 for gates without clusters
+    disagreement: Tensor | None = (
+        None  # (N,) weighted squared distance of the experts' probabilities from the aggregate's
+    )
+    group: Tensor | None = None  # (N,) int64, the data's group of each row
+    target: Tensor | None = None  # (N,) int64, the label
+    row: Tensor | None = None  # (N,) int64, which row of the data it is: the same under every shift
+    arm: str = "model"  # whose prediction it is: "softmax", "posterior"
+    shift: str = "clean"  # or the name of the shift that the rows are under
+    severity: int = 0  # 0 for the stored test rows: "clean" ones, or all that there is of a shift without severities
+
+    @property
+    def outputs(self) -> Outputs:
+        """The fields that calibrators read."""
+        return Outputs(
+            self.probs,
+            self.expert_probs,
+            self.routing_weights,
+            self.configuration,
+            self.novelty,
+            self.disagreement,
+            self.group,
+        )
+
+    def need(self, name: str) -> Tensor:
+        """A field that the caller cannot do without.
+
+        Raises:
+            InvalidArgumentError: it is not known.
+        """
+        field = getattr(self, name)
+        if field is None:
+            raise InvalidArgumentError(f"prediction.{name} must be given for this; got None")
+        return field
+
+    def rows(self, index: Tensor) -> "Prediction":  # (M,) int64 or (N,) bool
+        """The same fields of some rows, without the routing."""
+        some: dict[str, Any] = {name: field[index] for name, field in _tensors(self).items()}
+        return replace(self, routing=None, **some)
+
+
+def joined(parts: Sequence[Prediction]) -> Prediction:
+    """The rows of several predictions of one arm one after the other, with the fields that all of them know.
+
+    >>> one = Prediction(torch.tensor([[0.9, 0.1]]), target=torch.tensor([0]))
+    >>> joined([one, one]).target
+    tensor([0, 0])
+    """
+    columns = [_tensors(part) for part in parts]
+    together: dict[str, Any] = {
+        name: torch.cat([own[name] for own in columns]) if all(name in own for own in columns) else None
+        for name in columns[0]
+    }
+    return replace(parts[0], routing=None, **together)
+
+
+def _tensors(prediction: Prediction) -> dict[str, Tensor]:
+    """The fields that are known and hold a value a row."""
+    values = {field.name: getattr(prediction, field.name) for field in fields(prediction)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def dense_weights(prediction: Prediction) -> Tensor:  # (N, E)
-    """The weight of every expert, 0 for those that were not chosen; rows sum to 1.
+    """The weight of every expert, 0 for those that were not chosen; rows sum to 1. Without a routing every expert weighs 1/E.
 
-    >>> import torch
     >>> probs = torch.full((2, 3, 4), 0.25)
     >>> dense_weights(Prediction(probs[:, 0], probs, None))[0]
     tensor([0.3333, 0.3333, 0.3333])
     """
-    rows, num_experts = prediction.expert_probs.shape[:2]
+    expert_probs = prediction.need("expert_probs")
+    rows, num_experts = expert_probs.shape[:2]
     if prediction.routing is None:
-        return prediction.expert_probs.new_full((rows, num_experts), 1 / num_experts)
-    weights = prediction.routing.routing_weights.to(prediction.expert_probs.dtype)
+        return expert_probs.new_full((rows, num_experts), 1 / num_experts)
+    weights = prediction.routing.routing_weights.to(expert_probs.dtype)
     return weights.new_zeros(rows, num_experts).scatter(1, prediction.routing.expert_indices, weights)

@@ -14,8 +14,8 @@ from rich.console import Console
 from moe_posterior import InvalidArgumentError
 from moe_posterior.training.data import CAD, CIFAR10H, PACS, CivilComments, Digits
 from moe_posterior.training.evaluate import _evaluated
+from moe_posterior.training.prediction import Prediction
 from moe_posterior.training.report import (
-    Predictions,
     evaluate_predictions,
     render_table,
     to_card,
@@ -27,7 +27,7 @@ from moe_posterior.training.study.sources import Source
 HELD_OUT = "held-out sketch"
 
 
-def predictions(base: str, shifts: tuple[str, ...], severities: tuple[int, ...]) -> list[Predictions]:
+def predictions(base: str, shifts: tuple[str, ...], severities: tuple[int, ...]) -> list[Prediction]:
     """Two arms on one set of stored rows and on some shifted ones."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(3, (60,), generator=generator)
@@ -35,7 +35,7 @@ def predictions(base: str, shifts: tuple[str, ...], severities: tuple[int, ...])
     for place in [(base, 0), *((shift, severity) for shift in shifts for severity in severities)]:
         for arm in ("softmax", "posterior"):
             logits = torch.randn(60, 3, generator=generator) + 2 * torch.eye(3)[target]
-            found.append(Predictions(logits.softmax(dim=-1), target, arm, *place))
+            found.append(Prediction(logits.softmax(dim=-1), target=target, arm=arm, shift=place[0], severity=place[1]))
     return found
 
 

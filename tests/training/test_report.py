@@ -21,8 +21,8 @@ from moe_posterior.metrics import (
     centred_interval,
     noise_floor,
 )
+from moe_posterior.training.prediction import Prediction
 from moe_posterior.training.report import (
-    Predictions,
     bootstrap_sums,
     evaluate_predictions,
     posterior_heatmap,
@@ -41,7 +41,7 @@ TRAIN, TEST = slice(0, 800), slice(800, 1797)
 HARD = torch.from_numpy(DIGITS.target[TEST] == 8)
 
 
-def predictions() -> list[Predictions]:
+def predictions() -> list[Prediction]:
     """Two regularisations of a logistic regression as arms, on clean and on noisy digits."""
     found = []
     for arm, strength in (("softmax", 1.0), ("posterior", 0.001)):
@@ -49,7 +49,9 @@ def predictions() -> list[Predictions]:
         for shift, severity, scale in (("clean", 0, 0.0), ("noise", 1, 2.0), ("noise", 4, 6.0)):
             noise = np.random.default_rng(0).normal(size=DIGITS.data[TEST].shape) * scale
             probs = torch.from_numpy(model.predict_proba(DIGITS.data[TEST] + noise))
-            found.append(Predictions(probs, torch.from_numpy(DIGITS.target[TEST]), arm, shift, severity))
+            found.append(
+                Prediction(probs, target=torch.from_numpy(DIGITS.target[TEST]), arm=arm, shift=shift, severity=severity)
+            )
     return found
 
 
@@ -96,7 +98,7 @@ def test_intervals_of_accuracy_match_the_binomial_ones(report: dict) -> None:
 
 def test_pairing_makes_the_difference_of_equal_arms_exactly_zero() -> None:
     first = predictions()[0]
-    twin = Predictions(first.probs, first.target, "posterior", first.shift, first.severity)
+    twin = Prediction(first.probs, target=first.target, arm="posterior", shift=first.shift, severity=first.severity)
     for seed in range(5):
         paired = evaluate_predictions([first, twin], {"hard": HARD}, resamples=50, seed=seed)["paired"]
         assert paired
@@ -164,7 +166,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
         evaluate_predictions([clean, clean], {}, resamples=5)
     with pytest.raises(InvalidArgumentError):
         evaluate_predictions([clean], {"hard": HARD[:5]}, resamples=5)
-    lonely = Predictions(noisy.probs, noisy.target, "posterior", noisy.shift, noisy.severity)
+    lonely = Prediction(noisy.probs, target=noisy.target, arm="posterior", shift=noisy.shift, severity=noisy.severity)
     with pytest.raises(InvalidArgumentError):
         evaluate_predictions([clean, lonely], {}, resamples=5)
 
@@ -236,7 +238,7 @@ def test_calibrated_arms_of_unlike_spread_are_seldom_marked_in_ece() -> None:
             probs = torch.stack([confidence, 1 - confidence], dim=1)
             target = torch.zeros(400, dtype=torch.int64)  # correct or not: swap the columns
             probs = torch.where(right[:, None], probs, probs.flip(1))
-            found.append(Predictions(probs, target, arm, "clean", 0))
+            found.append(Prediction(probs, target=target, arm=arm, shift="clean", severity=0))
         [pair] = [p for p in evaluate_predictions(found, {}, resamples=20)["paired"] if p["metric"] == "ece"]
         marked += verdict(pair) is not None
     assert marked <= 2
@@ -271,7 +273,7 @@ def test_an_empty_subset_is_null_renders_as_no_rows_and_stays_strict_json() -> N
 
 def test_evaluation_sets_of_different_sizes_share_a_report() -> None:
     clean, noisy, _ = predictions()[:3]
-    shorter = Predictions(noisy.probs[:301], noisy.target[:301], "softmax", "other domain", 1)
+    shorter = Prediction(noisy.probs[:301], target=noisy.target[:301], arm="softmax", shift="other domain", severity=1)
     report = evaluate_predictions([clean, shorter, noisy], {}, resamples=20)
     sizes = {row["shift"]: row["n"] for row in report["records"] if row["severity"] is None}
     assert sizes == {"other domain": 301, "all shifts": 301 + 997, "noise": 997}
@@ -293,19 +295,23 @@ def test_routing_configurations_are_clusters_with_their_sets_of_experts() -> Non
         "cluster_ids": torch.tensor([0, 0, 0, 0, 1, 1]),
         "expert_indices": torch.tensor([[0, 2], [2, 0], [0, 2], [0, 1], [0, 1], [1, 0]]),
     }
-    one = Predictions(probs, torch.tensor([0, 0, 1, 0, 1, 1]), "posterior", "clean", 0, **routing)
+    one = Prediction(
+        probs, target=torch.tensor([0, 0, 1, 0, 1, 1]), arm="posterior", shift="clean", severity=0, **routing
+    )
     rows = evaluate_predictions([one], {}, resamples=5)["configurations"]
     found = [(row["cluster"], row["experts"], row["n"]) for row in rows]
     assert found == [(0, [0, 2], 3), (1, [0, 1], 2), (0, [0, 1], 1)]
     assert [row["ece"] for row in rows] == pytest.approx([0.9 - 2 / 3, 0.4, 0.1])
     with pytest.raises(InvalidArgumentError, match=r"cluster_ids must have one entry per row \(6\); got \(5,\)"):
-        evaluate_predictions([Predictions(probs, one.target, "a", "clean", 0, cluster_ids=torch.zeros(5))], {})
+        evaluate_predictions(
+            [Prediction(probs, target=one.target, arm="a", shift="clean", severity=0, cluster_ids=torch.zeros(5))], {}
+        )
 
 
 def test_a_refusal_names_what_was_expected_and_what_came() -> None:
     clean, noisy = predictions()[:2]
-    flipped = Predictions(clean.probs, clean.target.flip(0), "posterior", "clean", 0)
-    renamed = Predictions(clean.probs, clean.target, "softmax", "all shifts", 1)
+    flipped = Prediction(clean.probs, target=clean.target.flip(0), arm="posterior", shift="clean", severity=0)
+    renamed = Prediction(clean.probs, target=clean.target, arm="softmax", shift="all shifts", severity=1)
     for found, masks, message in [
         ([], {}, "at least one evaluation set"),
         ([clean, flipped], {}, "with the same target in every arm"),
@@ -315,7 +321,7 @@ def test_a_refusal_names_what_was_expected_and_what_came() -> None:
     ]:
         with pytest.raises(InvalidArgumentError, match=message):
             evaluate_predictions(found, masks, resamples=5)
-    other = Predictions(clean.probs, clean.target, "posterior", "clean", 0)
+    other = Prediction(clean.probs, target=clean.target, arm="posterior", shift="clean", severity=0)
     with pytest.raises(InvalidArgumentError, match="baseline must be one of the arms"):
         evaluate_predictions([clean, other], {}, baseline="uniform")
     with pytest.raises(InvalidArgumentError, match="resamples must be at least 1; got 0"):

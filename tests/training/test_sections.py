@@ -1,15 +1,18 @@
 """The report's further sections: fitted on validation rows, judged on test rows, equal to a plain computation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from moe_posterior.calibrators import Outputs, TemperatureScaling
+from moe_posterior.calibrators import TemperatureScaling
 from moe_posterior.metrics import calibration_error
+from moe_posterior.training.prediction import Prediction, joined
 from moe_posterior.training.report import to_html
-from moe_posterior.training.report.sections import MAX_RISK, Judged, fit_calibrators, further_sections, pooled
+from moe_posterior.training.report.sections import MAX_RISK, fit_calibrators, further_sections
 
 
-def judged(rows: int, seed: int, sharpness: float = 2.0) -> Judged:
+def judged(rows: int, seed: int, sharpness: float = 2.0) -> Prediction:
     """Three classes, two configurations; shown at a power of the true probabilities."""
     generator = torch.Generator().manual_seed(seed)
     logits = 1.5 * torch.randn(rows, 3, generator=generator)
@@ -18,13 +21,21 @@ def judged(rows: int, seed: int, sharpness: float = 2.0) -> Judged:
     experts = torch.stack([probs, probs], dim=1)
     ids = torch.randint(2, (rows,), generator=generator)
     zeros = torch.zeros(rows)
-    return Judged(
-        Outputs(probs, experts, torch.full((rows, 2), 0.5), ids, zeros, zeros, ids), target, torch.arange(rows)
+    return Prediction(
+        probs,
+        experts,
+        routing_weights=torch.full((rows, 2), 0.5),
+        configuration=ids,
+        novelty=zeros,
+        disagreement=zeros,
+        group=ids,
+        target=target,
+        row=torch.arange(rows),
     )
 
 
 @pytest.fixture(scope="module")
-def sections() -> tuple[dict, Judged, Judged]:
+def sections() -> tuple[dict, Prediction, Prediction]:
     validation, test = judged(800, 0), judged(1000, 1)
     mask = torch.arange(1000) < 300
     found = further_sections(
@@ -37,9 +48,7 @@ def test_calibrators_are_fitted_on_validation_rows_and_judged_on_test_rows(secti
     found, validation, test = sections
     ece = {row["name"]: row["ece"] for row in found["calibrators"]}
     scaled = TemperatureScaling().fit(validation.outputs, validation.target)(test.outputs)
-    assert ece["none"] == pytest.approx(
-        float(calibration_error(test.outputs.probs, test.target, debias=True)), abs=1e-6
-    )
+    assert ece["none"] == pytest.approx(float(calibration_error(test.probs, test.target, debias=True)), abs=1e-6)
     assert ece["temperature"] == pytest.approx(float(calibration_error(scaled, test.target, debias=True)), abs=1e-6)
     assert ece["temperature"] < ece["none"] / 2
     assert all(row["interval"][0] <= row["ece"] <= row["interval"][1] for row in found["calibrators"])
@@ -48,7 +57,7 @@ def test_calibrators_are_fitted_on_validation_rows_and_judged_on_test_rows(secti
 def test_the_threshold_keeps_its_promise_on_rows_like_those_it_was_chosen_on(sections) -> None:
     found, _, test = sections
     [action] = found["action"]
-    confidence, label = test.outputs.probs.max(dim=1)
+    confidence, label = test.probs.max(dim=1)
     acted = confidence >= action["threshold"]
     assert action["coverage"] == pytest.approx(float(acted.double().mean()))
     assert action["risk"] == pytest.approx(float((label != test.target)[acted].double().mean()))
@@ -72,8 +81,8 @@ def test_groups_curves_and_outcomes_say_what_was_asked(sections) -> None:
 
 
 def test_pooling_keeps_every_row() -> None:
-    whole = pooled([judged(10, 0), judged(20, 1)])
-    assert len(whole.target) == len(whole.outputs.probs) == 30
+    whole = joined([judged(10, 0), judged(20, 1)])
+    assert len(whole.target) == len(whole.probs) == 30
 
 
 def test_few_rows_have_no_curve_of_outcomes() -> None:
@@ -93,14 +102,14 @@ def test_copies_of_the_same_rows_do_not_narrow_an_interval() -> None:
     fitted, nobody = {"one": fit_calibrators(validation)}, {}
     once, often = (
         further_sections(fitted, {"one": validation}, {"clean": {"one": panel}}, nobody)["calibrators"][0]["interval"]
-        for panel in (test, pooled([test] * 20))
+        for panel in (test, joined([test] * 20))
     )
     assert often[1] - often[0] == pytest.approx(once[1] - once[0], rel=1e-6)
 
 
 def test_what_has_no_finite_value_is_none() -> None:
     validation, test = judged(300, 0), judged(15, 1)
-    hopeless = validation._replace(target=(validation.outputs.probs.argmax(dim=1) + 1) % 3)
+    hopeless = replace(validation, target=(validation.probs.argmax(dim=1) + 1) % 3)
     found = further_sections({"one": fit_calibrators(validation)}, {"one": hopeless}, {"clean": {"one": test}}, {})
     assert found["action"][0]["threshold"] is None
     assert found["rce"][0]["y"] == [None] * 6

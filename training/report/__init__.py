@@ -2,13 +2,12 @@
 
 from moe_posterior.training.report.bootstrap import bootstrap_sums
 from moe_posterior.training.report.card import to_card
-from moe_posterior.training.report.compute import Predictions, evaluate_predictions
+from moe_posterior.training.report.compute import evaluate_predictions
 from moe_posterior.training.report.figures import posterior_heatmap, reliability_diagram
 from moe_posterior.training.report.html import to_html
 from moe_posterior.training.report.render import render_table, to_markdown, write_json
 
 __all__ = [
-    "Predictions",
     "bootstrap_sums",
     "evaluate_predictions",
     "posterior_heatmap",

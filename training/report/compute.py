@@ -23,6 +23,7 @@ from moe_posterior.metrics import (
     top_label,
 )
 from moe_posterior.metrics.calibration import validate_arguments, validate_predictions
+from moe_posterior.training.prediction import Prediction
 from moe_posterior.training.report.bootstrap import bootstrap_sums
 from moe_posterior.training.report.ece import (
     Answers,
@@ -58,19 +59,6 @@ Key = tuple[str, str, int | None]  # arm, shift, severity; None: the mean over e
 
 
 @dataclass(frozen=True, eq=False)
-class Predictions:
-    """What one arm (a gate) predicted on one evaluation set."""
-
-    probs: Tensor  # (n, K) aggregate class probabilities
-    target: Tensor  # (n,)
-    arm: str  # "softmax", "posterior"
-    shift: str  # "clean", or the name of a shift
-    severity: int  # 0 for the stored test rows: "clean" ones, or all that there is of a shift without severities
-    cluster_ids: Tensor | None = None  # (n,)
-    expert_indices: Tensor | None = None  # (n, k)
-
-
-@dataclass(frozen=True, eq=False)
 class _Evaluation:
     """A set of predictions reduced to what the report needs, so that the probabilities may be freed."""
 
@@ -82,7 +70,7 @@ class _Evaluation:
 
 
 def evaluate_predictions(
-    predictions: Iterable[Predictions],
+    predictions: Iterable[Prediction],
     subsets: Mapping[str, Tensor],  # name -> (n,) bool
     *,
     n_bins: int = 15,
@@ -115,7 +103,7 @@ def evaluate_predictions(
         InvalidArgumentError: predictions, masks or names that do not fit together.
 
     >>> probs = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
-    >>> report = evaluate_predictions([Predictions(probs, torch.tensor([0, 1]), "softmax", "clean", 0)], {}, resamples=9)
+    >>> report = evaluate_predictions([Prediction(probs, target=torch.tensor([0, 1]))], {}, resamples=9)
     >>> [(r["metric"], round(r["value"], 3)) for r in report["records"]]
     [('accuracy', 1.0), ('nll', 0.308), ('brier', 0.17), ('ece', 0.25)]
     """
@@ -164,7 +152,7 @@ def is_everything(mask: Tensor) -> bool:  # (n,) bool
     return bool(mask.all())
 
 
-def _validate_item(item: Predictions, subsets: Mapping[str, Tensor], seen: bool) -> None:
+def _validate_item(item: Prediction, subsets: Mapping[str, Tensor], seen: bool) -> None:
     name = f"predictions of arm {item.arm!r} on {item.shift!r}, severity {item.severity}"
     if seen:
         raise InvalidArgumentError(f"{name} must come once; got them twice")
@@ -174,11 +162,12 @@ def _validate_item(item: Predictions, subsets: Mapping[str, Tensor], seen: bool)
         )
     if item.probs.ndim != 2 or not len(item.probs):
         raise InvalidArgumentError(f"{name}: probs must have shape (n ≥ 1, K); got {tuple(item.probs.shape)}")
-    validate_predictions(item.probs, item.target)
+    target = item.need("target")
+    validate_predictions(item.probs, target)
     for subset, mask in subsets.items():
-        if subset == OVERALL or mask.dtype != torch.bool or mask.shape != item.target.shape:
+        if subset == OVERALL or mask.dtype != torch.bool or mask.shape != target.shape:
             raise InvalidArgumentError(
-                f"subsets must be bool of shape {tuple(item.target.shape)} under a name other than 'overall'; got "
+                f"subsets must be bool of shape {tuple(target.shape)} under a name other than 'overall'; got "
                 f"{subset!r}: {mask.dtype} of shape {tuple(mask.shape)}"
             )
 
@@ -206,8 +195,8 @@ def _validate_arms(evaluations: dict[Key, _Evaluation], baseline: str) -> list[s
     return sorted(arms, key=lambda arm: arm != baseline)
 
 
-def _reduce(item: Predictions, n_bins: int) -> _Evaluation:
-    probs, target = item.probs.cpu(), item.target.cpu().long()
+def _reduce(item: Prediction, n_bins: int) -> _Evaluation:
+    probs, target = item.probs.cpu(), item.need("target").cpu().long()
     confidence, correct = top_label(probs, target)
     scores = [correct, negative_log_likelihood(probs, target, "none"), brier_score(probs, target, "none")]
     return _Evaluation(
@@ -359,7 +348,7 @@ def _curve(arm: str, panel: str, members: list[_Evaluation], n_bins: int, seed: 
     }
 
 
-def _configuration_sums(item: Predictions, confidence: Tensor, correct: Tensor, n_bins: int) -> dict:
+def _configuration_sums(item: Prediction, confidence: Tensor, correct: Tensor, n_bins: int) -> dict:
     """Sums of each routing configuration: the cluster and the set of chosen experts, of whichever are known."""
     parts = {"cluster_ids": item.cluster_ids, "expert_indices": item.expert_indices}
     for name, part in parts.items():

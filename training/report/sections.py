@@ -5,7 +5,7 @@ Dimensions: n rows, K classes. Calibrators and the threshold are fitted on valid
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from moe_posterior.calibrators import (
     HistogramBinning,
     IsotonicCalibration,
     OnlineConfigurationCalibrator,
-    Outputs,
     TemperatureScaling,
     VectorScaling,
 )
@@ -33,9 +32,10 @@ from moe_posterior.metrics import (
     top_label,
 )
 from moe_posterior.training.outputs import normalised, numbered_configurations
+from moe_posterior.training.prediction import Prediction
 from moe_posterior.training.report.promise import Scored, promise_rows
 
-__all__ = ["Judged", "fit_calibrators", "further_sections", "pooled", "scored"]
+__all__ = ["fit_calibrators", "further_sections", "scored"]
 
 CALIBRATORS: dict[str, type[Calibrator]] = {
     "temperature": TemperatureScaling,
@@ -53,23 +53,15 @@ CURVE_POINTS = 100
 FLOOR_DRAWS = 10
 
 
-class Judged(NamedTuple):
-    """What one arm says of some rows, and their labels."""
-
-    outputs: Outputs
-    target: Tensor  # (n,)
-    row: Tensor  # (n,) int64, which row of the data it is: the same under every shift
-
-
-def fit_calibrators(validation: Judged) -> dict[str, Calibrator]:
+def fit_calibrators(validation: Prediction) -> dict[str, Calibrator]:
     """Every calibrator of :data:`CALIBRATORS`, fitted on validation rows."""
-    return {name: kind().fit(validation.outputs, validation.target) for name, kind in CALIBRATORS.items()}
+    return {name: kind().fit(validation.outputs, validation.need("target")) for name, kind in CALIBRATORS.items()}
 
 
 def further_sections(
     fitted: Mapping[str, Mapping[str, Calibrator]],  # by arm, then name
-    validation: Mapping[str, Judged],  # by arm
-    panels: Mapping[str, Mapping[str, Judged]],  # by panel, then arm
+    validation: Mapping[str, Prediction],  # by arm
+    panels: Mapping[str, Mapping[str, Prediction]],  # by panel, then arm
     subsets: Mapping[str, Tensor],  # name -> (n,) bool, over the rows of the panel ``base``
     *,
     base: str = "clean",
@@ -82,7 +74,7 @@ def further_sections(
     ``base`` names the panel of the stored test rows; ``sets`` are what the action threshold is judged on, by default that panel alone.
     """
     if sets is None:
-        sets = {arm: [scored(base, 0, judged)] for arm, judged in panels[base].items()}
+        sets = {arm: [scored(judged)] for arm, judged in panels[base].items()}
     everywhere = [(panel, arm, judged) for panel, arms in panels.items() for arm, judged in arms.items()]
     sections = {
         "metric": {
@@ -137,13 +129,15 @@ def _ece(probs: Tensor, target: Tensor, row: Tensor, n_bins: int, seed: int, lev
     }
 
 
-def _subgroups(arm: str, judged: Judged, subsets: Mapping[str, Tensor], n_bins: int, seed: int) -> list[dict[str, Any]]:
+def _subgroups(
+    arm: str, judged: Prediction, subsets: Mapping[str, Tensor], n_bins: int, seed: int
+) -> list[dict[str, Any]]:
     """Every subgroup; the largest ECE is called the worst only if it is beyond noise, the choice among all of them allowed for."""
     rows: list[dict[str, Any]] = []
     chosen = [name for name, mask in subsets.items() if bool(mask.any())]
     for name in chosen:
         mask = subsets[name]
-        probs, target, row = normalised(judged.outputs.probs[mask]), judged.target[mask], judged.row[mask]
+        probs, target, row = normalised(judged.probs[mask]), judged.need("target")[mask], judged.need("row")[mask]
         rows.append(
             {
                 "arm": arm,
@@ -157,21 +151,21 @@ def _subgroups(arm: str, judged: Judged, subsets: Mapping[str, Tensor], n_bins: 
     if rows:
         most = max(range(len(rows)), key=lambda index: rows[index]["ece"])
         mask = subsets[chosen[most]]
-        parts = normalised(judged.outputs.probs[mask]), judged.target[mask], judged.row[mask]
+        parts = normalised(judged.probs[mask]), judged.need("target")[mask], judged.need("row")[mask]
         rows[most]["worst"] = True
         rows[most]["within_noise"] = _ece(*parts, n_bins, seed, level=1 - 0.05 / len(rows))["interval"][0] <= 0
     return rows
 
 
-def _shared(panel: str, arm: str, judged: Judged) -> dict[str, Any]:
-    found = shared_confidence(normalised(judged.outputs.probs), _configurations(judged.outputs))
+def _shared(panel: str, arm: str, judged: Prediction) -> dict[str, Any]:
+    found = shared_confidence(normalised(judged.probs), _configurations(judged))
     return {"arm": arm, "panel": panel, "n": int(found.total), "shared": int(found.shared), "decimals": 2}
 
 
 def _calibrated(
-    panel: str, arm: str, judged: Judged, fitted: Mapping[str, Calibrator], n_bins: int, seed: int
+    panel: str, arm: str, judged: Prediction, fitted: Mapping[str, Calibrator], n_bins: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    outputs, target, row = judged
+    outputs, target, row = judged.outputs, judged.need("target"), judged.need("row")
     for name, probs in [("none", outputs.probs), *((name, kind(outputs)) for name, kind in fitted.items())]:
         probs = normalised(probs)
         yield {
@@ -184,27 +178,28 @@ def _calibrated(
         }
 
 
-def _action(arm: str, validation: Judged, sets: Sequence[Scored]) -> list[dict[str, Any]]:
-    chosen = action_threshold(*top_label(normalised(validation.outputs.probs), validation.target), MAX_RISK)
+def _action(arm: str, validation: Prediction, sets: Sequence[Scored]) -> list[dict[str, Any]]:
+    chosen = action_threshold(*top_label(normalised(validation.probs), validation.need("target")), MAX_RISK)
     return promise_rows(arm, chosen, MAX_RISK, sets)
 
 
-def scored(shift: str, severity: int, judged: Judged) -> Scored:
+def scored(judged: Prediction) -> Scored:
     """What of an arm's answers on one evaluation set the action threshold is judged by."""
-    return Scored(shift, severity, *top_label(normalised(judged.outputs.probs), judged.target))
+    answers = top_label(normalised(judged.probs), judged.need("target"))
+    return Scored(judged.shift, judged.severity, *answers)
 
 
-def _risk_coverage(panel: str, arm: str, judged: Judged) -> dict[str, Any]:
-    coverage, risk = risk_coverage(*top_label(normalised(judged.outputs.probs), judged.target))
+def _risk_coverage(panel: str, arm: str, judged: Prediction) -> dict[str, Any]:
+    coverage, risk = risk_coverage(*top_label(normalised(judged.probs), judged.need("target")))
     shown = torch.linspace(0, len(coverage) - 1, min(CURVE_POINTS, len(coverage))).round().long()
     return {"name": arm, "panel": panel, "x": coverage[shown].tolist(), "y": risk[shown].tolist()}
 
 
 def _reweighted(
-    panel: str, arm: str, judged: Judged, fitted: Mapping[str, Calibrator], seed: int
+    panel: str, arm: str, judged: Prediction, fitted: Mapping[str, Calibrator], seed: int
 ) -> Iterator[dict[str, Any]]:
-    outputs, target = judged.outputs, judged.target
-    configurations = _configurations(outputs)
+    outputs, target = judged.outputs, judged.need("target")
+    configurations = _configurations(judged)
     for name in ("none", "temperature", "configuration"):
         probs = normalised(outputs.probs if name == "none" else fitted[name](outputs))
         curve = rce_curve(probs, target, configurations, RHOS)
@@ -223,10 +218,10 @@ def _reweighted_floor(confidence: Tensor, configurations: Configurations, seed: 
 
 
 def _online(
-    panel: str, arm: str, judged: Judged, validation: Judged, static: Calibrator, seed: int
+    panel: str, arm: str, judged: Prediction, validation: Prediction, static: Calibrator, seed: int
 ) -> dict[str, Any] | None:
     """Debiased ECE on rows of the data whose outcome never arrives, under no shift; None where there are too few."""
-    outputs, target, row = judged
+    outputs, target, row = judged.outputs, judged.need("target"), judged.need("row")
     _, which = row.unique(return_inverse=True)
     count = int(which.max()) + 1
     steps = [delivered for delivered in DELIVERED if delivered + LEFT_TO_JUDGE <= count]
@@ -237,7 +232,7 @@ def _online(
     copies = torch.randperm(len(which), generator=generator)  # one copy of a row arrives, a random one
     copy = torch.empty(count, dtype=torch.int64).index_put_((which[copies],), copies)
     left = torch.isin(which, order[steps[-1] :]).nonzero().flatten()
-    online = OnlineConfigurationCalibrator(static).fit(validation.outputs, validation.target)
+    online = OnlineConfigurationCalibrator(static).fit(validation.outputs, validation.need("target"))
     errors, before = [], 0
     for delivered in steps:
         arrived, before = copy[order[before:delivered]], delivered
@@ -248,13 +243,5 @@ def _online(
     return {"name": arm, "panel": panel, "x": list(steps), "y": errors}
 
 
-def _configurations(outputs: Outputs) -> Configurations:
-    assert outputs.configuration is not None
-    return numbered_configurations(outputs.configuration)
-
-
-def pooled(parts: Sequence[Judged]) -> Judged:
-    """The rows of several evaluation sets together."""
-    columns = zip(*(part.outputs for part in parts), strict=True)
-    target, row = (torch.cat([getattr(part, name) for part in parts]) for name in ("target", "row"))
-    return Judged(Outputs(*(torch.cat(column) for column in columns)), target, row)
+def _configurations(judged: Prediction) -> Configurations:
+    return numbered_configurations(judged.need("configuration"))
