@@ -1,4 +1,4 @@
-"""Draw the rooms of the package and who imports whom, from the imports themselves: docs/architecture.svg and the table beside it.
+"""Draw the rooms of the package and which imports which, from the imports themselves: docs/architecture.svg and its table.
 
 python docs/draw_architecture.py          # rewrites docs/architecture.svg and docs/architecture.md
 """

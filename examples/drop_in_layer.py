@@ -20,7 +20,7 @@ WIDTH, CONTEXT, BATCH, EXPERTS = 64, 64, 32, 8
 
 
 class Block(nn.Module):
-    """Causal attention, then a mixture of experts where a feed-forward layer would stand."""
+    """Causal attention, then a mixture of experts in place of a feed-forward layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Route queries between agents that fail in different ways, learning from one outcome a query.
+"""Route queries between agents that fail in different ways, learning from one outcome per query.
 
 Five classifiers play the agents: each was trained on a part of the handwritten digits, so each is good at some and bad at others, and
 nobody tells the router which. It sees an embedding of the query, picks an agent, and learns whether that agent was right. Half-way

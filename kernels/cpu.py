@@ -89,14 +89,14 @@ def assign(hidden: Tensor, centroids: Centroids, *, low_precision: bool | None =
 class Views:
     """Numpy views of centroids and tables, kept between calls: making them takes as long as a decision.
 
-    Each call compares where the tensors lie, so that no view outlives its memory: ``.to()``, a load, ``share_memory_`` and handing
+    Each call compares where the tensors lie, so that no stale view is used: ``.to()``, a load, ``share_memory_`` and handing
     a module to another process all move it. A copied or unpickled owner makes its own views.
     """
 
     def __init__(self) -> None:
         self._kept: _Kept = ([], (), (), ())
 
-    @np.errstate(over="ignore", invalid="ignore")  # a broken row is reported by its distance
+    @np.errstate(over="ignore", invalid="ignore")  # a row that overflows is reported by its distance
     def assign_one(
         self,
         vector: NDArray,  # (D,) float32

@@ -39,8 +39,8 @@ print(gate.posterior.mean())
 print("expert of each cluster:", gate.topk_indices.flatten().tolist())
 
 # %% [markdown]
-# Outcomes arrive: one for the expert that was asked (`(N, 1)` here, as `top_k=1`), or one for every expert (`(N, E)`). `NaN` means that
-# nobody knows.
+# Outcomes arrive: one for the expert that was chosen (`(N, 1)` here, because `top_k=1`), or one for every expert (`(N, E)`). `NaN`
+# means that the outcome is unknown.
 
 # %%
 outcome = (torch.rand(600, 4, generator=generator) < competence[blobs]).double()
@@ -75,7 +75,7 @@ for options in ({}, {"half_life": 50}, {"surprise": 6.0}):
     print(f"{options or 'defaults'}: expert 1 left after {asked} failures")
 
 # %% [markdown]
-# The belief is two tables of counts beside a prior. Counts add up across replicas, are saved in the `state_dict` in float64, and
+# The belief is two tables of counts and a prior. Counts add up across replicas, are saved in the `state_dict` in float64, and
 # survive every cast of the model.
 
 # %%

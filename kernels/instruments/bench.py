@@ -27,7 +27,7 @@ HIDDEN, EXPERTS = 1024, 64
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run every case, print a table, write the records where asked."""
+    """Run every case, print a table, and write the records if requested."""
     parser = argparse.ArgumentParser(
         "python -m moe_posterior.kernels.instruments.bench", description=__doc__.splitlines()[0]
     )
@@ -109,7 +109,7 @@ def levels_cases(batch: int, hidden_size: int, clusters: int) -> Iterator[dict[s
     """Two levels against both flat assignments: in float32, and by checked bfloat16, which is what users get.
 
     Tokens lie around unstructured random centroids, closely (spread 0.5 of the centroids' own) and less so, or among each other
-    (1, 2). Two levels are approximate, so the share of equal clusters stands beside the ratio.
+    (1, 2). Two levels are approximate, so the share of equal clusters is given with the ratio.
     """
     for spread in (0.5, 1.0, 2.0):
         generator = torch.Generator().manual_seed(0)

@@ -41,7 +41,7 @@ def record(
     ours: Callable[[], object],
     other: Callable[[], object],
 ) -> dict[str, Any]:
-    """One case: its sizes, and what :func:`ratio_of_medians` says of two functions."""
+    """One case: its sizes, and the result of :func:`ratio_of_medians` for two functions."""
     ratio, mine, theirs = ratio_of_medians(ours, other)
     return {
         "case": case,
@@ -56,7 +56,7 @@ def record(
 
 
 def ratio_of_medians(ours: Callable[[], object], other: Callable[[], object]) -> tuple[float, float, float]:
-    """Median seconds a call of two functions that take turns, and their ratio."""
+    """Median seconds per call of two functions that take turns, and their ratio."""
     repeats = []
     for call in (ours, other):
         call()

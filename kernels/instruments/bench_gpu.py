@@ -1,4 +1,4 @@
-"""Routing on one GPU: correctness first, then ours beside eager torch, torch.compile and the gate that it replaces.
+"""Routing on one GPU: correctness first, then our time next to eager torch, torch.compile and the gate that it replaces.
 
     python -m moe_posterior.kernels.instruments.bench_gpu [--json FILE]
 

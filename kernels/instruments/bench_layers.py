@@ -138,7 +138,7 @@ def saved_bytes(layer: nn.Module, hidden: Tensor) -> int:
 
 
 class _Peak(TorchDispatchMode):
-    """Adds up the storages that operators returned and somebody still holds, after every operator."""
+    """Adds up, after every operator, the storages that operators returned and that are still alive."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ class Variant:
 
 
 def minimal_bytes(variant: Variant) -> float:
-    """Per token, without a second pass: each input read once in a launch, each output written once."""
+    """Per token, without a second pass: each input read once per launch, each output written once."""
     used = min(variant.num_tokens, variant.num_clusters)
     once = _centroid_bytes(variant) + used * _row_bytes(variant) + _gate_bytes(variant)
     return token_bytes(variant) + output_bytes(variant) + once / variant.num_tokens
@@ -54,11 +54,11 @@ def resident_bytes(variant: Variant) -> int:
 
 
 def requested_bytes(variant: Variant, tiles: dict[str, int]) -> float:
-    """Per token, what programs ask of the caches, without a second pass.
+    """Bytes per token that programs request from the caches, without a second pass.
 
-    A program reads all directions and gate weights, a token once a tile of clusters and of the gate's experts, and a row of the tables
-    or of the belief for each token. For the centroids' mean it reads a point and its direction, each twice: the compiler wants them in
-    two layouts.
+    A program reads all directions and gate weights, a token once per tile of clusters and of the gate's experts, and a row of the
+    tables or of the belief for each token. For the centroids' mean it reads a point and its direction, each twice: the compiler wants
+    them in two layouts.
     """
     shared = _centroid_bytes(variant) + 3 * 4 * variant.hidden_size + _gate_bytes(variant)
     rows = min(tiles["BLOCK_N"], variant.num_tokens)

@@ -1,6 +1,6 @@
 """Triton: the nearest centroid of every token and the distance to it, for the kernels of :mod:`moe_posterior.kernels.triton.routing`.
 
-Dimensions: N tokens, D hidden size, C clusters. A program owns BLOCK_N tokens: it walks over the clusters in tiles and in each over D,
+Dimensions: N tokens, D hidden size, C clusters. A program owns BLOCK_N tokens: it loops over the clusters in tiles and in each over D,
 and keeps the best cluster so far.
 
 The distance comes with the similarities. With m the mean of the centroids and d = c - m, a similarity is s = x·d - (m·d + ‖d‖²/2),

@@ -2,7 +2,7 @@
 
 Dimensions: N tokens, D hidden size, C clusters, E experts, K experts per token. In the kernels ``i_`` is an index of this
 program, ``o_`` are offsets, ``m_`` masks, ``b_`` blocks of values; BLOCK_X is the tile along X. A program owns BLOCK_N tokens:
-``nearest_centroid.py`` finds their clusters, then it reads a row of the tables, or walks over the experts in tiles and keeps the K
+``nearest_centroid.py`` finds their clusters, then it reads a row of the tables, or loops over the experts in tiles and keeps the K
 best so far.
 """
 
@@ -52,7 +52,7 @@ def _lower_bound(alpha, beta, risk_aversion):
 
 @triton.jit
 def _rank(scores, experts, cluster, E, LOWEST: tl.constexpr):  # (BLOCK_N, BLOCK_E), (1, BLOCK_E), (BLOCK_N, 1)
-    """One integer a cell that sorts by score, then by the lowest (e - c) mod E; no two experts of a token share one."""
+    """One integer per cell that sorts by score, then by the lowest (e - c) mod E; no two experts of a token share one."""
     bits = scores.to(tl.int32, bitcast=True)  # a bound is never -0.0, which equals 0.0 and would sort below it
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     turn = experts - cluster % E

@@ -76,7 +76,7 @@ class HistogramBinning(Calibrator):
     The predicted label never changes, so no confidence falls below 1/K.
 
     Args:
-        n_bins: bins asked for; equal confidences share a bin, so there may be fewer. 15 as in the usual ECE.
+        n_bins: number of bins requested; equal confidences share a bin, so there may be fewer. 15 as in the usual ECE.
 
     Raises:
         InvalidArgumentError: fewer than one bin.

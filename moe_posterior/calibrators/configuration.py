@@ -82,7 +82,7 @@ class ConfigurationCalibrator(Calibrator):
     2. one shift μ of the logit of the top-label confidence for all rows, with the prior N(0, 1): a temperature alone can
        leave the mean confidence wrong;
     3. per configuration a shift d_c on top, with the prior N(0, τ²): a one-dimensional ridge logistic regression. τ² is
-       the between-configuration variance by the method of moments, so configurations that differ no more than noise does
+       the between-configuration variance by the method of moments, so configurations that differ no more than by noise
        all keep the global map.
 
     The result is ``sigmoid(logit(confidence) + μ + d_c)``, without d_c for a configuration that ``fit`` has not seen; the other

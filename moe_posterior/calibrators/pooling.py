@@ -33,7 +33,7 @@ class Shifts(NamedTuple):
 
 
 def logit_bins(logits: Tensor) -> Tensor:  # (M,) -> (M,) int64 in [0, B)
-    """Bins of equal width in the logit, so that 0.99 and 0.999 are told apart.
+    """Bins of equal width in the logit, so that 0.99 and 0.999 fall into different bins.
 
     >>> logit_bins(torch.tensor([-20.0, 0.1, 20.0])).tolist()
     [0, 12, 23]

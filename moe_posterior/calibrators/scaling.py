@@ -145,8 +145,8 @@ class VectorScaling(Calibrator):
     """A scale and a shift per class: ``softmax(w ⊙ log p + b)``; may change the top label.
 
     Args:
-        ridge: weight of ``mean((w - 1)²) + mean(b²)`` beside the mean loss. 1e-3 leaves a fit on thousands of rows as it
-            is and holds classes with few rows near the identity.
+        ridge: weight of ``mean((w - 1)²) + mean(b²)`` added to the mean loss. 1e-3 leaves a fit on thousands of rows as it
+            is and keeps classes with few rows near the identity.
 
     Raises:
         InvalidArgumentError: a ridge below 0.

@@ -71,7 +71,7 @@ class ShiftAwareTemperature(Calibrator):
 
     Args:
         reference: the id of the unshifted part.
-        ridge: holds b and c near 0 where the parts say little; 1e-3 is small beside a real shift's gain in loss.
+        ridge: keeps b and c near 0 where the parts carry little information; 1e-3 is small next to a real shift's gain in loss.
         level_ridge: the same for g, larger because there are only as many levels as parts.
         bounds: the temperatures that may be shown.
 

@@ -2,7 +2,7 @@
 
 Most routers of transformers return ``(logits, weights (T, k), indices (T, k), …)``; one adapter serves them. The others have one each.
 
-Dimensions: T tokens, D hidden size, E experts, W logits a token (at least E), k experts per token.
+Dimensions: T tokens, D hidden size, E experts, W logits per token (at least E), k experts per token.
 """
 
 from collections.abc import Callable, Mapping

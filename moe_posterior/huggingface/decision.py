@@ -2,7 +2,7 @@
 
 Kept apart from :mod:`~moe_posterior.huggingface.host` because excluding it from compiled graphs loads torch's compiler.
 
-Dimensions: T tokens, D hidden size, E experts, W logits a token (at least E), k experts per token, B sequences, S positions.
+Dimensions: T tokens, D hidden size, E experts, W logits per token (at least E), k experts per token, B sequences, S positions.
 """
 
 from typing import Any

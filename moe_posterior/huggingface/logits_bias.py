@@ -1,6 +1,6 @@
 """Add evidence to a router's logits inside its own forward, so that everything after them is still the router's own code.
 
-Dimensions: T tokens, E experts, W logits a token (at least E), k experts per token.
+Dimensions: T tokens, E experts, W logits per token (at least E), k experts per token.
 """
 
 from collections.abc import Callable, Mapping, Sequence

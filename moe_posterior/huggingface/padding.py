@@ -70,7 +70,7 @@ def capture_padding(model: nn.Module) -> list[RemovableHandle]:
 def padding_of(
     mask: Any, given: Mapping[str, Any], names: tuple[str, ...], cached: bool = True
 ) -> Tensor | None:  # -> (B, S)
-    """0 for the padding among a call's tokens, whatever form its mask has; None if the mask does not tell.
+    """0 for the padding among a call's tokens, whatever form its mask has; None if the mask does not say.
 
     Args:
         mask: the call's.

@@ -1,6 +1,6 @@
-"""Keep the belief of a swapped model beside its weights, and never lose it silently.
+"""Save the belief of a swapped model next to its weights, and never lose it silently.
 
-transformers renames weights as it saves and loads, rounds buffers to the dtype asked for, and drops what it does not know. So the
+transformers renames weights as it saves and loads, rounds buffers to the requested dtype, and drops what it does not know. So the
 belief is kept in a safetensors file of its own, which also holds how the model was swapped; the model's ``config.json`` names that
 file and its digest; and the weights include one tensor that no model expects, so that a plain load warns.
 """

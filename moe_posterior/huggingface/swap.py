@@ -53,7 +53,7 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
 
     Raises:
         InvalidArgumentError: nothing in the model could be swapped, it is swapped or compiled already, or a knob is out of range;
-            the model is as it was.
+            the model is unchanged.
 
     >>> from transformers import MixtralConfig, MixtralForCausalLM
     >>> config = MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -88,7 +88,7 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
 
 
 def restore_gates(model: nn.Module) -> None:
-    """Undo :func:`swap_gates`: every router is the object and of the class it was, and the belief is gone.
+    """Undo :func:`swap_gates`: every router is the same object with its original class, and the belief is gone.
 
     Raises:
         InvalidArgumentError: the model is not swapped.

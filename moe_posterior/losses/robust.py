@@ -30,7 +30,7 @@ def nll_per_row(
     """Negative log of the probability given to the true class, L_i = −log p_i[y_i], in nats.
 
     Finite for every probability: one that has underflowed to 0 counts as the smallest normal number of its type, 87.3 nats in float32.
-    Such a row has no gradient, because 0 cannot tell in which direction to go; any other has, however small its probability. Half
+    Such a row has no gradient, because 0 gives no direction; any other row has one, however small its probability. Half
     precision underflows at 6e-8: take the softmax in float32.
 
     Raises:

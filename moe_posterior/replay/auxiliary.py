@@ -5,7 +5,7 @@ layer but the last. So the logits that a router returns besides its choice pass 
 shut off. When a backward pass reaches the loss of a recorded forward whose graph holds such a door, the gradients of the routing
 weights are computed a second time with the doors shut. The gradients of the parameters do not change.
 
-Dimensions: T tokens, W logits a token, k experts per token.
+Dimensions: T tokens, W logits per token, k experts per token.
 """
 
 import weakref

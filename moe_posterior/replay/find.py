@@ -11,7 +11,7 @@ def find_gates(model: nn.Module) -> dict[str, Gate]:
     """The gates of a model by their names, in the model's order.
 
     Raises:
-        InvalidArgumentError: it is no module, there is none, or it was compiled.
+        InvalidArgumentError: it is not a module, it holds no gate, or it was compiled.
     """
     if not isinstance(model, nn.Module):
         hint = "; of a compiled function, pass the module that it calls" if callable(model) else ""

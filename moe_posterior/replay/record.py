@@ -90,16 +90,16 @@ class Trace:
     def observe(self, outcome: Tensor) -> None:  # (...) one a token
         """Credit every chosen expert of every layer with its token's outcome.
 
-        Experts that share a layer's output are credited alike, which confounds them; where a backward pass is at hand
-        :meth:`observe_gradients` tells them apart.
+        Experts that share a layer's output are credited equally, which confounds them; if you have a backward pass, use
+        :meth:`observe_gradients`, which separates them.
 
         Args:
-            outcome: one value in [0, 1] a token, NaN where unobserved (padding); any shape with as many elements as the
+            outcome: one value in [0, 1] per token, NaN where unobserved (padding); any shape with as many elements as the
                 routings have tokens.
 
         Raises:
             InvalidArgumentError: another number of tokens, or a value outside [0, 1]. NotFittedError: a gate that took part has no
-                clusters. No gate has learned anything then.
+                clusters. In either case no gate has learned anything.
         """
         self._require_routings()
         outcome = validation.outcomes("outcome", outcome)
@@ -121,7 +121,7 @@ class Trace:
 
         Raises:
             InvalidArgumentError: no recorded routing weight has a gradient: no backward has run on the recorded forward.
-            NotFittedError: a gate that took part has no clusters. No gate has learned anything then.
+            NotFittedError: a gate that took part has no clusters. In either case no gate has learned anything.
         """
         outcomes = self.gradient_outcomes()
         self._require_observable()
@@ -133,7 +133,7 @@ class Trace:
         """What :meth:`observe_gradients` observes, as (name of the gate, its routing, outcome (N, k)); changes nothing.
 
         The loss's gradient on a routing weight is the inner product of the gradient on the layer's output with that expert's
-        output, so ``gradient · weight < 0`` says the contribution helped: one bit a slot and layer, at no extra forward.
+        output, so ``gradient · weight < 0`` says the contribution helped: one bit per slot and layer, without an extra forward.
         A gradient of exactly zero next to a nonzero one means that the contribution did nothing, like that of a dead expert: it did
         not help. The outcome is NaN (not observed) for a token without any gradient, which has no loss, for a slot of weight zero,
         for a NaN gradient, and for a routing that the loss does not depend on.

@@ -121,7 +121,7 @@ def update_routing(functions: Mapping[str, CustomRouting], path: str | os.PathLi
             fresh[name].sizes(),
         ):
             raise InvalidArgumentError(
-                f"function {name!r} must be as in {path}, {fresh[name]}; got {function}: load it anew"
+                f"function {name!r} must be as in {path}, {fresh[name]}; got {function}: load it again"
             )
     for name, function in functions.items():
         function.load_state_dict(fresh[name].state_dict())

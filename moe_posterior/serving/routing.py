@@ -86,7 +86,7 @@ class CustomRouting(FixedPrecision):
         given = {name: tuple(table.shape) for name, table in fresh.items()}
         if held != given:
             raise InvalidArgumentError(
-                f"gate must have the sizes that were exported, {held}; got {given}: export it anew"
+                f"gate must have the sizes that were exported, {held}; got {given}: export it again"
             )
         for name, table in fresh.items():
             getattr(self, name).copy_(table)

@@ -274,7 +274,7 @@ def test_refresh_refuses_other_gates_and_changes_nothing() -> None:
     before = {name: table.clone() for name, table in function.state_dict().items()}
     wider = PriorGate(D, E, C + 1, K)
     wider.fit(data(60))
-    for gate, message in ((wider, "export it anew"), (posterior_gate(), "must be a PriorGate")):
+    for gate, message in ((wider, "export it again"), (posterior_gate(), "must be a PriorGate")):
         with pytest.raises(InvalidArgumentError, match=message):
             function.refresh(gate)
     assert all(torch.equal(table, before[name]) for name, table in function.state_dict().items())
