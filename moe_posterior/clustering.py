@@ -8,6 +8,7 @@ the tests.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,16 @@ class Clusterer(FixedPrecision):
         return reference.Centroids(
             self.centroids, self.directions, self.offsets, radius, self.rounded, self.reach, self._levels
         )
+
+    @property
+    def prepared_for_one(self) -> tuple[Tensor, ...]:
+        """Points, directions, offsets and, with ``outliers``, radius: what one token is compared with (``kernels/cpu.py``).
+
+        Read from the table of buffers: nn.Module's attribute access would take half a microsecond for each.
+        """
+        own: dict[str, Any] = self._buffers
+        centroids = own["centroids"], own["directions"], own["offsets"]
+        return (*centroids, own["radius"]) if self.outliers else centroids
 
     @property
     def num_classes(self) -> int:

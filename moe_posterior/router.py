@@ -290,9 +290,8 @@ class PosteriorRouter:
         with torch.inference_mode(), self._lock:
             if self._audit is not None:
                 self._audit.before()
-            by_table = self.gate.races_by_table or not self.gate.chooses_per_token
-            choose = self._choose_one_by_table if by_table else self._choose_one_per_token
-            cluster, distance, experts, scores, weights, (alphas, betas), explored, members = choose(vector)
+            choice = self._choose_one(vector)
+            cluster, distance, experts, scores, weights, (alphas, betas), explored, members = choice
             decision_id = self._next_id
             self._next_id += 1
             known = cluster if distance < np.inf else -1
@@ -542,24 +541,11 @@ class PosteriorRouter:
         with self._lock:
             return type(self).from_state, (copy.deepcopy(self.state()),)
 
-    def _choose_one_by_table(self, vector: NDArray) -> "_Choice":  # (D,)
-        """One query in numpy: torch's overhead a call would be most of the time it takes."""
-        gate = self.gate
-        gate.clusterer.require_fitted()
-        cluster, distance, tables = gate.assign_one(vector)
-        if gate.lazy and gate.stale.numpy()[cluster]:
-            gate.refresh_rows(torch.tensor([cluster]))
-        if gate.races_by_table and gate.unsettled.numpy()[cluster]:
-            if gate.top_k > 1:
-                return self._choose_one_per_token(vector)
-            expert = gate.race_one(cluster, self._next_id)
-            if expert != tables[0][cluster, 0, 0]:
-                alpha, beta = gate.believed.numpy()[cluster, :, expert].tolist()
-                return cluster, distance, [expert], [gate.bound_of(alpha, beta)], [1.0], [[alpha], [beta]], True, None
-        experts, weights, scores, counts = (table[cluster, 0].tolist() for table in tables)
-        return cluster, distance, experts, scores, weights, counts, False, None
-
-    def _choose_one_per_token(self, vector: NDArray) -> "_Choice":  # (D,)
+    def _choose_one(self, vector: NDArray) -> "_Choice":  # (D,)
+        """One query in numpy where the gate can: torch's overhead a call would be most of the time it takes."""
+        found = self.gate.choose_one(vector, self._next_id)
+        if found is not None:
+            return *found, None
         routing = self.gate.route(torch.from_numpy(vector[None]), torch.tensor([self._next_id]))
         counts = self.gate.counts_of(routing)[0].tolist()
         explored = bool(self._explored(routing)[0])

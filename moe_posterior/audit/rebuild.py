@@ -15,7 +15,7 @@ from moe_posterior.audit.storage.files import DISK, FileSystem, segment_numbers
 from moe_posterior.audit.storage.state import Checkpoint
 from moe_posterior.audit.storage.tables import RESOLVE, Group
 from moe_posterior.errors import AuditError, InvalidArgumentError, MoEPosteriorError
-from moe_posterior.gates.posterior import KNOBS
+from moe_posterior.gates.rules import KNOBS
 from moe_posterior.pending import Members
 from moe_posterior.router import PosteriorRouter
 

@@ -18,7 +18,7 @@ from moe_posterior.audit.storage.collect import Event, Many, Marked, One, Refuse
 from moe_posterior.audit.storage.state import Checkpoint, require_knobs
 from moe_posterior.audit.storage.tables import Columns
 from moe_posterior.gates import BeliefGate, PosteriorGate
-from moe_posterior.gates.posterior import KNOBS
+from moe_posterior.gates.rules import KNOBS
 from moe_posterior.pending import Members
 from moe_posterior.router import PosteriorRouter
 

@@ -3,41 +3,37 @@
 Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_posterior import beta as beta_functions
 from moe_posterior.checks.declared import as_declared
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.evidence import ProxyNoise, novelty_weight
+from moe_posterior.evidence import ProxyNoise
+from moe_posterior.gates import exploration as exploring
 from moe_posterior.gates import race
 from moe_posterior.gates.base import Routing, SharedRouting, refuse_export
-from moe_posterior.gates.belief import BeliefGate
-from moe_posterior.gates.rules import Rule, rule_of
-from moe_posterior.kernels import cpu, dispatch, reference
+from moe_posterior.gates.novelty import Novelty, discounted
+from moe_posterior.gates.rules import KNOBS, Rule, Score, require_knobs, rule_of
+from moe_posterior.gates.tables import TabledGate, counts_at
+from moe_posterior.kernels import dispatch, reference
 from moe_posterior.memberships import Memberships, SeveralClusters, mixed, mixed_at
 from moe_posterior.posterior import BetaPosterior, Pooling
 
-Score = Literal["lcb", "mean", "quantile", "thompson", "race"]
-Novelty = Literal["off", "discount", "class"]
 _ROW_BITS = 32  # of a draw's number, for the row of the batch; the rest counts observe calls
-KNOBS = ("score", "risk_aversion", "credible_level", "temperature", "exploration")
 
 
-class PosteriorGate(BeliefGate):
+class PosteriorGate(TabledGate):
     """Route by proven competence: the k experts with the highest lower confidence bound in the token's cluster.
 
-    The gate reads its :class:`BetaPosterior` and keeps no counts of its own. Where score, choice and weights depend on the
-    cluster alone, they stand in tables ``topk_indices``, ``topk_weights``, ``topk_scores`` (C, k), refreshed when the belief or
-    a knob changes; a forward is then one matrix product and a gather. Thompson draws, exploration and novelty make the choice
-    depend on the token, and take the slower per-token path. Exact ties go to the lowest ``(e - c) mod E``.
+    The gate reads its :class:`BetaPosterior` and keeps no counts of its own. Where score, choice and weights depend on the cluster
+    alone, they stand in tables ``topk_indices``, ``topk_weights``, ``topk_scores`` (C, k), see :mod:`moe_posterior.gates.tables`.
+    Thompson draws, exploration and novelty make the choice depend on the token, and take the slower per-token path. Exact ties go
+    to the lowest ``(e - c) mod E``.
 
     Args:
         hidden_size, num_experts, num_clusters, top_k: D, E, C, k.
@@ -88,13 +84,6 @@ class PosteriorGate(BeliefGate):
     [1, 1, 1, 1]
     """
 
-    topk_indices: Tensor  # (C, k) int64
-    topk_weights: Tensor  # (C, k) float32
-    topk_scores: Tensor  # (C, k) float32
-    topk_counts: Tensor  # (C, 2, k) float64, alpha and beta of the chosen
-    believed: Tensor  # (C, 2, E) float64, alpha and beta of all experts; with score="race" alone
-    unsettled: Tensor  # (C,) bool, clusters in which score="race" still draws
-    stale: Tensor  # (C,) bool, rows that a lazy gate must rewrite before use
     steps: Tensor  # () int64, observe calls so far
     score: Score
     risk_aversion: float
@@ -139,7 +128,6 @@ class PosteriorGate(BeliefGate):
         named: dict[str, Any] = {"score": score, "risk_aversion": risk_aversion, "credible_level": credible_level}
         if rule is not None:
             named |= rule.options
-        noisy = false_positive_rate != 0 or false_negative_rate != 0
         if novelty not in get_args(Novelty):
             raise InvalidArgumentError(f"novelty must be one of {list(get_args(Novelty))}; got {novelty!r}")
         self.clusterer = Clusterer(num_clusters, hidden_size, outliers=novelty == "class", levels=levels)
@@ -149,6 +137,7 @@ class PosteriorGate(BeliefGate):
             raise InvalidArgumentError(
                 f"clusterings and neighbours must be 1 with novelty='class' or levels=2; got {clusterings} and {neighbours}"
             )
+        noisy = false_positive_rate != 0 or false_negative_rate != 0
         self.posterior = BetaPosterior(
             clusterings * self.clusterer.num_classes,
             num_experts,
@@ -165,15 +154,7 @@ class PosteriorGate(BeliefGate):
             raise InvalidArgumentError(f"threshold must lie in [0, 1] or be None; got {threshold}")
         self.novelty = novelty
         self.threshold, self.lazy, self.seed, self.backend = threshold, lazy, named.pop("seed", seed), backend
-        self._views = cpu.Views()
-        table = (self.posterior.num_clusters, top_k)
-        self.register_buffer("topk_indices", torch.zeros(table, dtype=torch.int64), persistent=False)
-        self.register_buffer("topk_weights", torch.zeros(table, dtype=torch.float32), persistent=False)
-        self.register_buffer("topk_scores", torch.zeros(table, dtype=torch.float32), persistent=False)
-        self.register_buffer("topk_counts", torch.zeros(table[0], 2, top_k, dtype=torch.float64), persistent=False)
-        self.register_buffer("believed", torch.zeros(table[0], 2, 0, dtype=torch.float64), persistent=False)
-        self.register_buffer("unsettled", torch.zeros(table[0], dtype=torch.bool), persistent=False)
-        self.register_buffer("stale", torch.ones(table[0], dtype=torch.bool), persistent=False)
+        self._make_tables()
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.configure(**named, temperature=temperature, exploration=exploration)
         self.posterior.subscribe(self.refresh)
@@ -200,7 +181,7 @@ class PosteriorGate(BeliefGate):
             "exploration": exploration,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        _validate_knobs(given, self.seed)
+        require_knobs(given, self.seed)
         for name, value in given.items():
             setattr(self, name, value)
         self.refresh(None)
@@ -284,37 +265,48 @@ class PosteriorGate(BeliefGate):
 
         A row that holds NaN or inf is routed as cluster 0 with distance inf, and observing it adds no evidence.
         """
-        alone = (
-            isinstance(hidden, Tensor)
-            and hidden.shape == (1, self.hidden_size)
-            and self.backend == "auto"
-            and cpu.applies(hidden)
-        )
-        modules: dict[str, Any] = self._modules  # read directly: nn.Module's attribute access takes half a microsecond
-        if alone and not self.lazy and not self.chooses_per_token and modules["clusterer"].fitted:
-            return self._forward_one(hidden)
-        return self.route(hidden)
+        return self._route_alone(hidden) if self._goes_alone(hidden) else self.route(hidden)
 
     def route(self, hidden: Tensor, numbers: Tensor | None = None) -> Routing:  # (N, D), (N,) int64
-        """:meth:`forward`, with the numbers that the draws of ``score="race"`` depend on: by default the ``observe`` calls so far and
-        the row, so that a forward run twice draws the same."""
+        """:meth:`forward`, with the numbers that the draws of ``score="race"`` depend on.
+
+        By default they are the ``observe`` calls so far and the row, so that a forward run twice draws the same.
+        """
         self.validate_hidden(hidden)
         self.clusterer.require_fitted()
-        if self.chooses_per_token:
-            return self._forward_per_token(hidden, numbers)
-        if self.lazy:
-            ids, distance = self.clusterer(hidden)
-            self.refresh_rows(ids)
-            return Routing(self.topk_indices[ids], self.topk_weights[ids], ids, self.topk_scores[ids], distance)
-        assignment, selection, weights = dispatch.route_by_table(
-            hidden,
-            self.clusterer.prepared,
-            self.topk_indices,
-            self.topk_weights,
-            self.topk_scores,
-            backend=self.backend,
-        )
-        return Routing(selection.expert_indices, weights, assignment.cluster_ids, selection.scores, assignment.distance)
+        return self._route_per_token(hidden, numbers) if self.chooses_per_token else self._route_by_tables(hidden)
+
+    @torch.no_grad()
+    def _route_per_token(self, hidden: Tensor, numbers: Tensor | None) -> Routing:
+        assignment, members = self.assign(hidden)
+        alpha, beta = self.believed_of(assignment, members)
+        routing = self.decide(alpha, beta, assignment, numbers)
+        return routing if members is None else SharedRouting.of(routing, members)
+
+    def decide(
+        self,
+        alpha: Tensor,  # (N, E)
+        beta: Tensor,  # (N, E)
+        assignment: reference.Assignment,
+        numbers: Tensor | None = None,  # (N,) int64
+    ) -> Routing:
+        """Route tokens by what is believed of every expert for each of them, wherever that comes from.
+
+        Scores are the rule's, differentiable in alpha and beta where the rule is; draws and exploration as in :meth:`route`.
+        """
+        generator = self._generator(alpha.device, "route") if self.draws_by_steps else None
+        scores = self.scores(alpha, beta, generator)
+        indices, chosen = reference.select(scores, assignment.cluster_ids, self.top_k)
+        if self.score == "race":
+            raced = self._raced(alpha, beta, indices, numbers)
+            beside = torch.ones_like(scores, dtype=torch.bool).scatter_(1, raced, False)
+            only = scores.masked_fill(beside, -torch.inf)
+            indices, chosen = reference.select(only, assignment.cluster_ids, self.top_k)
+        if generator is not None and self.exploration > 0 and int(self.posterior.active.sum()) > self.top_k:
+            indices = exploring.explored(indices, self.posterior.active, self.exploration, generator)
+            chosen = scores.gather(1, indices)
+        weights = reference.weigh(chosen, self.temperature).float()
+        return Routing(indices, weights, assignment.cluster_ids, chosen.float(), assignment.distance)
 
     def learn(self, routing: Routing, outcome: Tensor, slots: Tensor | None) -> None:  # (N, k) or (N, E)
         """Add the outcomes to the belief and refresh the tables of the touched clusters."""
@@ -341,9 +333,7 @@ class PosteriorGate(BeliefGate):
         if not 0.0 <= rate <= 1.0:
             raise InvalidArgumentError(f"rate must lie in [0, 1]; got {rate}")
         generator = self._generator(routing.expert_indices.device, "shadow")
-        other = self._random_others(routing.expert_indices, generator)
-        drawn = torch.rand(len(other), generator=generator, device=other.device) < rate
-        return torch.where(drawn, other, -1)
+        return exploring.shadowed(routing.expert_indices, self.posterior.active, rate, generator)
 
     @as_declared
     def add_expert(self, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0) -> int:
@@ -360,7 +350,7 @@ class PosteriorGate(BeliefGate):
 
         Experts that were removed score -inf.
         """
-        return self._scores(*self.posterior.parameters_of(cluster_ids), None)
+        return self.scores(*self.posterior.parameters_of(cluster_ids))
 
     @property
     def reweighs(self) -> bool:
@@ -373,97 +363,21 @@ class PosteriorGate(BeliefGate):
         weights = reference.weigh(chosen, self.temperature).float()
         return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen.float())
 
-    def _scores(self, alpha: Tensor, beta: Tensor, generator: torch.Generator | None) -> Tensor:  # (M, E)
+    def scores(
+        self, alpha: Tensor, beta: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:  # 2 x (M, E) -> (M, E)
+        """What experts are ranked by under :attr:`rule`, given what is believed of them; -inf for those that were removed."""
         return self.rule(alpha, beta, generator).masked_fill(~self.posterior.active, -torch.inf)
-
-    def _forward_one(self, hidden: Tensor) -> Routing:  # (1, D)
-        """One token by the tables, in numpy."""
-        vector = (hidden.detach() if hidden.requires_grad else hidden).numpy()[0]
-        cluster, distance, (indices, weights, scores, _) = self.assign_one(vector)
-        tensor, array = torch.from_numpy, np.array
-        return Routing(
-            tensor(indices[cluster].copy()),
-            tensor(weights[cluster].copy()),
-            tensor(array([cluster])),
-            tensor(scores[cluster].copy()),
-            tensor(array([distance], np.float32)),
-        )
-
-    def assign_one(self, vector: NDArray) -> tuple[int, float, tuple[NDArray, ...]]:  # (D,) float32
-        """Cluster and distance of one token, and numpy views of the tables: indices, weights, scores, counts; (C, 1, …) each."""
-        own: dict[str, Any] = self._buffers  # as in forward
-        clusterer: Any = self._modules["clusterer"]
-        buffers = clusterer._buffers
-        centroids: tuple[Tensor, ...] = buffers["centroids"], buffers["directions"], buffers["offsets"]
-        if clusterer.outliers:
-            centroids += (buffers["radius"],)
-        tables = own["topk_indices"], own["topk_weights"], own["topk_scores"], own["topk_counts"]
-        return self._views.assign_one(vector, centroids, tables)
-
-    @torch.no_grad()
-    def _forward_per_token(self, hidden: Tensor, numbers: Tensor | None) -> Routing:
-        assignment, members = self.assign(hidden)
-        generator = self._generator(hidden.device, "route") if self.draws_by_steps else None
-        alpha, beta = self._believed(assignment, members)
-        scores = self._scores(alpha, beta, generator)
-        selection = reference.select(scores, assignment.cluster_ids, self.top_k)
-        if self.score == "race":
-            chosen = self._raced(alpha, beta, selection.expert_indices, numbers)
-            only = torch.ones_like(scores, dtype=torch.bool).scatter_(1, chosen, False)
-            selection = reference.select(scores.masked_fill(only, -torch.inf), assignment.cluster_ids, self.top_k)
-        indices, chosen = selection.expert_indices, selection.scores
-        if generator is not None and self.exploration > 0 and int(self.posterior.active.sum()) > self.top_k:
-            drawn = torch.rand(len(indices), generator=generator, device=indices.device) < self.exploration
-            other = self._random_others(indices, generator)
-            last = torch.where(drawn, other, indices[:, -1])
-            indices = torch.cat([indices[:, :-1], last[:, None]], dim=1)
-            chosen = scores.gather(1, indices)
-        weights = reference.weigh(chosen, self.temperature).float()
-        routing = Routing(indices, weights, assignment.cluster_ids, chosen.float(), assignment.distance)
-        return routing if members is None else SharedRouting.of(routing, members)
 
     def _raced(
         self, alpha: Tensor, beta: Tensor, leaders: Tensor, numbers: Tensor | None
     ) -> Tensor:  # 2 x (N, E), (N, k), (N,)
-        """The experts that the tokens' draws say, on the host, so that a choice is the same wherever it is made again."""
+        """The experts drawn for the tokens, on the host, so that a choice is the same wherever it is made again."""
         refuse_export()
         if numbers is None:
             numbers = (int(self.steps) << _ROW_BITS) + torch.arange(len(alpha))
-        running = self._running(alpha, beta, leaders)
-        chosen = running.leaders.copy()
-        rows = np.flatnonzero(running.open)
-        if len(rows):
-            uniform = race.uniforms(self.seed, numbers.numpy(force=True)[rows], 2 * alpha.shape[1] + 1)
-            chosen[rows] = race.choose(running.of(rows), uniform)
+        chosen = race.draw(self.running(alpha, beta, leaders), self.seed, numbers.numpy(force=True))
         return torch.from_numpy(chosen).to(leaders.device)
-
-    def race_one(self, cluster: int, number: int) -> int:
-        """The expert that one decision's draw says, from the belief's row as :meth:`refresh_rows` left it; of gates with one expert a
-        token. In numpy, as :meth:`assign_one`."""
-        alpha, beta = self.believed.numpy()[cluster]
-        total = alpha + beta
-        mean, leaders = alpha / total, self.topk_indices.numpy()[cluster][None]
-        std = np.sqrt(mean * (beta / total) / (total + 1))
-        active, fallen = self.posterior.active.numpy(), self.fallen.numpy()
-        running = race.start(mean[None], std[None], total[None], active, fallen, leaders, width=self.risk_aversion)
-        return int(race.choose(running, race.uniforms(self.seed, np.array([number]), 2 * len(total) + 1))[0, 0])
-
-    def bound_of(self, alpha: float, beta: float) -> float:
-        """The lower confidence bound of one cell, the same bits as in the tables."""
-        total = alpha + beta
-        std = math.sqrt((alpha / total) * (beta / total) / (total + 1))
-        return float(np.float32(alpha / total - self.risk_aversion * std))
-
-    def _running(self, alpha: Tensor, beta: Tensor, leaders: Tensor) -> race.Race:  # 2 x (M, E), (M, k)
-        belief = (beta_functions.mean(alpha, beta), beta_functions.std(alpha, beta), alpha + beta)
-        mean, std, count = (part.numpy(force=True) for part in belief)
-        active, fallen = self.posterior.active.numpy(force=True), self.fallen.numpy(force=True)
-        return race.start(mean, std, count, active, fallen, leaders.numpy(force=True), width=self.risk_aversion)
-
-    @property
-    def fallen(self) -> Tensor:  # (E,) bool
-        """Experts that the race tries now and then, see :attr:`BetaPosterior.fallen`."""
-        return self.posterior.fallen
 
     def assign(self, hidden: Tensor) -> tuple[reference.Assignment, Memberships | None]:  # (N, D)
         """Cluster and distance of each token, and its memberships where it has several."""
@@ -480,67 +394,8 @@ class PosteriorGate(BeliefGate):
             )
         return routing.members
 
-    def _with_novelty(
-        self, assignment: reference.Assignment, members: Memberships | None
-    ) -> tuple[Tensor, Tensor]:  # -> 2 x (N, E)
-        """A far token keeps part of its cluster's pseudo-counts; in their place stand two of the expert's pooled record."""
-        alpha, beta = self.posterior.parameters_of()
-        ids = assignment.cluster_ids
-        weight = novelty_weight(assignment.distance, self.clusterer.radius[ids]).to(alpha.dtype)[:, None]
-        pooled = 2 * beta_functions.mean(alpha.sum(dim=0), beta.sum(dim=0))  # (E,)
-        far = 1 - weight
-        near = (alpha[ids], beta[ids]) if members is None else mixed(self.posterior, members)
-        return weight * near[0] + far * pooled, weight * near[1] + far * (2 - pooled)
-
-    def _random_others(self, chosen: Tensor, generator: torch.Generator) -> Tensor:  # (N, k) -> (N,)
-        """A uniformly drawn active expert that is not among the chosen; the last chosen one where there is no other."""
-        allowed = self.posterior.active.expand(len(chosen), -1).scatter(1, chosen, False)
-        keys = torch.rand(allowed.shape, generator=generator, device=chosen.device).masked_fill(~allowed, -1.0)
-        best = keys.max(dim=1)
-        return torch.where(best.values >= 0, best.indices, chosen[:, -1])
-
     def _generator(self, device: torch.device, purpose: Literal["route", "shadow"]) -> torch.Generator:
-        refuse_export()
-        stream = 2 * (self.seed * 1_000_003 + int(self.steps)) + (purpose == "shadow")
-        return torch.Generator(device).manual_seed(stream)
-
-    @torch.no_grad()
-    def refresh(self, cluster_ids: Tensor | None) -> None:
-        """Rewrite the tables of the given clusters (None: of all, or, if lazy, mark all to be rewritten)."""
-        device = self.posterior.successes.device
-        if (
-            device.type == "meta" or self.members is not None
-        ):  # a token of several clusters has no row that could answer it
-            return
-        if self.topk_indices.device != device:  # a load with assign=True leaves derived buffers where they were
-            for name in (
-                "topk_indices",
-                "topk_weights",
-                "topk_scores",
-                "topk_counts",
-                "believed",
-                "unsettled",
-                "stale",
-            ):
-                setattr(self, name, torch.zeros_like(getattr(self, name), device=device))
-            self.stale.fill_(True)
-        clusters = torch.arange(self.num_clusters, device=device)
-        if cluster_ids is not None and len(cluster_ids) < self.num_clusters:
-            clusters = cluster_ids.to(device)
-        if self.lazy and cluster_ids is None:
-            self.stale[clusters] = True
-            return
-        self._write_rows(clusters)
-        self.stale[clusters] = False
-
-    @torch.no_grad()
-    def refresh_rows(self, cluster_ids: Tensor) -> None:  # (M,)
-        """Bring the tables' rows of these clusters up to date, where the gate is lazy and has not yet."""
-        needed = self.stale[cluster_ids]
-        if needed.any():
-            clusters = cluster_ids[needed].unique()
-            self._write_rows(clusters)
-            self.stale[clusters] = False
+        return exploring.generator_for(device, self.seed, self.steps, purpose)
 
     def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
         """Posterior mean competence of the chosen experts as of now."""
@@ -553,7 +408,7 @@ class PosteriorGate(BeliefGate):
     def estimates(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, E) float64
         """Posterior mean competence of every expert on every token, as of now, whoever would be chosen."""
         self.validate_hidden(hidden)
-        return beta_functions.mean(*self._believed(*self.assign(hidden)))
+        return beta_functions.mean(*self.believed_of(*self.assign(hidden)))
 
     @torch.no_grad()
     def counts_of(self, routing: Routing) -> Tensor:  # -> (N, 2, k) float64
@@ -563,8 +418,8 @@ class PosteriorGate(BeliefGate):
         """
         members = self._members_of(routing)
         if self.novelty == "discount":
-            believed = self._with_novelty(reference.Assignment(routing.cluster_ids, routing.distance), members)
-            return _chosen(*believed, routing.expert_indices)
+            believed = self.believed_of(reference.Assignment(routing.cluster_ids, routing.distance), members)
+            return counts_at(*believed, routing.expert_indices)
         if members is not None:
             return torch.stack(mixed_at(self.posterior, members, routing.expert_indices), dim=1)
         return torch.stack(self.posterior.parameters_at(routing.cluster_ids[:, None], routing.expert_indices), dim=1)
@@ -577,47 +432,14 @@ class PosteriorGate(BeliefGate):
                 self.refresh_rows(routing.cluster_ids)
             return self.topk_indices[routing.cluster_ids]
         assignment = reference.Assignment(routing.cluster_ids, routing.distance)
-        scores = self._scores(*self._believed(assignment, members), None)
+        scores = self.scores(*self.believed_of(assignment, members))
         return reference.select(scores, routing.cluster_ids, self.top_k).expert_indices
 
-    def _believed(
+    def believed_of(
         self, assignment: reference.Assignment, members: Memberships | None
     ) -> tuple[Tensor, Tensor]:  # -> 2 x (N, E)
-        """What is believed of every expert, for each token."""
+        """Alpha and beta of every expert, for each token: what :meth:`decide` routes by."""
+        near = None if members is None else mixed(self.posterior, members)
         if self.novelty == "discount":
-            return self._with_novelty(assignment, members)
-        if members is not None:
-            return mixed(self.posterior, members)
-        return self.posterior.parameters_of(assignment.cluster_ids)
-
-    def _write_rows(self, clusters: Tensor) -> None:  # (M,)
-        alpha, beta = self.posterior.parameters_of(clusters)
-        selection = reference.select(self._scores(alpha, beta, None), clusters, self.top_k)
-        self.topk_indices[clusters] = selection.expert_indices
-        self.topk_scores[clusters] = selection.scores.float()
-        self.topk_weights[clusters] = reference.weigh(selection.scores, self.temperature).float()
-        self.topk_counts[clusters] = _chosen(alpha, beta, selection.expert_indices)
-        if self.score == "race":
-            if self.believed.shape[-1] != self.num_experts:  # the pool grew, or the score was another
-                self.believed = self.posterior.successes.new_empty(self.num_clusters, 2, self.num_experts)
-            self.believed[clusters] = torch.stack([alpha, beta], dim=1)
-            running = self._running(alpha, beta, selection.expert_indices)
-            self.unsettled[clusters] = torch.from_numpy(running.open).to(self.unsettled.device)
-
-
-def _chosen(alpha: Tensor, beta: Tensor, expert_indices: Tensor) -> Tensor:  # 2 x (N, E), (N, k) -> (N, 2, k)
-    return torch.stack([alpha.gather(1, expert_indices), beta.gather(1, expert_indices)], dim=1)
-
-
-def _validate_knobs(knobs: Mapping[str, Any], seed: int) -> None:
-    standard = {"score": "lcb", "risk_aversion": 1.0, "credible_level": 0.05}
-    rule = {name: knobs.get(name, value) for name, value in standard.items()}
-    for score in {rule["score"], "lcb", "quantile"}:  # a knob that another rule reads is checked all the same
-        rule_of(score, rule["risk_aversion"], rule["credible_level"], seed)
-    ranges: dict[str, tuple[str, Callable[[float], bool]]] = {
-        "temperature": ("be positive and finite", lambda value: 0.0 < value < float("inf")),
-        "exploration": ("lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
-    }
-    for name, (wanted, fits) in ranges.items():
-        if name in knobs and not fits(knobs[name]):
-            raise InvalidArgumentError(f"{name} must {wanted}; got {knobs[name]}")
+            return discounted(self.posterior, assignment, self.clusterer.radius, near)
+        return self.posterior.parameters_of(assignment.cluster_ids) if near is None else near

@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+
+from moe_posterior import beta as beta_functions
 
 FEW = 20.0  # pseudo-observations (alpha + beta) of a cell up to which its expert is in the race whatever they say: an unlucky start
 MANY = 50.0  # from which on it is out: as many as a pooled record is worth, so that what is known needs no exploring
@@ -77,6 +80,30 @@ def start(
         share = np.where(fallen & ~leading, RETRIED * np.exp(-count / PATIENCE), 0.0)
         share *= np.minimum(1.0, RETRIED / np.maximum(share.sum(axis=1, keepdims=True), RETRIED))
     return Race(mean, std, entered, share, leaders)
+
+
+def start_from(
+    alpha: Tensor,  # (N, E)
+    beta: Tensor,  # (N, E)
+    active: Tensor,  # (E,) bool
+    fallen: Tensor,  # (E,) bool
+    leaders: Tensor,  # (N, k)
+    *,
+    width: float,
+) -> Race:
+    """:func:`start` from a belief's pseudo-counts, on any device: the race itself runs on the host, so that it is the same anywhere."""
+    belief = (beta_functions.mean(alpha, beta), beta_functions.std(alpha, beta), alpha + beta)
+    mean, std, count, running, tried, leading = (part.numpy(force=True) for part in (*belief, active, fallen, leaders))
+    return start(mean, std, count, running, tried, leading, width=width)
+
+
+def draw(race: Race, seed: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:  # (N,) -> (N, k)
+    """Who is chosen by the decisions of these numbers: the leaders, where nothing is left to draw."""
+    chosen = race.leaders.copy()
+    rows = np.flatnonzero(race.open)
+    if len(rows):
+        chosen[rows] = choose(race.of(rows), uniforms(seed, numbers[rows], 2 * race.mean.shape[1] + 1))
+    return chosen
 
 
 def choose(race: Race, uniform: Floats) -> NDArray[np.int64]:  # (N, 2E + 1) in (0, 1) -> (N, k), in no order

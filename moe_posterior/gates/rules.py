@@ -7,14 +7,24 @@ Source: *Bayesian Posterior Routing in Multi-Agent Systems*, "From Posterior to 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from moe_posterior import beta as beta_functions
 from moe_posterior.errors import InvalidArgumentError
+
+Score = Literal["lcb", "mean", "quantile", "thompson", "race"]
+KNOBS = (
+    "score",
+    "risk_aversion",
+    "credible_level",
+    "temperature",
+    "exploration",
+)  # what a gate can change on the same belief
 
 
 @dataclass(frozen=True)
@@ -149,3 +159,22 @@ def rule_of(score: str, risk_aversion: float, credible_level: float, seed: int) 
         return Mean()
     names = [rule.score for rule in (LCB, Mean, Quantile, Thompson, Race)]
     raise InvalidArgumentError(f"score must be one of {names}; got {score!r}")
+
+
+def require_knobs(knobs: Mapping[str, Any], seed: int) -> None:
+    """Check those of :data:`KNOBS` that are given; one that the named rule does not read is checked all the same.
+
+    Raises:
+        InvalidArgumentError: a value out of range.
+    """
+    standard = {"score": "lcb", "risk_aversion": 1.0, "credible_level": 0.05}
+    rule = {name: knobs.get(name, value) for name, value in standard.items()}
+    for score in {rule["score"], "lcb", "quantile"}:
+        rule_of(score, rule["risk_aversion"], rule["credible_level"], seed)
+    ranges: dict[str, tuple[str, Callable[[float], bool]]] = {
+        "temperature": ("be positive and finite", lambda value: 0.0 < value < float("inf")),
+        "exploration": ("lie in [0, 1)", lambda value: 0.0 <= value < 1.0),
+    }
+    for name, (wanted, fits) in ranges.items():
+        if name in knobs and not fits(knobs[name]):
+            raise InvalidArgumentError(f"{name} must {wanted}; got {knobs[name]}")

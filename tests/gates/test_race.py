@@ -157,3 +157,11 @@ def test_the_number_of_clusters_follows_from_the_rows_and_is_kept(tmp_path) -> N
     router.fit(np.repeat(EMBEDDINGS[:2], 100, axis=0))  # fewer distinct rows than the rule asks for
     assert router.gate.num_clusters == 2
     assert PosteriorRouter(E, D, 9).gate.num_clusters == 9
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_newcomer_joins_the_race(lazy: bool) -> None:
+    router = fitted(lazy=lazy)
+    live(router, [0.5] * E, 300)
+    assert router.add_expert() == E
+    assert E in live(router, [0.1] * E + [0.9], 300)

@@ -1,0 +1,34 @@
+"""Tokens unlike anything seen: how much of their cluster's evidence still counts for them.
+
+Dimensions: N tokens, C clusters, E experts.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from moe_posterior import beta as beta_functions
+from moe_posterior.evidence import novelty_weight
+from moe_posterior.kernels.reference import Assignment
+from moe_posterior.posterior import BetaPosterior
+
+Novelty = Literal["off", "discount", "class"]
+
+
+def discounted(
+    belief: BetaPosterior,
+    assignment: Assignment,  # of N tokens
+    radius: Tensor,  # (C,)
+    near: tuple[Tensor, Tensor] | None = None,  # 2 x (N, E)
+) -> tuple[Tensor, Tensor]:  # 2 x (N, E)
+    """Alpha and beta for each token: a far one keeps part of its cluster's, and takes the expert's pooled record for the rest.
+
+    That record counts as two observations. ``near`` is what the token's clusters say where it has several; None: its one cluster's.
+    """
+    alpha, beta = belief.parameters_of()
+    ids = assignment.cluster_ids
+    weight = novelty_weight(assignment.distance, radius[ids]).to(alpha.dtype)[:, None]
+    pooled = 2 * beta_functions.mean(alpha.sum(dim=0), beta.sum(dim=0))  # (E,)
+    far = 1 - weight
+    near = (alpha[ids], beta[ids]) if near is None else near
+    return weight * near[0] + far * pooled, weight * near[1] + far * (2 - pooled)
