@@ -1,4 +1,4 @@
-"""A router with a gate inside: the router's own object, parameters and hooks, with one more child and a class derived from its own.
+"""A router with a gate inside: the same object, parameters and hooks, with one more child module and a subclass of its own class.
 
 Dimensions: T tokens, D hidden size, B sequences, S positions.
 """

@@ -21,7 +21,7 @@ _OTHER_TOKENS = {
     "pixel_values",
     "encoder_hidden_states",
     "decoder_input_ids",
-}  # arguments that bring tokens of their own
+}  # arguments that hold other tokens
 _HIDDEN = -1000.0  # an additive mask hides with -1e4 or less; values nearer to 0 are a bias, for relative positions say
 
 
@@ -130,7 +130,7 @@ def _of_blocks(mask: Any, size: tuple[int, int], start: int | None) -> Tensor:  
 
 
 def _past_length(given: Mapping[str, Any]) -> int | None:
-    """How many positions the cache of this call holds already; None without one, or if it does not say."""
+    """How many positions the cache of this call already holds; None without a cache, or if it does not say."""
     caches = [given[name] for name in ("past_key_values", "past_key_value", "cache_params") if name in given]
     try:
         return int(caches[0].get_seq_length())

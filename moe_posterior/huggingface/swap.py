@@ -20,13 +20,13 @@ _HANDLES = "_moe_posterior_handles"  # attribute of a swapped model, for its hoo
 
 
 def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", **knobs: Any) -> SwappedModel:
-    """Put a gate with a belief into every router of ``model`` that is understood, in place and reversibly.
+    """Put a gate with a belief into every supported router of ``model``, in place and reversibly.
 
-    The routers stay the objects they are, with their parameters, names and hooks. In ``"prior"`` mode each keeps choosing by its own
+    The routers remain the same objects, with their parameters, names and hooks. In ``"prior"`` mode each keeps choosing by its own
     rule, with a bias on the logits of experts that evidence speaks against (:class:`~moe_posterior.gates.PriorGate`); until then its
     outputs are the same bit for bit. In ``"replace"`` mode the belief alone chooses once the clusters are fitted
-    (:class:`~moe_posterior.PosteriorGate`), with weights that add up to what the router's own would have, so that its
-    scaling stays. Wherever a router reports its logits, as for an auxiliary loss, they carry the bias that was in force.
+    (:class:`~moe_posterior.PosteriorGate`), with weights that sum to what the router's own weights would, so that its
+    scaling stays. Logits that a router returns, for an auxiliary loss for example, include the bias.
 
     It finds modules whose class name ends in Router, Gate or Gating, that have ``top_k`` and one projection to logits, and
     return ``(logits, weights (T, k), indices (T, k))``; a hand-written block only needs such a router. Before any choice is

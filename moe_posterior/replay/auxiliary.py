@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 _ROOTS = ("loss", "logits", "last_hidden_state")  # outputs that a loss is made from, the one closest to the loss first
 _AUXILIARY = "router_logits", "aux_loss", "router_aux_loss", "z_loss", "encoder_router_logits", "decoder_router_logits"
-_shut = [False]  # for every thread: autograd runs backward passes on threads of its own
+_shut = [False]  # shared by all threads: autograd runs backward passes on its own threads
 
 
 class _HandedOn(torch.autograd.Function):

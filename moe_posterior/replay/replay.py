@@ -45,7 +45,7 @@ class _Forced:
 
 
 class _ForcedRouter:
-    """The forward hooks that make a router with a gate inside weigh the recorded experts by its own rule."""
+    """The forward hooks that make a router with a gate inside weight the recorded experts by its own rule."""
 
     def __init__(self, replaying: "Replay", name: str, gate: Gate) -> None:
         self.replaying, self.name, self.gate = replaying, name, gate
