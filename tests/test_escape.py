@@ -66,15 +66,15 @@ def report_on_the_terminal(name: str, folder: Path) -> str:
 
 
 def benchmark_tables(name: str) -> list[Any]:
-    from moe_posterior.benchmarks.tables import Table
+    from moe_posterior.results.tables import Table
 
-    return [Table(name, [name, name], [[name, name], [name, "1"]], name)]
+    return [Table([name, name], [[name, name], [name, "1"]], name, name)]
 
 
 def benchmark_on_the_terminal(name: str, folder: Path) -> str:
     from rich.console import Console
 
-    from moe_posterior.benchmarks.render import print_tables
+    from moe_posterior.results.tables import print_tables
 
     stream = io.StringIO()
     print_tables(benchmark_tables(name), Console(file=stream, width=2000))
@@ -159,15 +159,16 @@ def model_card(name: str, folder: Path) -> str:
 
 
 def benchmark_in_markdown(name: str, folder: Path) -> str:
-    from moe_posterior.benchmarks.render import to_markdown
+    from moe_posterior.results.tables import to_markdown
 
-    return to_markdown(benchmark_tables(name))
+    return to_markdown(*benchmark_tables(name))
 
 
 def study_in_markdown(name: str, folder: Path) -> str:
-    from moe_posterior.training.study.tables import Table, to_markdown
+    from moe_posterior.results.tables import Table
+    from moe_posterior.training.study.tables import to_markdown
 
-    return to_markdown([Table(name, [name, name], [[name, name]], name)], {"command": name})
+    return to_markdown([Table([name, name], [[name, name]], name, name)], {"command": name})
 
 
 def survey_in_markdown(name: str, folder: Path) -> str:

@@ -108,7 +108,7 @@ def tuned_knobs(path: Path, version: int) -> None:
 
 @writer
 def benchmark_figure(path: Path, version: int) -> None:
-    from moe_posterior.benchmarks.render import canvas, save
+    from moe_posterior.results.figures import canvas, save
 
     figure = canvas(2, 2)
     figure.subplots().plot([0, 1], [version, 1])

@@ -19,10 +19,11 @@ import torch
 from moe_posterior.audit import AuditLog
 from moe_posterior.audit.rebuild import rebuild
 from moe_posterior.audit.verify import verify
+from moe_posterior.benchmarks.cells import text_table
 from moe_posterior.benchmarks.environments import synthetic
 from moe_posterior.benchmarks.latency import SIZES, open_loop
 from moe_posterior.benchmarks.records import Record
-from moe_posterior.benchmarks.tables import Table
+from moe_posterior.results.tables import Table
 from moe_posterior.router import PosteriorRouter
 
 LOAD = 50_000  # decisions a second offered
@@ -220,4 +221,4 @@ def tables(records: list[Record]) -> list[Table]:
         f"{REALISTIC:,} queries of benchmark B, E = C = 32, k = 1, batches of {BATCH}, every outcome a batch later, a sync every "
         f"{COMMIT:,} decisions; bytes of all files over decisions."
     )
-    return [Table("The audit log's cost and pace", ["what", "median", "least to most", "target", ""], rows, note)]
+    return [text_table("The audit log's cost and pace", ["what", "median", "least to most", "target", ""], rows, note)]

@@ -2,40 +2,39 @@
 
 from collections.abc import Sequence
 
-from moe_posterior.benchmarks.statistics import summarise
+from moe_posterior.results.intervals import mean_interval, plus_minus
+from moe_posterior.results.tables import DASH, Table
 
-NOTHING = "–"
+
+def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Table:
+    """A table of cells that are text already, all but the first column right-aligned."""
+    return Table(columns, rows, note, title, right=True)
 
 
 def percent(values: Sequence[float], signed: bool = False) -> str:
     """Shares in percent, mean ± half-width."""
-    return _cell([100 * value for value in values], 1, signed)
+    return _cell([100 * value for value in values], 1, "+" if signed else "")
 
 
 def decimal(values: Sequence[float]) -> str:
     """Three decimals, mean ± half-width."""
-    return _cell(values, 3, False)
+    return _cell(values, 3)
 
 
 def whole(values: Sequence[float]) -> str:
     """Counts, mean ± half-width."""
-    return _cell(values, 0, False)
+    return _cell(values, 0)
 
 
 def plain(value: float | None) -> str:
     """A published decimal."""
-    return NOTHING if value is None else f"{value:.3f}"
+    return DASH if value is None else f"{value:.3f}"
 
 
 def points(value: float | None) -> str:
     """A published share in percent."""
-    return NOTHING if value is None else f"{100 * value:.1f}"
+    return DASH if value is None else f"{100 * value:.1f}"
 
 
-def _cell(values: Sequence[float], digits: int, signed: bool) -> str:
-    if not values:
-        return NOTHING
-    mean, half_width, count = summarise(values)
-    sign = "+" if signed else ""
-    text = f"{mean:{sign}.{digits}f}"
-    return text if count == 1 else f"{text} ± {half_width:.{digits}f}"
+def _cell(values: Sequence[float], digits: int, sign: str = "") -> str:
+    return plus_minus(*mean_interval(values)[:2], digits, sign) if values else DASH

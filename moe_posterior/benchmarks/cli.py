@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 
-from moe_posterior.benchmarks import latency, records, render, router, tune
+from moe_posterior.benchmarks import figures, latency, records, router, tune
 from moe_posterior.benchmarks.banks import BANKS
 from moe_posterior.benchmarks.llm import STREAMS
 from moe_posterior.benchmarks.records import Record, Results
 from moe_posterior.benchmarks.registry import GATES, TUNED
 from moe_posterior.benchmarks.static import play_static
 from moe_posterior.benchmarks.suite import Plan, cases_of, run
-from moe_posterior.benchmarks.tables import Table, tables_of
+from moe_posterior.benchmarks.tables import tables_of
 from moe_posterior.commands.benchmark import parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError, MissingDependencyError
 from moe_posterior.escape import terminal
 from moe_posterior.files.atomic import write_text
 from moe_posterior.files.reading import decoding, read_json
+from moe_posterior.results.tables import Table, print_tables, to_markdown
 
 
 def benchmark(arguments: Sequence[str]) -> int:
@@ -65,12 +66,12 @@ def benchmark(arguments: Sequence[str]) -> int:
 def show(asked: argparse.Namespace, results: Results) -> int:
     """Print tables and the reproducing command; write Markdown and figures where asked."""
     tables = _tables(asked.benchmark, results.records)
-    render.print_tables(tables)
+    print_tables(tables)
     if asked.markdown:
-        write_text(asked.markdown, render.to_markdown(tables))
+        write_text(asked.markdown, to_markdown(*tables))
         print(f"tables: {terminal(asked.markdown)}")
     if asked.figures and asked.benchmark not in ("latency", "audit", "router"):
-        for path in render.draw(results.records, asked.figures):
+        for path in figures.draw(results.records, asked.figures):
             print(f"figure: {terminal(path)}")
     about = results.about
     print(terminal(f"torch {about.get('torch')}, Python {about.get('python')}, {about.get('processors')} processors"))

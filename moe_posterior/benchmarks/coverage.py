@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_posterior.benchmarks.render import to_markdown
-from moe_posterior.benchmarks.tables import Table
+from moe_posterior.benchmarks.cells import text_table
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.files.atomic import write_text
 from moe_posterior.metrics import calibration_difference, calibration_interval
+from moe_posterior.results.tables import Table, to_markdown
 
 SPREADS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "sharp": lambda rng, n: rng.beta(30, 1, n),
@@ -140,13 +140,13 @@ def tables(covered: list[dict[str, Any]], compared: list[dict[str, Any]]) -> lis
         for one in compared
     )
     return [
-        Table(
+        text_table(
             "Coverage of the 95 % interval of ECE",
             ("rows", "true ECE", *SPREADS, "all", "noise floor", "plain", "debiased"),
             tuple(by_error),
             f"Share of {runs:,} runs a cell whose interval holds the true binned error; floor and estimates are means.",
         ),
-        Table(
+        text_table(
             "How often a comparison of two models declares one worse",
             ("A", "B", "rows", "A worse", "B worse", "difference covered"),
             pairs,
@@ -166,7 +166,7 @@ def main(arguments: list[str]) -> int:
     if asked.runs < 1:
         raise InvalidArgumentError(f"--runs must be at least 1; got {asked.runs}")
     covered, compared = list(coverage(asked.runs)), list(comparisons(asked.runs))
-    text = to_markdown(tables(covered, compared))
+    text = to_markdown(*tables(covered, compared))
     sys.stdout.write(text)
     if asked.out:
         command = f"python -m moe_posterior.benchmarks.coverage --runs {asked.runs} --out {asked.out}"

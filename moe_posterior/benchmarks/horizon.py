@@ -24,12 +24,12 @@ from moe_posterior.audit.views.falls import FALSE_ALARMS
 from moe_posterior.audit.views.flags import Against, Flag
 from moe_posterior.audit.views.survey import survey
 from moe_posterior.benchmarks import measures
-from moe_posterior.benchmarks.cells import NOTHING
+from moe_posterior.benchmarks.cells import text_table
 from moe_posterior.benchmarks.environments import NUM_WARM, Environment, synthetic
 from moe_posterior.benchmarks.records import Record
 from moe_posterior.benchmarks.registry import options_of
-from moe_posterior.benchmarks.tables import Table
 from moe_posterior.metrics import wilson_interval
+from moe_posterior.results.tables import DASH, Table
 from moe_posterior.router import PosteriorRouter
 
 ENVIRONMENT = "horizon on synthetic B"
@@ -174,15 +174,15 @@ def tables(records: list[Record]) -> list[Table]:
     for (healthy, gate, flag), found in cases.items():
         place = [f"after {healthy}" if healthy else "at once", gate, flag]
         if flag == ROUTER:
-            rows.append([*place, _median(found["avoided"]), *[NOTHING] * 4])
+            rows.append([*place, _median(found["avoided"]), *[DASH] * 4])
             continue
-        early = [NOTHING] * 2
+        early = [DASH] * 2
         if healthy:
             early = [f"{sum(found[metric]) / len(found[metric]):.1f}" for metric in ("false_it", "false_others")]
         rows.append([*place, _median(found["log"]), _median(found["own"]), _within(found["log"]), *early])
     header = ["failure", "gate", "flag", "queries", "own", f"within {PAPER}", "false, it", "false, others"]
     title = f"When the log shows the failure · B, synthetic, E=16, {len({r.seed for r in records})} seeds"
-    return [Table(title, header, rows, NOTE)]
+    return [text_table(title, header, rows, NOTE)]
 
 
 def _within(horizons: list[float | None]) -> str:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_posterior.benchmarks.cells import decimal, plain
+from moe_posterior.benchmarks.cells import decimal, plain, text_table
 from moe_posterior.benchmarks.records import Record
-from moe_posterior.benchmarks.tables import Table
+from moe_posterior.results.tables import Table
 from moe_posterior.router import PosteriorRouter
 
 LOADS = (1_000, 5_000, 10_000, 20_000, 50_000, 100_000)  # queries per second
@@ -187,13 +187,13 @@ def tables(records: list[Record]) -> list[Table]:
         "ms unless said; mean ± half the 95 % interval over seeds. The paper's figures may contain embedding the query."
     )
     return [
-        Table(
+        text_table(
             "One decision, one outcome, in process",
             ["size", "gate", "route p50", "p90", "p99", "resolve p50", "p90", "p99", "paper p90"],
             single,
             note,
         ),
-        Table(
+        text_table(
             f"Open-loop load, outcomes resolved too · {SIZES[0].name}",
             ["arrivals/s", "gate", "p50", "p90", "p99", "backlog s", "batch", "routing", "resolving", "paper p90"],
             loaded,

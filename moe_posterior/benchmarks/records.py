@@ -24,7 +24,7 @@ class Record:
     options: Mapping[str, Any]
     seed: int
     metric: str
-    value: float | int | list[float] | None
+    value: float | int | list[Any] | None
     paper: float | None = None
 
     @property
@@ -82,12 +82,16 @@ def read(path: str | os.PathLike[str]) -> Results:
 
 def _checked(record: Record) -> Record:
     names = (record.benchmark, record.environment, record.gate, record.metric)
-    values = record.value if isinstance(record.value, list) else [record.value]
     if not all(isinstance(name, str) for name in names) or not isinstance(record.options, dict):
         raise TypeError(f"names must be text and options a mapping, unlike {record}")
-    if not isinstance(record.seed, int) or not all(one is None or isinstance(one, int | float) for one in values):
+    if not isinstance(record.seed, int) or not _is_number(record.value):
         raise TypeError(f"seed and value must be numbers, unlike {record}")
     return record
+
+
+def _is_number(value: object) -> bool:
+    """A number, None, or lists of them: shares of the traffic come as a list for each layer."""
+    return all(map(_is_number, value)) if isinstance(value, list) else value is None or isinstance(value, int | float)
 
 
 def select(records: Iterable[Record], **wanted: Any) -> list[Record]:

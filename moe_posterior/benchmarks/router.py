@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moe_posterior.benchmarks.cells import NOTHING, percent, whole
+from moe_posterior.benchmarks.cells import percent, text_table, whole
 from moe_posterior.benchmarks.llm import load
 from moe_posterior.benchmarks.records import Record, case_key
-from moe_posterior.benchmarks.tables import Table
+from moe_posterior.results.tables import DASH, Table
 from moe_posterior.router import PosteriorRouter, clusters_for
 
 BENCHMARK = "router"
@@ -259,8 +259,8 @@ def tables(records: list[Record]) -> list[Table]:
         for policy, values in policies.items():
             shares = [percent(values[metric]) for metric in ("outcome", "late", "found")]
             late = values.get("avoided", []) if policy != BEST else []
-            rows.append([policy, *shares, whole(late), f"{max(late):.0f}" if late else NOTHING])
+            rows.append([policy, *shares, whole(late), f"{max(late):.0f}" if late else DASH])
         seeds = len({record.seed for record in records if record.environment == stream})
         header = ["", "outcome", "late", "found", "avoided", "worst"]
-        made_tables.append(Table(f"{stream}, {seeds} seeds", header, rows, _NOTE))
+        made_tables.append(text_table(f"{stream}, {seeds} seeds", header, rows, _NOTE))
     return made_tables

@@ -1,32 +1,22 @@
 """The paper's six tables, and ours, from records: computed here as rows of text, rendered elsewhere."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 
-from moe_posterior.benchmarks.cells import NOTHING, decimal, percent, plain, points, whole
+from moe_posterior.benchmarks.cells import decimal, percent, plain, points, text_table, whole
 from moe_posterior.benchmarks.evaluate import CURVE_STEP
 from moe_posterior.benchmarks.measures import WINDOW
 from moe_posterior.benchmarks.paper import published
 from moe_posterior.benchmarks.records import Record
-from moe_posterior.benchmarks.statistics import sign_flip_p, summarise
 from moe_posterior.benchmarks.stream import CHECKPOINTS
+from moe_posterior.results.intervals import mean_interval, sign_flip_p
+from moe_posterior.results.tables import DASH, Table
 
 UNIFORM = "posterior, uniform prior"
 LEVEL_WINDOWS, LEVEL_MARGIN = 40, 0.02  # of the level that Table 5 asks for: the last 250 queries, 2 points
 SAME = "paper: published figure; its environment is not given, so it orients and cannot be compared exactly"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, a header, rows of text, and what must be known to read them."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
 
 
 class Block:
@@ -108,16 +98,16 @@ def error_table(block: Block) -> Table:
             [
                 gate,
                 percent(list(block.numbers(gate, "error").values())),
-                percent(below, signed=True) if gate != "softmax" else NOTHING,
+                percent(below, signed=True) if gate != "softmax" else DASH,
                 points(published(block.benchmark, gate, "error_below_softmax")),
-                percent(beyond, signed=True) if gate != "posterior" else NOTHING,
-                NOTHING if p is None else f"{p:.4f}",
+                percent(beyond, signed=True) if gate != "posterior" else DASH,
+                DASH if p is None else f"{p:.4f}",
                 percent(list(block.numbers(gate, "regret").values())),
             ]
         )
     header = ["gate", "error %", "below softmax", "paper", "above posterior", "p (queries)", "regret %"]
     note = f"Mean ± half of the 95 % t interval over seeds. p: paired permutation test over all queries. {SAME}."
-    return Table(block.title("Table 1, routing error"), header, rows, note)
+    return text_table(block.title("Table 1, routing error"), header, rows, note)
 
 
 def calibration_table(block: Block) -> Table:
@@ -130,7 +120,9 @@ def calibration_table(block: Block) -> Table:
         "ECE of the gate's success estimate for its choice, 15 bins. floor: what a perfectly calibrated gate with the same scores "
         "would show. The scores of softmax and expert threshold are shares among experts, not probabilities of success."
     )
-    return Table(block.title("Table 2, calibration"), ["gate", "ECE", "debiased", "floor", "paper ECE"], rows, note)
+    return text_table(
+        block.title("Table 2, calibration"), ["gate", "ECE", "debiased", "floor", "paper ECE"], rows, note
+    )
 
 
 def shift_table(block: Block) -> Table:
@@ -155,7 +147,7 @@ def shift_table(block: Block) -> Table:
         "recovery: queries after the change until the next 50 average at least 85 % (0: never fell behind; the length of the second "
         "half: never recovered). A monitor of the last 50 sees it 50 queries later; the paper does not say which it counts."
     )
-    return Table(block.title("Table 3, shift"), header, rows, note)
+    return text_table(block.title("Table 3, shift"), header, rows, note)
 
 
 def cluster_table(block: Block) -> Table:
@@ -168,7 +160,7 @@ def cluster_table(block: Block) -> Table:
         for base in bases
     ]
     header = ["gate", *(f"K = {count}" for count in counts)]
-    return Table(block.title("Table 4, accuracy after the shift by K"), header, rows, "The paper: best at K = 32.")
+    return text_table(block.title("Table 4, accuracy after the shift by K"), header, rows, "The paper: best at K = 32.")
 
 
 def warm_table(block: Block) -> Table:
@@ -180,7 +172,7 @@ def warm_table(block: Block) -> Table:
         if not counts:
             continue
         warm, cold = ([pair[index] for pair in counts] for index in (0, 1))
-        saved = f"{100 * (1 - sum(warm) / sum(cold)):.0f} %" if sum(cold) else NOTHING
+        saved = f"{100 * (1 - sum(warm) / sum(cold)):.0f} %" if sum(cold) else DASH
         rows.append(
             [
                 phase,
@@ -195,7 +187,7 @@ def warm_table(block: Block) -> Table:
         "Queries until the next 50 are within 2 points of the level that the warm-started gate holds at the end of the phase (true "
         "competence of the chosen expert, same seed); the length of the phase if that never happens."
     )
-    return Table(block.title("Table 5, warm start"), header, rows, note)
+    return text_table(block.title("Table 5, warm start"), header, rows, note)
 
 
 def _queries_to_warm_level(block: Block, late: bool) -> list[tuple[int, int]]:
@@ -233,8 +225,8 @@ def trajectory_table(block: Block) -> Table:
             continue
         for where in ("affected", "healthy"):
             means = [block.numbers(gate, f"degraded_mean_{where}_{passed}") for passed in CHECKPOINTS]
-            cells = [f"{summarise(list(mean.values())).mean:.2f}" if mean else NOTHING for mean in means]
-            rows.append([gate, where, *cells, NOTHING, NOTHING, NOTHING])
+            cells = [f"{mean_interval(list(mean.values())).mean:.2f}" if mean else DASH for mean in means]
+            rows.append([gate, where, *cells, DASH, DASH, DASH])
         for index, metric in enumerate(("avoided_after", "avoided_after_affected", "log_alarm_after")):
             rows[-2][2 + len(CHECKPOINTS) + index] = whole(list(block.numbers(gate, metric).values()))
     header = ["gate", "classes", *map(str, CHECKPOINTS), "avoided", "affected", "log alarm"]
@@ -243,7 +235,7 @@ def trajectory_table(block: Block) -> Table:
         "affected queries (paper: 40; expert threshold 90); affected: the same, counting affected queries alone. log alarm: queries "
         "until a reader of all clusters sees it two posterior stds below the pool mean (paper: 20)."
     )
-    return Table(block.title("Table 6, the degraded expert's posterior"), header, rows, note)
+    return text_table(block.title("Table 6, the degraded expert's posterior"), header, rows, note)
 
 
 def ablation_table(block: Block) -> Table:
@@ -260,9 +252,9 @@ def ablation_table(block: Block) -> Table:
             style = percent if name in ("error", "accuracy_after") else decimal if name.startswith("ece") else whole
             row.append(style(list(block.numbers(gate, name).values())))
         rows.append(
-            [*row, percent(block.paired(gate, "posterior", "error"), signed=True) if gate != "posterior" else NOTHING]
+            [*row, percent(block.paired(gate, "posterior", "error"), signed=True) if gate != "posterior" else DASH]
         )
-    return Table(block.title("Ablation"), ["variant", *used, "error above posterior"], rows)
+    return text_table(block.title("Ablation"), ["variant", *used, "error above posterior"], rows)
 
 
 def static_table(block: Block) -> Table:
@@ -273,4 +265,4 @@ def static_table(block: Block) -> Table:
         "± over seeds of clustering and folds; score_error: standard error from the 381 test queries, the larger uncertainty by far. "
         "Knobs chosen by cross-validation inside the training queries."
     )
-    return Table(block.title("Nine language models, test split"), ["router", *metrics], rows, note)
+    return text_table(block.title("Nine language models, test split"), ["router", *metrics], rows, note)

@@ -1,7 +1,6 @@
 """Calibration metrics: what torchmetrics lacks, in its own terms."""
 
 from moe_posterior.bins import bin_indices, equal_mass_bins
-from moe_posterior.metrics.bootstrap import Interval, PairedBootstrap, centred_interval, paired_bootstrap
 from moe_posterior.metrics.calibration import (
     BinSums,
     GroupedCalibration,
@@ -50,6 +49,7 @@ from moe_posterior.metrics.selective import (
 )
 from moe_posterior.metrics.smooth import smooth_calibration_error
 from moe_posterior.metrics.worst import WorstGroup, worst_group
+from moe_posterior.results.intervals import Interval, PairedBootstrap, centred_interval, paired_bootstrap
 
 __all__ = [
     "ActionThreshold",

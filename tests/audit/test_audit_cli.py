@@ -13,7 +13,7 @@ from audit.worlds import EMBEDDINGS, C, D, E, live, new_router
 from moe_posterior import PosteriorRouter
 from moe_posterior.audit import AuditLog
 from moe_posterior.cli import main
-from moe_posterior.page import estimate
+from moe_posterior.results.tables import estimate
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from browser import CHROMIUM, browse
 from markdown_it import MarkdownIt
 from report_example import full_report
 
-from moe_posterior.page import Axis, Series, Table, line_chart, nice_ticks, table
+from moe_posterior.results.page import Axis, Series, line_chart, nice_ticks, table
+from moe_posterior.results.tables import Table
 from moe_posterior.training.report.card import to_card
 from moe_posterior.training.report.checklist import ABSENT, REQUIREMENTS, checklist
 from moe_posterior.training.report.compute import SCHEMA

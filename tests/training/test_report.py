@@ -21,9 +21,9 @@ from moe_posterior.metrics import (
     centred_interval,
     noise_floor,
 )
+from moe_posterior.results.intervals import bootstrap_sums, resampled_rows
 from moe_posterior.training.prediction import Prediction
 from moe_posterior.training.report import (
-    bootstrap_sums,
     evaluate_predictions,
     posterior_heatmap,
     reliability_diagram,
@@ -33,7 +33,6 @@ from moe_posterior.training.report import (
     to_markdown,
     write_json,
 )
-from moe_posterior.training.report.bootstrap import MAX_COUNTS, resample_counts
 from moe_posterior.training.report.marks import verdict
 
 DIGITS = load_digits()
@@ -173,9 +172,8 @@ def test_what_does_not_fit_together_is_refused() -> None:
 
 def explicit_resamples(num_rows: int, resamples: int) -> Iterator[Tensor]:
     """The drawn rows themselves, so that the oracle never computes with counts."""
-    for counts in resample_counts(num_rows, resamples, seed=0):
-        for row in counts:
-            yield torch.arange(num_rows).repeat_interleave(row.long())
+    for chunk in resampled_rows(num_rows, resamples, seed=0):
+        yield from chunk
 
 
 def centred(value: float, drawn: list[float]) -> list[float]:
@@ -328,14 +326,6 @@ def test_a_refusal_names_what_was_expected_and_what_came() -> None:
         evaluate_predictions([noisy], {}, resamples=0)
     with pytest.raises(InvalidArgumentError, match=r"columns must share one positive number of rows; got \[3, 4\]"):
         bootstrap_sums([torch.ones(3, 1), torch.ones(4, 1)], 5)
-
-
-def test_counts_are_multinomial_and_drawn_in_chunks_of_bounded_size() -> None:
-    rows = MAX_COUNTS // 2 - 1
-    assert [tuple(counts.shape) for counts in resample_counts(rows, 3, seed=0)] == [(2, rows), (1, rows)]
-    counts = torch.cat(list(resample_counts(50, 4000, seed=0)))
-    assert counts.sum(1).eq(50).all()
-    assert counts.var().item() == pytest.approx(49 / 50, rel=0.02)
 
 
 def rendered(report: dict) -> list[str]:

@@ -177,9 +177,11 @@ def test_our_combination_is_compared_with_every_published_method_as_published_an
     assert difference["robust"].startswith("-.290 ± .02")
 
 
-@pytest.mark.parametrize(("value", "half", "text"), [(0.25, 0.5, ".250 ± .500"), (20.5, 10.5, "20.500 ± 10.500")])
-def test_numbers_lose_their_leading_zero_and_nothing_else(value: float, half: float, text: str) -> None:
-    assert tables._plus_minus(value, half) == text
+@pytest.mark.parametrize(
+    ("values", "text"), [([0.2, 0.3], ".250 ± .635"), ([20.5, 20.5], "20.500 ± .000"), ([-0.5], "-.500")]
+)
+def test_numbers_lose_their_leading_zero_and_nothing_else(values: list[float], text: str) -> None:
+    assert tables.shown(dict(enumerate(values))) == text
 
 
 def test_cells_of_other_settings_are_not_mixed_in(small, tmp_path) -> None:

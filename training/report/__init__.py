@@ -1,6 +1,6 @@
 """Calibration reports: compute a dict, then render it as a table, JSON, Markdown or figures."""
 
-from moe_posterior.training.report.bootstrap import bootstrap_sums
+from moe_posterior.results.intervals import bootstrap_sums
 from moe_posterior.training.report.card import to_card
 from moe_posterior.training.report.compute import evaluate_predictions
 from moe_posterior.training.report.figures import posterior_heatmap, reliability_diagram

@@ -1,10 +1,11 @@
 """The report as a fragment of a Hugging Face model card."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from moe_posterior.escape import markdown
-from moe_posterior.page import Cell, Table, show
+from moe_posterior.results.tables import Table, to_markdown
 from moe_posterior.training.report import promise, tables
 from moe_posterior.training.report.checklist import ABSENT, checklist, standard, tally
 
@@ -33,10 +34,10 @@ def to_card(report: Mapping[str, Any]) -> str:
     said = promise.sentence(tables.rows_of(report, "action"))
     parts = {
         "Action threshold": (f"{markdown(said)}\n\n" if said else "") + _section(tables.action(report, whole=True)),
-        "Governance standard": f"Held: {markdown(tally(checklist(report)))}.\n\n{markdown_table(standard(report))}",
+        "Governance standard": f"Held: {markdown(tally(checklist(report)))}.\n\n{_markdown(standard(report))}",
         "Results": _section(tables.main_rows(report)) + _note(report),
         "Shift scenarios": _section(tables.shifts(report))
-        + (f"\n\n{markdown_table(pools)}" if (pools := tables.pools(report)) else "")
+        + (f"\n\n{_markdown(pools)}" if (pools := tables.pools(report)) else "")
         + (f"\n\nMetric: {markdown(metric)}." if metric else ""),
         "Subgroups": _section(tables.subgroups(report)),
         f"Routing configurations with the largest gap (at most {MOST_CONFIGURATIONS})": _section(
@@ -49,27 +50,13 @@ def to_card(report: Mapping[str, Any]) -> str:
     return f"## Calibration of the routed aggregate\n\n{body}\n"
 
 
-def markdown_table(content: Table) -> str:
-    """A table of plain values; numbers to the right, strong cells in bold."""
-    numeric = [all(_is_number(row[i]) for row in content.rows) for i in range(len(content.columns))]
-    lines = ["| " + " | ".join(map(markdown, content.columns)) + " |"]
-    lines.append("|" + "|".join("--:" if number else "---" for number in numeric) + "|")
-    lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in content.rows]
-    return "\n".join(lines)
-
-
-def _is_number(value: object) -> bool:
-    key = value.key if isinstance(value, Cell) else value
-    return key is None or (isinstance(key, int | float) and not isinstance(key, bool))
-
-
-def _cell(value: object) -> str:
-    text = markdown(show(value))
-    return f"**{text}**" if isinstance(value, Cell) and value.strong else text
+def _markdown(content: Table) -> str:
+    """The table without its note, which a card has no room for."""
+    return to_markdown(replace(content, note="")).rstrip("\n")
 
 
 def _section(content: Table | None) -> str:
-    return markdown_table(content) if content else f"{ABSENT[0].upper()}{ABSENT[1:]}."
+    return _markdown(content) if content else f"{ABSENT[0].upper()}{ABSENT[1:]}."
 
 
 def _note(report: Mapping[str, Any]) -> str:

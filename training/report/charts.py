@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_posterior.page import Axis, Series, Table, estimate, figure, legend, line_chart, nice_ticks
+from moe_posterior.results.page import Axis, Series, figure, legend, line_chart, nice_ticks
+from moe_posterior.results.tables import Table, estimate
 from moe_posterior.training.report.compute import OVERALL
 from moe_posterior.training.report.places import ALL_SHIFTS, base_of, ece_text, sets_of, size
 from moe_posterior.training.report.tables import rows_of

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_posterior.page import Cell, Table, estimate, show
+from moe_posterior.results.tables import Cell, Table, estimate, show
 from moe_posterior.training.report import promise, tables
 from moe_posterior.training.report.compute import OVERALL
 from moe_posterior.training.report.places import ALL_SHIFTS, CLEAN, place_name, sets_of

@@ -23,8 +23,8 @@ from moe_posterior.metrics import (
     top_label,
 )
 from moe_posterior.metrics.calibration import validate_arguments, validate_predictions
+from moe_posterior.results.intervals import bootstrap_sums
 from moe_posterior.training.prediction import Prediction
-from moe_posterior.training.report.bootstrap import bootstrap_sums
 from moe_posterior.training.report.ece import (
     Answers,
     configuration_rows,

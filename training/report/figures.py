@@ -1,32 +1,27 @@
 """Figures of a computed report; every mark reads without colour.
 
-Dimensions: C clusters, E experts. Figures are drawn on their own canvas: pyplot and its global backend stay untouched.
+Dimensions: C clusters, E experts.
 """
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.escape import label
-from moe_posterior.files.atomic import replacing
+from moe_posterior.results.figures import STYLES, canvas, save
 from moe_posterior.training.report.places import ece_text, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-STYLES: tuple[dict[str, Any], ...] = (  # colour, marker, line: luminances far apart, and each arm a shape of its own
-    {"color": "#b35806", "marker": "o", "linestyle": "--"},
-    {"color": "#2d1e6b", "marker": "s", "linestyle": "-"},
-    {"color": "#4d9221", "marker": "^", "linestyle": ":"},
-    {"color": "#777777", "marker": "D", "linestyle": "-."},
+# Luminances far apart, and each arm a marker of its own; the first arm, the baseline, is dashed.
+ARM_STYLES = tuple(
+    {**STYLES[i], "marker": marker, "linewidth": 1.2} for i, marker in ((1, "o"), (0, "s"), (2, "^"), (3, "D"))
 )
 HATCHES = ("", "///", "...", "xxx")
-DPI = 150
 FEW = 10  # predictions in a bin, below which its accuracy is drawn faint
 MAX_ANNOTATED = 200  # cells; beyond it numbers no longer fit
 
@@ -44,8 +39,8 @@ def reliability_diagram(report: dict, path: str | os.PathLike[str]) -> None:
         InvalidArgumentError: more arms than can be told apart (four).
         MissingDependencyError: without matplotlib.
     """
-    if len(report["arms"]) > len(STYLES):
-        raise InvalidArgumentError(f"report must hold at most {len(STYLES)} arms; got {report['arms']}")
+    if len(report["arms"]) > len(ARM_STYLES):
+        raise InvalidArgumentError(f"report must hold at most {len(ARM_STYLES)} arms; got {report['arms']}")
     panels = list(dict.fromkeys(curve["panel"] for curve in report["reliability"]))
     figure = canvas(width=0.8 + 3.6 * len(panels), height=5.2)
     axes = figure.subplots(
@@ -60,7 +55,7 @@ def reliability_diagram(report: dict, path: str | os.PathLike[str]) -> None:
         axes[1, column].set_xlabel("confidence of the top label (probability)")
     axes[0, 0].set_ylabel("accuracy (share correct)")
     axes[1, 0].set_ylabel("share of\npredictions (%)")
-    save_figure(figure, path)
+    save(figure, path)
 
 
 def posterior_heatmap(
@@ -89,7 +84,7 @@ def posterior_heatmap(
     if expert_names is not None and len(expert_names) != num_experts:
         raise InvalidArgumentError(f"expert_names must name {num_experts} experts; got {len(expert_names)}")
     figure = canvas(width=min(12, 3.2 + 0.62 * num_experts), height=min(9, 2.2 + 0.34 * num_clusters))
-    from matplotlib.ticker import MaxNLocator  # after _figure, which explains a missing matplotlib
+    from matplotlib.ticker import MaxNLocator  # after canvas, which explains a missing matplotlib
 
     axes = figure.subplots()
     image = axes.imshow(mean.cpu().double().numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
@@ -109,29 +104,12 @@ def posterior_heatmap(
             rotation_mode="anchor",
         )
     _mark_cells(axes, mean, count, annotate)
-    save_figure(figure, path)
-
-
-def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
-    """Write a figure, as a PNG or whatever the suffix says, whole or not at all."""
-    with replacing(path) as file:
-        figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=DPI)
-
-
-def canvas(width: float, height: float) -> "Figure":
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", "train") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    save(figure, path)
 
 
 def _draw_curves(axes: "Axes", curves: list[dict]) -> None:
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=0)
-    for curve, style in zip(curves, STYLES, strict=False):
+    for curve, style in zip(curves, ARM_STYLES, strict=False):
         bins = curve["bins"]
         for solid in (True, False):  # bins with few predictions stay visible, but neither join the line nor shout
             kept = [i for i, count in enumerate(bins["count"]) if count and (count >= FEW) == solid]
@@ -142,9 +120,7 @@ def _draw_curves(axes: "Axes", curves: list[dict]) -> None:
             above = [max(0, end - middle) for middle, end in zip(accuracy, high, strict=True)]
             look = style if solid else {**style, "linestyle": "none", "alpha": 0.3}
             shown = f"{label(curve['arm'])} (ECE {ece_text(curve)})" if solid else None
-            axes.errorbar(
-                confidence, accuracy, [below, above], label=shown, markersize=4, linewidth=1.2, capsize=2, **look
-            )
+            axes.errorbar(confidence, accuracy, [below, above], label=shown, markersize=4, capsize=2, **look)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
     axes.legend(loc="upper left", frameon=False, fontsize=8)
@@ -152,7 +128,7 @@ def _draw_curves(axes: "Axes", curves: list[dict]) -> None:
 
 
 def _draw_shares(axes: "Axes", curves: list[dict]) -> None:
-    for index, (curve, style) in enumerate(zip(curves, STYLES, strict=False)):
+    for index, (curve, style) in enumerate(zip(curves, ARM_STYLES, strict=False)):
         bins = curve["bins"]
         counts = bins["count"]
         width = 1 / len(counts) / len(curves)

@@ -6,7 +6,8 @@ What the keys of the report mean is in :mod:`moe_posterior.training.report.schem
 from collections.abc import Mapping
 from typing import Any
 
-from moe_posterior.page import Section, Table, details, page, paragraph, table
+from moe_posterior.results.page import Section, details, page, paragraph, table
+from moe_posterior.results.tables import Table
 from moe_posterior.training.report import charts, promise, tables
 from moe_posterior.training.report.checklist import ABSENT, checklist, standard, tally
 

@@ -8,7 +8,7 @@ each is called by what it holds; no two share the word "shifted".
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moe_posterior.page import Cell
+from moe_posterior.results.tables import Cell
 
 CLEAN = "clean"
 ALL_SHIFTS = "all shifts"

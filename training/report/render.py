@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.escape import markdown, terminal
 from moe_posterior.files.atomic import write_text
+from moe_posterior.results.tables import grid
 from moe_posterior.training.report import promise
 from moe_posterior.training.report.compute import METRICS, OVERALL
 from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of, where_of
@@ -84,23 +85,16 @@ def render_table(report: dict, console: "Console | None" = None) -> None:
 
 def to_markdown(report: dict) -> str:
     """The same in Markdown, ending in a newline; the better arm is bold, a worse one carries a dagger."""
-    lines = [
-        *_promise_markdown(report),
-        f"**{_title(report)}**",
-        "",
-        "| evaluation | subset | n | arm | " + " | ".join(TITLES[metric] for metric in METRICS) + " |",
-        "|---|---|--:|---|" + "--:|" * len(METRICS),
-    ]
+    columns = ["evaluation", "subset", "n", "arm", *(TITLES[metric] for metric in METRICS)]
+    rows = []
     for row in _rows(report):
         cells = [_marked(text, mark) for text, mark in row.cells]
         cells[-1] += "" if row.floor is None else f", noise {_short(row.floor)}"
-        lines.append(
-            f"| {markdown(row.evaluation)} | {markdown(row.subset)} | {row.n} | {markdown(row.arm)} | "
-            + " | ".join(cells)
-            + " |"
-        )
+        rows.append([markdown(row.evaluation), markdown(row.subset), row.n, markdown(row.arm), *cells])
+    right = [name == "n" or name in TITLES.values() for name in columns]
     legend = f"Bold: better; {MEANING}; {where_of(report)}. Noise: the plain ECE that noise alone shows."
-    return "\n".join([*lines, "", legend]) + "\n"
+    parts = [*_promise_markdown(report), f"**{_title(report)}**", grid(columns, rows, right), legend]
+    return "\n\n".join(parts) + "\n"
 
 
 def write_json(report: dict, path: str | os.PathLike[str]) -> None:
@@ -157,17 +151,13 @@ def _promise_markdown(report: Mapping[str, Any]) -> Iterator[str]:
     said, rows = _promises(report)
     if not said:
         return
-    yield from (
-        f"**Action threshold.** {markdown(said)}",
-        "",
-        "| arm | evaluation | promise | share wrong, and coverage |",
-        "|---|---|---|---|",
-    )
+    yield f"**Action threshold.** {markdown(said)}"
+    cells = []
     for row in rows:
         found = markdown(promise.verdict_text(row))
         found = f"**{found}**" if promise.verdict(row) == promise.FAILED else found
-        yield f"| {markdown(row.get('arm') or '')} | {markdown(promise.place(row))} | {found} | {_risk(row)} |"
-    yield ""
+        cells.append([markdown(row.get("arm") or ""), markdown(promise.place(row)), found, _risk(row)])
+    yield grid(["arm", "evaluation", "promise", "share wrong, and coverage"], cells, [False] * 4)
 
 
 def _risk(row: Mapping[str, Any]) -> str:

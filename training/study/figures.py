@@ -1,11 +1,12 @@
 """The study's curves as a picture: calibration error while outcomes are delivered."""
 
 import os
-from statistics import mean
 
 from moe_posterior.escape import label
-from moe_posterior.training.report.figures import STYLES, canvas, save_figure
-from moe_posterior.training.study.tables import Records, by_seed, half_width
+from moe_posterior.results.figures import canvas, save
+from moe_posterior.results.intervals import mean_interval
+from moe_posterior.training.report.figures import ARM_STYLES
+from moe_posterior.training.study.tables import Records, by_seed
 
 __all__ = ["SHOWN", "online_figure"]
 
@@ -29,17 +30,18 @@ def online_figure(records: Records, path: str | os.PathLike[str]) -> None:
     for axis, setting in zip(axes, settings, strict=True):
         own = [record for record in records if record["setting"] == setting and record["calibrator"] == "online"]
         delivered = sorted({int(record["metric"].rsplit("_", 1)[1]) for record in own})
-        for (method, gate), style in zip(SHOWN, STYLES, strict=True):
+        for (method, gate), style in zip(SHOWN, ARM_STYLES, strict=True):
             curves = [by_seed(own, method=method, gate=gate, subset="hard", metric=f"ece_after_{m}") for m in delivered]
-            found = [(m, list(curve.values())) for m, curve in zip(delivered, curves, strict=True) if curve]
+            found = [
+                (m, mean_interval(list(curve.values()))) for m, curve in zip(delivered, curves, strict=True) if curve
+            ]
             places = [delivered.index(m) for m, _ in found]  # evenly spaced: 0 has no place on a logarithmic axis
             axis.errorbar(
                 places,
-                [mean(values) for _, values in found],
-                [half_width(values) for _, values in found],
+                [one.mean for _, one in found],
+                [one.half_width for _, one in found],
                 label=label(f"{method}, {gate}"),
                 capsize=2,
-                linewidth=1.2,
                 markersize=4,
                 **style,
             )
@@ -49,4 +51,4 @@ def online_figure(records: Records, path: str | os.PathLike[str]) -> None:
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("hard ECE")
     axes[-1].legend(fontsize=7, frameon=False)
-    save_figure(figure, path)
+    save(figure, path)

@@ -6,26 +6,19 @@ A value is one cell's: (setting, seed). Intervals are t intervals over seeds of 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-import scipy.stats
-
-from moe_posterior.escape import code, markdown
+from moe_posterior.escape import code
+from moe_posterior.results import tables as results
+from moe_posterior.results.intervals import mean_interval, plus_minus
+from moe_posterior.results.tables import DASH, Table
 from moe_posterior.training.study.plan import PUBLISHED
 
-__all__ = ["Table", "paired", "tables_of", "to_markdown"]
+__all__ = ["paired", "tables_of", "to_markdown"]
 
 Records = Sequence[Mapping[str, Any]]
 Values = dict[int, float]  # seed -> mean over settings
-ACCURACY_MARGIN = 0.005
-
-
-class Table:
-    """A title, columns, rows of text, and what to know."""
-
-    def __init__(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> None:
-        self.title, self.columns, self.rows, self.note = title, columns, rows, note
 
 
 def by_seed(records: Records, settings: Sequence[str] | None = None, **wanted: Any) -> Values:
@@ -40,17 +33,6 @@ def by_seed(records: Records, settings: Sequence[str] | None = None, **wanted: A
     }
 
 
-def half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % t interval of the mean; NaN for fewer than two values.
-
-    >>> round(half_width([1.0, 2.0, 3.0]), 2)
-    2.48
-    """
-    if len(values) < 2:
-        return math.nan
-    return float(scipy.stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-
-
 def paired(ours: Values, other: Values) -> tuple[float, float]:
     """Mean of ours − other over the seeds both have, and half of its 95 % interval.
 
@@ -58,29 +40,37 @@ def paired(ours: Values, other: Values) -> tuple[float, float]:
     -0.1
     """
     differences = [ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())]
-    return (round(mean(differences), 12), half_width(differences)) if differences else (math.nan, math.nan)
+    if not differences:
+        return math.nan, math.nan
+    value, half = _interval(differences)
+    return round(value, 12), half
 
 
-def shown(values: Values, digits: int = 3) -> str:
-    """Mean ± half of the interval.
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, correctly rounded because means of shares often end in a 5, and half of its 95 % interval."""
+    return mean(values), mean_interval(values).half_width
+
+
+def shown(values: Values) -> str:
+    """Mean ± half of the interval, without leading zeros.
 
     >>> shown({42: 0.25, 43: 0.25})
     '.250 ± .000'
     """
-    if not values:
-        return "–"
-    return _plus_minus(mean(values.values()), half_width(list(values.values())), digits)
+    return _without_zeros(plus_minus(*_interval(list(values.values())))) if values else DASH
 
 
-def _plus_minus(value: float, half: float, digits: int = 3, sign: str = "") -> str:
-    if math.isnan(value):
-        return "–"
-    spread = "" if math.isnan(half) else f" ± {_without_zero(f'{half:.{digits}f}')}"
-    return _without_zero(f"{value:{sign}.{digits}f}") + spread
+def _difference(ours: Values, other: Values) -> str:
+    value, half = paired(ours, other)
+    return DASH if math.isnan(value) else _without_zeros(plus_minus(value, half, sign="+"))
 
 
-def _without_zero(text: str) -> str:
-    return re.sub(r"^([+-]?)0\.", r"\1.", text)
+def _without_zeros(text: str) -> str:
+    return re.sub(r"\b0\.", ".", text)
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> Table:
+    return Table(columns, rows, note, title, right=False)
 
 
 def tables_of(records: Records) -> list[Table]:
@@ -151,7 +141,7 @@ def _methods(records: Records) -> Table:
         "rows, the debiased ECE. vanilla with expert temperatures is MoCaE. ± half of the 95 % t interval over seeds of the mean over "
         "settings."
     )
-    return Table(_title(records, "methods"), [*columns, "+ expert temp.", "hard NLL"], rows, note)
+    return _table(_title(records, "methods"), [*columns, "+ expert temp.", "hard NLL"], rows, note)
 
 
 def _error(records: Records) -> str:
@@ -183,7 +173,7 @@ def _settings(records: Records) -> Table:
         for method, gate in _arms(records)
     ]
     columns = ["method", "gate", *(f"{metric} {setting}" for metric in ("acc.", "ECE") for setting in settings)]
-    return Table(_title(records, "held-out domains one by one"), columns, rows, "ECE is debiased.")
+    return _table(_title(records, "held-out domains one by one"), columns, rows, "ECE is debiased.")
 
 
 def _calibrators(records: Records) -> Table:
@@ -205,7 +195,7 @@ def _calibrators(records: Records) -> Table:
         "Debiased hard ECE. Fitted on validation rows; simulated and shift-aware temperatures on source domains or groups left out "
         "once more. adapted: the level of the shift is read from the unlabelled test rows."
     )
-    return Table(_title(records, "calibrators"), ["method", "gate", *names], rows, note)
+    return _table(_title(records, "calibrators"), ["method", "gate", *names], rows, note)
 
 
 Key = tuple[str, str, str]  # method, gate, calibrator
@@ -233,11 +223,11 @@ def _best(records: Records) -> Table:
     error = _error(records)
     ours = {metric: value(OURS, metric) for metric in (error, "accuracy")}
     named_ours = f"ours: {', '.join(OURS)}"
-    rows = [[named_ours, *(cell for m in ours for cell in (shown(ours[m]), "–"))]] if ours[error] else []
+    rows = [[named_ours, *(cell for m in ours for cell in (shown(ours[m]), DASH))]] if ours[error] else []
     for key in dict.fromkeys([*published, *equipped] if rows else []):
         named = "mocae" if key == ("vanilla", "softmax", "expert temperature") else label(key[0])
         suffix = " + expert temperature" if key[2] != "none" and named != "mocae" else ""
-        cells = [[shown(value(key, m)), _plus_minus(*paired(ours[m], value(key, m)), sign="+")] for m in ours]
+        cells = [[shown(value(key, m)), _difference(ours[m], value(key, m))] for m in ours]
         rows.append([named + suffix, *cells[0], *cells[1]])
     note = (
         f"ECE is debiased: a difference of plain ones rewards sharper confidences. The table makes {2 * max(len(rows) - 1, 0)} "
@@ -246,7 +236,7 @@ def _best(records: Records) -> Table:
         "been looked at and before any other seed or data set."
     )
     columns = ["method", "hard ECE", "ours − other", "hard acc.", "ours − other "]
-    return Table(_title(records, "ours against the published methods"), columns, rows, note)
+    return _table(_title(records, "ours against the published methods"), columns, rows, note)
 
 
 def _online(records: Records) -> Table:
@@ -263,7 +253,7 @@ def _online(records: Records) -> Table:
         "Debiased hard ECE of the temperature-scaled aggregate on rows whose outcome never arrives, after so many others' outcomes; "
         "mean of five random orders."
     )
-    return Table(_title(records, "ECE against outcomes delivered"), columns, rows if metrics else [], note)
+    return _table(_title(records, "ECE against outcomes delivered"), columns, rows if metrics else [], note)
 
 
 def _reweighted(records: Records) -> Table:
@@ -280,7 +270,7 @@ def _reweighted(records: Records) -> Table:
     note = (
         "Debiased RCE(ρ) over routing configurations on rows of the training distribution that no calibrator has seen."
     )
-    return Table(_title(records, "calibration error under reweighting"), columns, rows, note)
+    return _table(_title(records, "calibration error under reweighting"), columns, rows, note)
 
 
 def _human(records: Records) -> Table:
@@ -305,19 +295,9 @@ def _human(records: Records) -> Table:
         for scaled in ("", " + temp.")
     ]
     note = "KL(human ‖ model) in nats and squared distance to the shares of human votes."
-    return Table(_title(records, "distance to the human labels"), ["method", "gate", *columns], rows, note)
+    return _table(_title(records, "distance to the human labels"), ["method", "gate", *columns], rows, note)
 
 
 def to_markdown(tables: Sequence[Table], about: Mapping[str, Any]) -> str:
     """The tables and the command that makes them."""
-    parts = []
-    for table in tables:
-        lines = [
-            f"**{markdown(table.title)}**",
-            "",
-            "| " + " | ".join(map(markdown, table.columns)) + " |",
-            "|" + "---|" * len(table.columns),
-            *("| " + " | ".join(map(markdown, row)) + " |" for row in table.rows),
-        ]
-        parts.append("\n".join(lines) + (f"\n\n{markdown(table.note)}" if table.note else ""))
-    return "\n\n".join([*parts, code(about["command"])]) + "\n"
+    return "\n".join([*([results.to_markdown(*tables)] if tables else []), code(about["command"])]) + "\n"

@@ -12,7 +12,8 @@ from moe_posterior.audit.views.competence import Z
 from moe_posterior.audit.views.flags import Flag, moments
 from moe_posterior.audit.views.survey import SourceSurvey
 from moe_posterior.audit.views.trajectories import Samples
-from moe_posterior.page import Axis, Series, details, figure, legend, line_chart, nice_ticks, show
+from moe_posterior.results.page import Axis, Series, details, figure, legend, line_chart, nice_ticks
+from moe_posterior.results.tables import show
 
 EXPERTS, CLUSTERS, PANELS = 16, 12, 4  # drawn at most: experts over all clusters, clusters, experts of one cluster
 _POINTS = 80

@@ -17,7 +17,8 @@ from moe_posterior.audit.views.falls import FALSE_ALARMS
 from moe_posterior.audit.views.flags import Flag
 from moe_posterior.audit.views.survey import SourceSurvey, Survey, require_sources, survey
 from moe_posterior.files.atomic import write_text
-from moe_posterior.page import Cell, Section, Table, estimate, page, paragraph, show, table
+from moe_posterior.results.page import Section, page, paragraph, table
+from moe_posterior.results.tables import Cell, Table, estimate, show
 
 TITLE = "Audit log of routing decisions"
 FLAGS, ROWS, DRAWN = 300, 200, 3  # rows of flags and of other tables, and sources with figures, at most

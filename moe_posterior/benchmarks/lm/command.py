@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from moe_posterior.benchmarks import records, render
+from moe_posterior.benchmarks import records
 from moe_posterior.benchmarks.lm.experiment import Experiment, run
 from moe_posterior.benchmarks.lm.figures import draw
 from moe_posterior.benchmarks.lm.models import Recipe
@@ -18,6 +18,7 @@ from moe_posterior.commands.lm import parser
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.escape import code, markdown, terminal
 from moe_posterior.files.atomic import write_text
+from moe_posterior.results.tables import print_tables, to_markdown
 
 
 def lm(arguments: Sequence[str], about: dict[str, object]) -> int:
@@ -69,12 +70,12 @@ def _show(asked: argparse.Namespace, results: Results) -> int:
     if not found:
         raise InvalidArgumentError(f"{asked.source or asked.out} must hold records of benchmark 'lm'; it has none")
     tables = tables_of(found)
-    render.print_tables(tables)
+    print_tables(tables)
     about = results.about
     versions = f"torch {about.get('torch')}, Python {about.get('python')}, {about.get('processors')} processors"
     if asked.markdown:
         again = f"\n{code(about.get('command'))}\n\n{markdown(versions)}\n"
-        write_text(asked.markdown, render.to_markdown(tables) + again)
+        write_text(asked.markdown, to_markdown(*tables) + again)
         print(f"tables: {terminal(asked.markdown)}")
     if asked.figures:
         for path in draw(found, asked.figures):

@@ -10,7 +10,7 @@ from moe_posterior.benchmarks.lm.scratch import ARMS
 from moe_posterior.benchmarks.lm.shares import CHECKPOINTS
 from moe_posterior.benchmarks.lm.tables import Measured
 from moe_posterior.benchmarks.records import Record
-from moe_posterior.benchmarks.render import STYLES, band, canvas, save
+from moe_posterior.results.figures import STYLES, band, canvas, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,12 +4,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from moe_posterior.benchmarks.cells import NOTHING, decimal, percent
+from moe_posterior.benchmarks.cells import decimal, percent, text_table
 from moe_posterior.benchmarks.lm.experiment import AMNESTY, BASE, GRADIENT, HEALTHY, KNOB_METHODS, METHODS, SCRATCH
 from moe_posterior.benchmarks.lm.scratch import ARMS, DEAD
 from moe_posterior.benchmarks.lm.shares import CHECKPOINTS, RECOVERABLE, at, recovered_share
 from moe_posterior.benchmarks.records import Record
-from moe_posterior.benchmarks.tables import Table
+from moe_posterior.results.tables import DASH, Table
 
 SHOWN = tuple(tokens for tokens in CHECKPOINTS if tokens)
 POOLED = (5120, 20_480)
@@ -114,7 +114,9 @@ def healthy_table(measured: Measured) -> Table:
             cells = [*map(_decimal, values[:2]), "yes" if same else "no", _decimal(values[2]), change]
             rows.append([method.name, *cells, *map(_decimal, eces)])
     header = ["evidence", "loss", "swapped", "equal", "after evidence", "change %", "ECE", "ECE after"]
-    return Table("Healthy experts", header, rows, f"Loss in nats a byte on held-out text, token-level ECE. {PER_SEED}.")
+    return text_table(
+        "Healthy experts", header, rows, f"Loss in nats a byte on held-out text, token-level ECE. {PER_SEED}."
+    )
 
 
 def damage_table(measured: Measured) -> Table:
@@ -129,7 +131,7 @@ def damage_table(measured: Measured) -> Table:
         "Loss in nats a byte. masked: no token goes to the touched experts (the most used of the layer; of two exchanged, "
         f"both); first, second alone: only the one or the other of two exchanged; recoverable: by the best of these. {PER_SEED}."
     )
-    return Table("What a damage costs", header, rows, note)
+    return text_table("What a damage costs", header, rows, note)
 
 
 def recovery_table(measured: Measured) -> Table:
@@ -137,7 +139,7 @@ def recovery_table(measured: Measured) -> Table:
     rows = []
     for method in METHODS:
         cells = [_decimal(measured.mean_shares(method.name, tokens)) for tokens in SHOWN]
-        if any(cell != NOTHING for cell in cells):
+        if any(cell != DASH for cell in cells):
             pooled = [_decimal(measured.pooled_shares(method.name, tokens)) for tokens in POOLED]
             rows.append([method.name, *cells, *pooled])
     header = ["evidence", *map(_tokens, SHOWN), *(f"of the sum, {_tokens(tokens)}" for tokens in POOLED)]
@@ -146,7 +148,7 @@ def recovery_table(measured: Measured) -> Table:
         f"least {RECOVERABLE} nats on; a share above 1 counts as 1. of the sum: nats won back over nats recoverable, summed. "
         f"{PER_SEED}."
     )
-    return Table("Share of the recoverable loss, by tokens since the damage", header, rows, note)
+    return text_table("Share of the recoverable loss, by tokens since the damage", header, rows, note)
 
 
 def by_damage_table(measured: Measured) -> Table:
@@ -165,7 +167,7 @@ def by_damage_table(measured: Measured) -> Table:
         f"seeds: how many have at least {RECOVERABLE} nats to recover; the others have no share. Above 1 where down-weighting by "
         f"cluster does better than masking. {PER_SEED}."
     )
-    return Table("Share of the recoverable loss by damage, gradient signal", header, rows, note)
+    return text_table("Share of the recoverable loss by damage, gradient signal", header, rows, note)
 
 
 def repair_table(measured: Measured) -> Table:
@@ -173,17 +175,17 @@ def repair_table(measured: Measured) -> Table:
     rows = []
     for method in METHODS:
         cells = [_decimal(measured.traffic(method.name, tokens)) for tokens in CHECKPOINTS]
-        if any(cell != NOTHING for cell in cells):
+        if any(cell != DASH for cell in cells):
             rows.append([method.name, *cells])
     note = f"1: as much as before the damage. Mean over all damages of a seed. {PER_SEED}."
     header = ["evidence", *("at the repair" if not tokens else _tokens(tokens) for tokens in CHECKPOINTS)]
-    return Table("Traffic of repaired experts, by tokens since the repair", header, rows, note)
+    return text_table("Traffic of repaired experts, by tokens since the repair", header, rows, note)
 
 
 def knob_table(measured: Measured) -> Table:
     """One knob at a time, damages in all layers alone."""
     if not any(measured.get(HEALTHY, method.name, "after_loss") for method in KNOB_METHODS):
-        return Table("", [], [])
+        return text_table("", [], [])
     damages = [name for name in measured.damages if "layers" in name]
     rows = []
     for method in (GRADIENT, *KNOB_METHODS):
@@ -196,7 +198,7 @@ def knob_table(measured: Measured) -> Table:
                 for curve in measured.get(damage, method.name, "curve_repaired_traffic").values()
             ]
             name = method.name.removeprefix("gradient, ")
-            back_mean = f"{sum(back) / len(back):.3f}" if back else NOTHING
+            back_mean = f"{sum(back) / len(back):.3f}" if back else DASH
             rows.append(
                 [
                     name,
@@ -210,7 +212,7 @@ def knob_table(measured: Measured) -> Table:
         f"gradient: amnesty {AMNESTY:,.0f}, else PriorGate's defaults. Shares after so many tokens, damages in all layers at once. "
         f"{PER_SEED}."
     )
-    return Table("One knob at a time", header, rows, note)
+    return text_table("One knob at a time", header, rows, note)
 
 
 def scratch_table(measured: Measured) -> Table:
@@ -231,7 +233,7 @@ def scratch_table(measured: Measured) -> Table:
         f"Loss in nats a byte on held-out text. dead: below {DEAD:.0%} of the fair share of the traffic; smallest share: of "
         f"any expert, in parts of the fair one. {PER_SEED}."
     )
-    return Table("Trained from scratch", header, rows, note)
+    return text_table("Trained from scratch", header, rows, note)
 
 
 def percent_fine(values: Iterable[float]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moe_posterior.page import Cell, Table, show
+from moe_posterior.results.tables import Cell, Table, show
 
 __all__ = ["above_noise", "interval_of", "joined", "rows_of", "without_empty_columns"]
 
@@ -37,7 +37,7 @@ def without_empty_columns(content: Table) -> Table | None:
     if not kept:
         return None
     rows = [[row[i] for i in kept] for row in content.rows]
-    return Table([content.columns[i] for i in kept], rows, content.caption)
+    return Table([content.columns[i] for i in kept], rows, content.note)
 
 
 def joined(separator: str, *parts: object) -> str:

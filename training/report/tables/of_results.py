@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moe_posterior.page import Cell, Table, estimate
+from moe_posterior.results.tables import Cell, Table, estimate
 from moe_posterior.training.report.compute import OVERALL
 from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, Key, key_of, marks_of, where_of
 from moe_posterior.training.report.places import ALL_SHIFTS, members_of, place_name, sets_of, size

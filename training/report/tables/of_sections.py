@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_posterior.page import Cell, Table, estimate
+from moe_posterior.results.tables import Cell, Table, estimate
 from moe_posterior.training.report import promise
 from moe_posterior.training.report.tables.cells import above_noise, interval_of, rows_of, without_empty_columns
 

@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from moe_posterior.benchmarks.statistics import sign_flip_p, summarise
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.results.intervals import mean_interval, sign_flip_p
 
 
-def test_summarise_is_the_t_interval_of_scipy() -> None:
+def test_a_mean_interval_is_the_t_interval_of_scipy() -> None:
     stats = pytest.importorskip("scipy.stats")
     values = [0.3, 0.5, 0.45, 0.2, 0.6]
     low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
-    mean, half_width, runs = summarise(values)
+    mean, half_width, runs = mean_interval(values)
     assert (mean - half_width, mean + half_width, runs) == (pytest.approx(low), pytest.approx(high), 5)
 
 
 def test_one_seed_has_no_interval_and_none_is_an_error() -> None:
-    assert math.isnan(summarise([0.5]).half_width)
+    assert math.isnan(mean_interval([0.5]).half_width)
     with pytest.raises(InvalidArgumentError, match="at least one"):
-        summarise([])
+        mean_interval([])
 
 
 @pytest.mark.parametrize("count", [2, 5, 11])

@@ -6,35 +6,15 @@ Functions take plain values and return HTML; whatever they are given as text is 
 
 import base64
 import hashlib
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
 from moe_posterior import escape
+from moe_posterior.results.tables import Cell, Table, show, sort_key
 
-DASH = "–"
 LONG = 28  # characters, beyond which a cell's text wraps
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Text beside the value that it sorts by."""
-
-    text: str
-    key: float | str | None = None  # None sorts last
-    strong: bool = False
-    more: str = ""  # what stands smaller below the text, for instance an interval
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns and rows of values, to be rendered as HTML here or as Markdown elsewhere."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[object]]  # each as long as columns: str, int, float, bool, None or Cell
-    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,39 +24,6 @@ class Section:
     anchor: str  # unique on the page; letters, digits and hyphens
     title: str
     html: str
-
-
-def show(value: object, digits: int = 3) -> str:
-    """A value as text: ``–`` for nothing, commas in counts, a fixed number of decimals otherwise.
-
-    >>> show(None), show(float("nan")), show(12345), show(0.25), show("art"), show(True)
-    ('–', '–', '12,345', '0.250', 'art', 'yes')
-    """
-    if isinstance(value, Cell):
-        return f"{value.text} {value.more}".strip()
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return DASH
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return ("−∞" if value < 0 else "∞") if math.isinf(value) else f"{value:.{digits}f}".replace("-", "−")
-    return str(value)
-
-
-def estimate(
-    value: float | None, low: float | None = None, high: float | None = None, *, digits: int = 3, strong: bool = False
-) -> Cell:
-    """A cell with a value and, where it is known, its interval; it sorts by the value.
-
-    >>> show(estimate(0.04, 0.031, 0.05)), show(estimate(0.04)), show(estimate(None))
-    ('0.040 [0.031, 0.050]', '0.040', '–')
-    """
-    missing = value is None or math.isnan(value)
-    known = not missing and low is not None and high is not None
-    more = f"[{show(low, digits)}, {show(high, digits)}]" if known else ""
-    return Cell(show(value, digits), None if missing else value, strong, more)
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -101,8 +48,7 @@ def table(content: Table) -> str:
     >>> '<td data-key="1200" class="number">1,200</td>' in table(Table(["group", "n"], [["<b>", 1200]]))
     True
     """
-    numeric = [_is_numeric(row[i] for row in content.rows) for i in range(len(content.columns))]
-    marks = [' class="number"' if number else "" for number in numeric]
+    marks = [' class="number"' if right else "" for right in content.right_aligned()]
     head = "".join(
         f'<th scope="col"{mark}>{escape.html(name)}</th>' for name, mark in zip(content.columns, marks, strict=True)
     )
@@ -110,8 +56,8 @@ def table(content: Table) -> str:
         "<tr>" + "".join(_cell(value, mark) for value, mark in zip(row, marks, strict=True)) + "</tr>"
         for row in content.rows
     )
-    caption = f"<caption>{escape.html(content.caption)}</caption>" if content.caption else ""
-    label = escape.html(content.caption or ", ".join(content.columns))
+    caption = f"<caption>{escape.html(content.note)}</caption>" if content.note else ""
+    label = escape.html(content.note or ", ".join(content.columns))
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table class="sortable">{caption}'
         f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
@@ -174,23 +120,8 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 """
 
 
-def _is_numeric(values: Iterable[object]) -> bool:
-    keys = [key for value in values if (key := _key(value)) is not None]
-    return bool(keys) and all(isinstance(key, int | float) for key in keys)
-
-
-def _key(value: object) -> float | str | None:
-    """What a value sorts by: a number, a text, or None for nothing."""
-    key = value.key if isinstance(value, Cell) else value
-    if isinstance(key, bool):
-        return show(key)
-    if isinstance(key, int | float):
-        return key if math.isfinite(key) else None
-    return None if key is None else str(key)
-
-
 def _cell(value: object, mark: str) -> str:
-    key = _key(value)
+    key = sort_key(value)
     sort = "" if isinstance(value, str) else f' data-key="{"" if key is None else escape.html(str(key))}"'
     text = escape.html(value.text if isinstance(value, Cell) else show(value))
     if isinstance(value, Cell) and value.strong:
@@ -204,7 +135,7 @@ def _cell(value: object, mark: str) -> str:
 
 @cache
 def _resource(name: str) -> str:
-    return (files("moe_posterior.page") / name).read_text(encoding="utf-8")
+    return (files("moe_posterior.results.page") / name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

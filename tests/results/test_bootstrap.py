@@ -7,6 +7,7 @@ from scipy import stats
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics import calibration_error, centred_interval, paired_bootstrap
+from moe_posterior.results.intervals import MAX_DRAWS, bootstrap_sums, resampled_rows
 
 
 def calibrated(seed: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,3 +105,20 @@ def test_a_nan_in_a_resample_makes_the_interval_nan() -> None:
     low, high = centred_interval(torch.tensor(1.0), torch.tensor([1.0, torch.nan, 2.0]))
     assert low.isnan()
     assert high.isnan()
+
+
+def test_rows_are_drawn_evenly_in_chunks_of_bounded_size() -> None:
+    rows = MAX_DRAWS // 2 - 1
+    assert [tuple(drawn.shape) for drawn in resampled_rows(rows, 3, seed=0)] == [(2, rows), (1, rows)]
+    drawn = torch.cat(list(resampled_rows(50, 4000, seed=0)))
+    counts = torch.zeros(4000, 50).scatter_add_(1, drawn, torch.ones(4000, 50))
+    assert counts.mean().item() == 1
+    assert counts.var().item() == pytest.approx(49 / 50, rel=0.02)
+
+
+def test_sums_and_any_other_metric_are_resampled_alike() -> None:
+    values = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    [sums] = bootstrap_sums([values[:, None]], 200, seed=5)
+    low, high = centred_interval(values.mean(), sums[:, 0] / 40)
+    found = paired_bootstrap(torch.mean, {"one": (values,)}, reference="one", samples=200, seed=5).arms["one"]
+    assert (found.low.item(), found.high.item()) == (pytest.approx(low.item()), pytest.approx(high.item()))

@@ -3,23 +3,19 @@
 Everything that comes from data is escaped here, so that a report may hold any name.
 """
 
-from moe_posterior.page.chart import Axis, Series, legend, line_chart, nice_ticks
-from moe_posterior.page.document import Cell, Section, Table, details, estimate, figure, page, paragraph, show, table
+from moe_posterior.results.page.chart import Axis, Series, legend, line_chart, nice_ticks
+from moe_posterior.results.page.document import Section, details, figure, page, paragraph, table
 
 __all__ = [
     "Axis",
-    "Cell",
     "Section",
     "Series",
-    "Table",
     "details",
-    "estimate",
     "figure",
     "legend",
     "line_chart",
     "nice_ticks",
     "page",
     "paragraph",
-    "show",
     "table",
 ]
