@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from moe_posterior.huggingface.adapters import UnknownRouterError
-from moe_posterior.huggingface.gates import Choice
-from moe_posterior.huggingface.host import Binding, SwappedRouter
+from moe_posterior.huggingface.binding import Binding
+from moe_posterior.huggingface.gates import Choice, HostedGate
 from moe_posterior.huggingface.logits_bias import LogitsInterceptor
 from moe_posterior.replay.record import auxiliary_listener
 
 
 @torch.compiler.disable
-def decide(router: SwappedRouter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def decide(router: nn.Module, gate: HostedGate, binding: Binding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the router's own forward with the evidence added to its logits; the gate sees the choice and, in replace mode, makes it."""
-    gate, binding = router.posterior_gate, router.moe_posterior
     adapter, width = binding.adapter, binding.adapter.width(router)
     hidden = adapter.hidden(args, kwargs).detach()
     hidden = hidden.reshape(-1, hidden.shape[-1])

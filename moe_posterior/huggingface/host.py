@@ -7,28 +7,14 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates.host import GateHost
-from moe_posterior.huggingface.adapters import Adapter
+from moe_posterior.huggingface.binding import Binding
 from moe_posterior.huggingface.gates import HostedGate
 
 CHILD = "posterior_gate"  # the name of the gate inside its router
-
-
-class Binding:
-    """A swapped router's state besides its parameters; not a module, so that none of it is saved or cast."""
-
-    def __init__(self, name: str, original: type[nn.Module], adapter: Adapter, recipe: dict[str, Any]) -> None:
-        self.name, self.original, self.adapter = name, original, adapter
-        self.recipe = recipe  # what swap_gates was called with: num_clusters, mode, knobs
-        self.proved = False  # whether a forward has shown the adapter to fit
-        self.mask: Tensor | None = None  # (B, S), 0 for padding, of the current model call
-        self.own_choice = False  # whether the router's own choice is kept even in replace mode
-        self.collector: Callable[[Tensor], None] | None = (
-            None  # takes the hidden states of real tokens while clusters are fitted
-        )
 
 
 class SwappedRouter(GateHost):
@@ -50,7 +36,7 @@ class SwappedRouter(GateHost):
         if is_awake(self):
             from moe_posterior.huggingface.decision import decide  # loads torch's compiler
 
-            return decide(self, args, kwargs)
+            return decide(self, self.posterior_gate, self.moe_posterior, args, kwargs)
         return self.moe_posterior.original.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

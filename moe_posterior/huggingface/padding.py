@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moe_posterior.huggingface.host import Binding, SwappedRouter
+from moe_posterior.huggingface.binding import Binding
+from moe_posterior.huggingface.host import SwappedRouter
 
 _OTHER_TOKENS = {
     "pixel_values",

@@ -8,9 +8,10 @@ from typing import Any, Literal
 from torch import nn
 
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.huggingface.binding import Binding
 from moe_posterior.huggingface.find import Found, find_routers
 from moe_posterior.huggingface.gates import HostedGate, make_gate
-from moe_posterior.huggingface.host import Binding, SwappedRouter, host, swapped_routers, unhost, validate_unswapped
+from moe_posterior.huggingface.host import SwappedRouter, host, swapped_routers, unhost, validate_unswapped
 from moe_posterior.huggingface.padding import capture_padding
 from moe_posterior.huggingface.saving import install_savers, remove_savers
 from moe_posterior.huggingface.swapped import Layer, SwappedModel
