@@ -47,7 +47,7 @@ nitpick_ignore_regex = [
     # Types that signatures name but the reference does not cover.
     (
         r"py:class",
-        r"abc\..*|moe_posterior\.(audit|churn|forking|kernels|memberships|metrics|pending|precision|router|training)\.[a-z_.]*[A-Z]\w*",
+        r"abc\..*|moe_posterior\.(audit|forking|kernels|memberships|metrics|pending|posterior\.belief|precision|router|training)\.[a-z_.]*[A-Z]\w*",
     ),
     (r"py:class", r"moe_posterior\.huggingface\.gates\..*"),
 ]

@@ -16,7 +16,7 @@ ORDER = [
     ["files", "forking", "pending"],
     ["beta", "forgetting", "evidence"],
     ["kernels"],
-    ["churn", "posterior", "clustering"],
+    ["posterior", "clustering"],
     ["memberships"],
     ["gates"],
     ["dispatch", "experts"],
