@@ -78,6 +78,28 @@ class Pending:
         slots = np.where(inside, slots, 0)
         return slots, inside & (ids >= 0) & (self._mark[slots] == ids + 1)
 
+    def require(self, ids: NDArray, tenure: NDArray, next_id: int) -> NDArray[np.int64]:  # (N,), (E,) -> (N,)
+        """Where decisions lie that are about to be resolved.
+
+        Raises:
+            InvalidArgumentError: one does not wait, comes twice, or went to an expert that has left or been replaced since.
+        """
+        slots, known = self.find(ids)
+        if not known.all():
+            first = int(ids[~known][0])
+            reason = "was never given" if not 0 <= first < next_id else "is resolved already or too old"
+            raise InvalidArgumentError(f"decision {first} {reason}; ids must be pending decisions of this router")
+        if len(ids) > 1 and len(np.unique(ids)) < len(ids):
+            raise InvalidArgumentError("ids must not repeat: a decision is resolved once")
+        experts = self.experts[slots]
+        left = self.tenure[slots] != tenure[experts]
+        if left.any():
+            row, slot = np.argwhere(left)[0]
+            raise InvalidArgumentError(
+                f"decision {int(ids[row])} went to expert {int(experts[row, slot])}, which has left or been replaced since"
+            )
+        return slots
+
     def remove(self, ids: NDArray) -> None:
         """Let these wait no longer, as far as they do."""
         slots, known = self.find(ids)

@@ -6,161 +6,29 @@ Dimensions: N queries, D embedding size, C clusters, E experts, k experts per qu
 import copy
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from moe_posterior import beta as beta_functions
 from moe_posterior.checks import validation
 from moe_posterior.checks.declared import as_declared
-from moe_posterior.errors import DamagedFileError, InvalidArgumentError, MoEPosteriorError
+from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.files.tensorfile import save_plain
-from moe_posterior.files.torchfile import load_plain, read_plain_file
 from moe_posterior.forking import ForkLock
 from moe_posterior.gates import PosteriorGate, Routing, Rule
 from moe_posterior.pending import COLUMNS, Members, Pending
+from moe_posterior.router.decisions import Decision, Decisions
+from moe_posterior.router.embeddings import clusters_for, read_embeddings
+from moe_posterior.router.recorder import Audit, Recorder, require_audit
+from moe_posterior.router.state import load_with, options_of
 
-
-class Decision(NamedTuple):
-    """Where one query goes, and why."""
-
-    id: int  # hand it back with the outcome
-    expert: int  # the best; `experts` has all k
-    score: float  # what the gate ranked it by: by default the lower confidence bound of its competence, also where it explored
-    cluster: int
-    distance: float  # to the cluster's centroid; inf for an embedding that holds NaN or inf
-    abstain: bool  # escalate instead: the score is below the router's threshold, or the embedding is broken
-    explored: bool  # not what the belief alone would have chosen
-    experts: tuple[int, ...]  # k, best first
-    weights: tuple[float, ...]  # k, sum to 1
-    alphas: tuple[float, ...]  # k, pseudo-successes of the belief that it rests on, which may have moved on since
-    betas: tuple[float, ...]  # k, pseudo-failures
-
-    @property
-    def mean(self) -> float:
-        """The best expert's posterior mean competence: the estimate of success to show. ``score`` is a bound, and lies below it."""
-        return self.means[0]
-
-    @property
-    def means(self) -> tuple[float, ...]:  # k
-        """The posterior mean competence of each of the ``experts``."""
-        return tuple(a / (a + b) for a, b in zip(self.alphas, self.betas, strict=True))
-
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """The equal-tailed credible interval of the best expert's competence, exact; computed when asked for, in about 0.05 s.
-
-        Raises:
-            InvalidArgumentError: a level outside (0, 1).
-        """
-        alpha, beta = torch.tensor([[self.alphas[0]], [self.betas[0]]], dtype=torch.float64).unbind()
-        low, high = beta_functions.interval(alpha, beta, level)
-        return low.item(), high.item()
-
-
-class Decisions(NamedTuple):
-    """Where a batch of queries goes: the fields of :class:`Decision` as arrays."""
-
-    ids: NDArray[np.int64]  # (N,)
-    experts: NDArray[np.int64]  # (N, k)
-    scores: NDArray[np.float32]  # (N, k)
-    clusters: NDArray[np.int64]  # (N,)
-    distance: NDArray[np.float32]  # (N,)
-    abstain: NDArray[np.bool_]  # (N,)
-    explored: NDArray[np.bool_]  # (N,)
-    weights: NDArray[np.float32]  # (N, k)
-    alphas: NDArray[np.float64]  # (N, k)
-    betas: NDArray[np.float64]  # (N, k)
-
-    @property
-    def means(self) -> NDArray[np.float64]:  # (N, k)
-        """The posterior mean competence of each chosen expert: the estimates of success to show."""
-        return self.alphas / (self.alphas + self.betas)
-
-    def interval(self, level: float = 0.95) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # 2 x (N, k)
-        """Lower and upper ends of the equal-tailed credible intervals, as :meth:`Decision.interval` for every chosen expert.
-
-        Raises:
-            InvalidArgumentError: a level outside (0, 1).
-        """
-        distinct, place = np.unique(np.stack([self.alphas, self.betas]).reshape(2, -1), axis=1, return_inverse=True)
-        alpha, beta = torch.from_numpy(distinct).unbind()
-        ends = beta_functions.interval(alpha, beta, level)
-        low, high = (end.numpy()[place.reshape(self.alphas.shape)] for end in ends)
-        return low, high
-
-
-class Recorder(Protocol):
-    """What a router tells an audit log, under the router's lock; see :mod:`moe_posterior.audit`."""
-
-    def may_change(self, num_experts: int) -> None:
-        """The belief, the clusters or the pool are about to change by something else than outcomes, to so many experts; an error
-        here says that they must not, for it could never be recorded."""
-
-    def before(self) -> None:
-        """Something is about to be decided or learned; an error here says that it must not be, for it could not be recorded."""
-
-    def routed_one(
-        self,
-        decision_id: int,
-        cluster: int,
-        distance: float,
-        experts: list[int],
-        scores: list[float],
-        flags: int,
-        members: Members | None = None,
-    ) -> None:
-        """One decision; flags are 1 for abstained and 2 for explored; of a query in several clusters, all of them, (1, J)."""
-
-    def routed(
-        self,
-        ids: NDArray,
-        clusters: NDArray,
-        distance: NDArray,
-        experts: NDArray,
-        scores: NDArray,
-        flags: NDArray,
-        members: Members | None = None,
-    ) -> None:
-        """A batch of decisions."""
-
-    def resolved(self, ids: NDArray, outcomes: NDArray) -> None:  # (N,), (N, k)
-        """Outcomes that the belief has taken in."""
-
-    def refused(self, ids: NDArray, outcomes: NDArray, reason: str) -> None:
-        """Outcomes that it has not."""
-
-    def changed(self, reason: str) -> None:
-        """The belief, the clusters or the pool changed by something else than outcomes."""
-
-
-class Audit(Protocol):
-    """A log that can follow a router."""
-
-    def follow(self, router: "PosteriorRouter") -> Recorder:
-        """Record what this router does from now on."""
-
+# What a router does that was not told otherwise: chosen on several streams, confirmed on others; see results/router.
+DEFAULTS: dict[str, Any] = {"score": "race", "pooling": "hierarchy", "surprise": 8.0}
 
 # cluster, distance, experts, scores, weights, alpha and beta, explored, members
 _Choice = tuple[int, float, list[int], list[float], list[float], list[list[float]], bool, Members | None]
-
-
-# What a router does that was not told otherwise: chosen on several streams, confirmed on others; see results/router.
-STATE = ("options", "gate", "next_id", "tenure", "pending")  # what a saved router holds
-DEFAULTS: dict[str, Any] = {"score": "race", "pooling": "hierarchy", "surprise": 8.0}
-
-
-def clusters_for(rows: int) -> int:
-    """How many clusters to look for in so many embeddings: ``√(rows / 12)``, at most 64.
-
-    Outcomes are learned cluster by cluster, so a number that suits the embeddings better than the outcomes to come costs more than it
-    brings: on 3,000 queries to nine language models 16 clusters beat 128.
-
-    >>> [clusters_for(rows) for rows in (1, 100, 3000, 100_000)]
-    [1, 3, 16, 64]
-    """
-    return max(1, min(64, round((rows / 12) ** 0.5)))
 
 
 class PosteriorRouter:
@@ -228,7 +96,7 @@ class PosteriorRouter:
             "max_pending": max_pending,
             **gate_options,
         }
-        _require_audit(audit)
+        require_audit(audit)
         self._chooses_clusters = num_clusters is None
         self.gate = self._new_gate(num_experts)
         self.abstain_below = abstain_below
@@ -286,7 +154,7 @@ class PosteriorRouter:
         Raises:
             InvalidArgumentError: the embedding is not (D,). NotFittedError: before :meth:`fit`.
         """
-        vector = self._floats("embedding", embedding, (self.gate.hidden_size,))
+        vector = read_embeddings("embedding", embedding, (self.gate.hidden_size,))
         with torch.inference_mode(), self._lock:
             if self._audit is not None:
                 self._audit.before()
@@ -420,16 +288,8 @@ class PosteriorRouter:
         Raises:
             MissingDataError: there is no such file. DamagedFileError: it is no router's, or cut short.
         """
-        _require_audit(audit)
-        state = load_plain(read_plain_file(path), path)
-        try:
-            return cls.from_state(state, audit=audit)
-        except MoEPosteriorError:
-            raise
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise DamagedFileError(
-                f"path must be a file that save wrote; {path} holds something else: {error}"
-            ) from error
+        require_audit(audit)
+        return load_with(lambda state: cls.from_state(state, audit=audit), path)
 
     def state(self) -> dict[str, Any]:
         """What :meth:`save` writes: plain values and tensors. The gate's tensors are the live ones."""
@@ -446,12 +306,8 @@ class PosteriorRouter:
     @as_declared
     def from_state(cls, state: Mapping[str, Any], *, audit: Audit | None = None) -> "PosteriorRouter":
         """The router whose :meth:`state` this was."""
-        _require_audit(audit)
-        missing = [part for part in STATE if part not in state]
-        if missing:
-            raise InvalidArgumentError(f"state must be what a router's state() returned; it lacks {missing}")
-        options = {"score": "lcb"} | state["options"]  # files of before DEFAULTS name only what was asked for
-        _require_sizes(options, state["gate"], state["tenure"])
+        require_audit(audit)
+        options = options_of(state)
         router = cls(**options | {"num_experts": len(state["tenure"])})
         router._chooses_clusters = options["num_clusters"] is None
         router.options = dict(options)
@@ -518,23 +374,7 @@ class PosteriorRouter:
         self.options = {**self.options, "num_clusters": new.clusterer.num_clusters}
 
     def _tensor(self, embeddings: ArrayLike) -> torch.Tensor:  # (N, D) float32
-        return torch.from_numpy(self._floats("embeddings", embeddings, ("N", self.gate.hidden_size)))
-
-    def _floats(self, name: str, given: ArrayLike, shape: validation.Shape) -> NDArray[np.float32]:
-        """Embeddings of any type in float32, where a float64 beyond its range becomes infinite and so is broken."""
-        array = given if type(given) is np.ndarray and given.dtype.char in "fd" else None
-        if array is None:
-            found = validation.tensor(name, given)
-            if found.dtype == torch.bool:
-                raise InvalidArgumentError(f"{name} must be numbers; got {validation.described(given)}")
-            array = found.to(torch.float32).numpy(force=True)
-        if len(array.shape) != len(shape) or array.shape[-1] != shape[-1]:
-            wanted = validation.written(shape)
-            raise InvalidArgumentError(f"{name} must be numbers of shape {wanted}; got {validation.described(given)}")
-        if array.dtype.char == "f":
-            return np.ascontiguousarray(array)
-        with np.errstate(over="ignore"):
-            return np.ascontiguousarray(array, dtype=np.float32)
+        return torch.from_numpy(read_embeddings("embeddings", embeddings, ("N", self.gate.hidden_size)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold what a saved router holds, and no audit log: a log has one writer."""
@@ -563,7 +403,7 @@ class PosteriorRouter:
         return (gate.greedy(routing) != routing.expert_indices).any(dim=1).numpy()
 
     def _learn(self, ids: NDArray, signal: NDArray) -> None:  # (N,), (N, k)
-        slots = self._require_pending(ids)
+        slots = self._pending.require(ids, self._tenure, self._next_id)
         pending = self._pending
         sound = pending.cluster[slots] >= 0
         clusters = pending.members[slots] if pending.width else pending.cluster[slots].clip(min=0)
@@ -588,47 +428,6 @@ class PosteriorRouter:
     ) -> None:
         self._pending.put(ids, np.where(np.isinf(distance), -1, clusters), experts, self._tenure[experts], members)
 
-    def _require_pending(self, ids: NDArray) -> NDArray[np.int64]:  # (N,) -> (N,), where they lie
-        slots, known = self._pending.find(ids)
-        if not known.all():
-            first = int(ids[~known][0])
-            reason = "was never given" if not 0 <= first < self._next_id else "is resolved already or too old"
-            raise InvalidArgumentError(f"decision {first} {reason}; ids must be pending decisions of this router")
-        if len(ids) > 1 and len(np.unique(ids)) < len(ids):
-            raise InvalidArgumentError("ids must not repeat: a decision is resolved once")
-        experts = self._pending.experts[slots]
-        left = self._pending.tenure[slots] != self._tenure[experts]
-        if left.any():
-            row, slot = np.argwhere(left)[0]
-            raise InvalidArgumentError(
-                f"decision {int(ids[row])} went to expert {int(experts[row, slot])}, which has left or been replaced since"
-            )
-        return slots
-
-
-def _require_audit(audit: Audit | None) -> None:
-    if audit is not None and (isinstance(audit, type) or not callable(getattr(audit, "follow", None))):
-        raise InvalidArgumentError(f"audit must be an audit log or None; got {validation.described(audit)}")
-
 
 def _members_of(routing: Routing) -> Members | None:
     return None if routing.members is None else (routing.members.ids.numpy(), routing.members.shares.numpy())
-
-
-def _require_sizes(options: Mapping[str, Any], gate: Mapping[str, torch.Tensor], tenure: torch.Tensor) -> None:
-    """Raise DamagedFileError for options that speak of larger tables than the state holds: they would be allocated first."""
-    clusters, experts = gate["posterior.successes"].shape  # novelty="class" has one cluster more than the options say
-    dimensions = gate["clusterer.centroids"].shape[1]
-    held = {"num_clusters": clusters, "num_experts": experts, "hidden_size": dimensions, "top_k": experts}
-    given = {name: options[name] for name in held}
-    if given["num_clusters"] is None:  # not fitted yet: the fewest that can be
-        given["num_clusters"] = options.get("neighbours", 1)
-    wrong = [name for name, most in held.items() if type(given[name]) is not int or not 1 <= given[name] <= most]
-    several = options.get("clusterings", 1)
-    if not wrong and (type(several) is not int or not 1 <= several * given["num_clusters"] <= clusters):
-        raise DamagedFileError(
-            f"a router's state speaks of clusterings={several!r}, but its tables hold {clusters} clusters"
-        )
-    if wrong or tenure.shape != (experts,):
-        name = wrong[0] if wrong else "num_experts"
-        raise DamagedFileError(f"a router's state speaks of {name}={options[name]!r}, but its tables hold {held[name]}")
