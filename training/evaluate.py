@@ -1,19 +1,11 @@
 """``moe-posterior evaluate``: a run's arms side by side, on the stored test rows and under every shift."""
 
 import argparse
-import datetime
-import hashlib
-import os
-import platform
-import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -28,9 +20,9 @@ from moe_posterior.training.data import ClassificationData, EvaluationSet
 from moe_posterior.training.module import MoEClassifier
 from moe_posterior.training.outputs import predict_split
 from moe_posterior.training.own import folders_on_path, require_importable
-from moe_posterior.training.prediction import Prediction, joined
+from moe_posterior.training.prediction import Prediction
+from moe_posterior.training.provenance import identity_of, provenance_of
 from moe_posterior.training.report import (
-    evaluate_predictions,
     posterior_heatmap,
     reliability_diagram,
     render_table,
@@ -39,14 +31,13 @@ from moe_posterior.training.report import (
     to_markdown,
     write_json,
 )
-from moe_posterior.training.report.compute import OVERALL, is_everything, panels_of
-from moe_posterior.training.report.promise import Scored
-from moe_posterior.training.report.sections import fit_calibrators, further_sections, scored
+from moe_posterior.training.report.schema import Report
+from moe_posterior.training.report.sections import fit_calibrators
+from moe_posterior.training.report.whole import report_of
 from moe_posterior.training.runs import Arm, Run
 from moe_posterior.training.trained import load_data, load_model, read_config
 
 LEAST_RESAMPLES = 100
-SEVERE = 3  # severities from here on are pooled for curves and calibrators
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -60,52 +51,26 @@ def _evaluate(options: argparse.Namespace) -> int:
     run = Run(options.run)
     arms = [run.arm(name) for name in run.experiment().chosen(options.arms)]
     if unfinished := [str(arm.folder) for arm in arms if not arm.finished]:
-        raise MissingDataError(f"{', '.join(unfinished)} has not been trained to its end; the same fit command goes on")
+        raise MissingDataError(
+            f"{', '.join(unfinished)} has not been trained to its end; the same fit command resumes it"
+        )
     console = Console()
     data = _shared_data(arms)
     models = {arm.name: load_model(arm) for arm in arms}
-    masks = {name: mask for name, mask in data.subsets().items() if name != OVERALL}
-    subsets = {name: mask for name, mask in masks.items() if not is_everything(mask)}
-    sets = list(options.shifts if options.shifts is not None else data.default_shifts)
-    total = (1 + len(sets) * len(options.severities)) * len(models)
+    shifts = list(options.shifts if options.shifts is not None else data.default_shifts)
+    sets = [(data.test_name, 0), *((shift, severity) for shift in shifts for severity in options.severities)]
     with run.locked(), _progress(console) as progress:
-        task = progress.add_task("evaluating", total=total)
-
-        planned = [(data.test_name, 0), *((shift, severity) for shift in sets for severity in options.severities)]
-        panel_of = panels_of(planned, SEVERE)
-        judged: dict[str, dict[str, list[Prediction]]] = {}  # panel -> arm -> evaluation sets
-        acted: dict[str, list[Scored]] = {name: [] for name in models}
-
-        def predictions() -> Iterator[Prediction]:
-            for item in data.evaluation_sets(options.shifts, options.severities):
-                for name, model in models.items():
-                    what = " ".join(str(part) for part in (item.shift, item.severity or "", name) if part)
-                    progress.update(task, description=terminal(what))
-                    if not console.is_terminal:  # a log file shows no bar
-                        console.print(terminal(f"evaluating {what}"), markup=False)
-                    prediction = predict(model, name, item)
-                    acted[name].append(scored(prediction))
-                    if panel := panel_of.get((item.shift, item.severity)):
-                        judged.setdefault(panel, {}).setdefault(name, []).append(prediction)
-                    yield prediction
-                    progress.advance(task)
-
-        report = evaluate_predictions(
-            predictions(),
-            masks,
-            resamples=options.resamples,
-            seed=options.seed,
-            baseline=_baseline(list(models)),
-            shifted_from=SEVERE,
-        )
         validation = {name: predict_split(model, data.val_dataloader()) for name, model in models.items()}
-        panels = {panel: {name: joined(parts) for name, parts in arms.items()} for panel, arms in judged.items()}
         calibrators = {name: fit_calibrators(one) for name, one in validation.items()}
-        report |= further_sections(
-            calibrators, validation, panels, subsets, base=data.test_name, sets=acted, seed=options.seed
+        predictions = _predictions(data, models, options, progress)
+        found = report_of(
+            predictions, validation, calibrators, data.subsets(), sets, resamples=options.resamples, seed=options.seed
         )
-        report["provenance"] = _provenance(run, data, models, options)
-        report["identity"] = _identity(arms, data, models, sets)
+        report: Report = {
+            **found,
+            "provenance": provenance_of(run, data, models, options),
+            "identity": identity_of(arms, data, models, shifts),
+        }
         folder = _write(run.folder / "report", report, models, calibrators)
     render_table(report, console)
     written = ["index.html", "report.json", "table.md", "model_card.md", *sorted(p.name for p in folder.glob("*.png"))]
@@ -115,6 +80,22 @@ def _evaluate(options: argparse.Namespace) -> int:
         shutil.copytree(folder, options.copy_to, dirs_exist_ok=True, ignore=not_copied, copy_function=copy)
         console.print(terminal(f"Copied to {options.copy_to}"), markup=False)
     return 0
+
+
+def _predictions(
+    data: ClassificationData, models: Mapping[str, MoEClassifier], options: argparse.Namespace, progress: Progress
+) -> Iterator[Prediction]:
+    """What every arm says of every evaluation set, one after the other."""
+    shifts = data.default_shifts if options.shifts is None else options.shifts
+    task = progress.add_task("evaluating", total=(1 + len(shifts) * len(options.severities)) * len(models))
+    for item in data.evaluation_sets(options.shifts, options.severities):
+        for name, model in models.items():
+            what = terminal(" ".join(str(part) for part in (item.shift, item.severity or "", name) if part))
+            progress.update(task, description=what)
+            if not progress.console.is_terminal:  # a log file shows no bar
+                progress.console.print(f"evaluating {what}", markup=False)
+            yield predict(model, name, item)
+            progress.advance(task)
 
 
 def predict(model: MoEClassifier, arm: str, item: EvaluationSet) -> Prediction:
@@ -145,73 +126,13 @@ def _shared_data(arms: Sequence[Arm]) -> ClassificationData:
     return load_data(arms[0])
 
 
-def _baseline(arms: list[str]) -> str:
-    return "softmax" if "softmax" in arms else arms[0]
-
-
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description:<28}", markup=False), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True)
 
 
-def _provenance(
-    run: Run, data: ClassificationData, models: dict[str, MoEClassifier], options: argparse.Namespace
-) -> dict[str, Any]:
-    """What made this report, so that it can be made again."""
-    experiment = run.experiment()
-    command = ["moe-posterior", "evaluate", "--run", os.path.relpath(options.run)]
-    command += ["--resamples", str(options.resamples), "--seed", str(options.seed)]
-    for option, words in (
-        ("--arms", options.arms),
-        ("--shifts", options.shifts),
-        ("--import-from", options.import_from),
-    ):
-        command += [option, *words] if words or (words is not None and option == "--shifts") else []
-    command += ["--severities", *map(str, options.severities)]
-    return {
-        "command": shlex.join(command),
-        "data": data.name,
-        "gates": {
-            name: f"{type(model.moe.gate).__name__}({model.moe.gate.extra_repr()})" for name, model in models.items()
-        },
-        "experiment": {"name": experiment.name, "arms": experiment.arms, **experiment.base},
-        "versions": {name: version(name) for name in ("moe-posterior", "torch", "lightning", "torchmetrics")},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {'GPU' if torch.cuda.is_available() else 'no GPU'}",
-    }
-
-
-def _identity(
-    arms: Sequence[Arm], data: ClassificationData, models: dict[str, MoEClassifier], shifts: Sequence[str]
-) -> dict[str, Any]:
-    """What a reader must know to say which model on which data this is."""
-    checkpoints = {arm.name: hashlib.sha256(arm.checkpoint.read_bytes()).hexdigest()[:12] for arm in arms}
-    backbone = type(next(iter(models.values())).backbone).__name__
-    sizes = {part: len(data.split(part)) for part in ("train", "val", "test")}
-    return {
-        "routing": {
-            name: f"{type(model.moe.gate).__name__}, top {model.moe.gate.top_k} of {model.moe.gate.num_experts} experts"
-            for name, model in models.items()
-        },
-        "model": f"{backbone}; "
-        + ", ".join(f"{name}: checkpoint sha256 {digest}" for name, digest in checkpoints.items()),
-        "data": {
-            "training": f"{data.name}, {sizes['train']:,} rows, split seed {data.seed}",
-            "validation": f"{data.name}, {sizes['val']:,} rows held out of training",
-            "evaluation": f"{data.name}, {sizes['test']:,} test rows, " + _evaluated(data, shifts),
-        },
-        "seed": data.seed,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _evaluated(data: ClassificationData, shifts: Sequence[str]) -> str:
-    """What the test rows are, and the shifts that they were evaluated under, if any."""
-    stored = "distributed as the training rows" if data.test_shift is None else f"all under a shift: {data.test_shift}"
-    return stored + (f"; also under {', '.join(shifts)}" if shifts else "; no further shift was evaluated")
-
-
 def _write(
-    folder: Path, report: dict, models: dict[str, MoEClassifier], calibrators: dict[str, dict[str, Calibrator]]
+    folder: Path, report: Report, models: dict[str, MoEClassifier], calibrators: dict[str, dict[str, Calibrator]]
 ) -> Path:
     """A whole report in place of an earlier one, or that one as it was: tables and figures belong together."""
     with replacing_folder(folder) as draft:

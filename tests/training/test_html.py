@@ -17,8 +17,8 @@ from moe_posterior.results.page import Axis, Series, line_chart, nice_ticks, tab
 from moe_posterior.results.tables import Table
 from moe_posterior.training.report.card import to_card
 from moe_posterior.training.report.checklist import ABSENT, REQUIREMENTS, checklist
-from moe_posterior.training.report.compute import SCHEMA
 from moe_posterior.training.report.html import to_html
+from moe_posterior.training.report.schema import SCHEMA
 from moe_posterior.training.report.tables import configurations, identity_values
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from moe_posterior import InvalidArgumentError
 from moe_posterior.training.data import CAD, CIFAR10H, PACS, CivilComments, Digits
-from moe_posterior.training.evaluate import _evaluated
 from moe_posterior.training.prediction import Prediction
+from moe_posterior.training.provenance import evaluated_on
 from moe_posterior.training.report import (
     evaluate_predictions,
     render_table,
@@ -124,10 +124,10 @@ def test_names_that_would_mix_two_things_are_refused(sets: list, message: str) -
 
 def test_the_identity_names_the_shifts_that_were_evaluated_and_no_others() -> None:
     data = Points()
-    assert _evaluated(data, ()) == "distributed as the training rows; no further shift was evaluated"
-    assert _evaluated(data, ("fog", "rain")) == "distributed as the training rows; also under fog, rain"
+    assert evaluated_on(data, ()) == "distributed as the training rows; no further shift was evaluated"
+    assert evaluated_on(data, ("fog", "rain")) == "distributed as the training rows; also under fog, rain"
     data.test_shift = HELD_OUT
-    assert _evaluated(data, ()) == "all under a shift: held-out sketch; no further shift was evaluated"
+    assert evaluated_on(data, ()) == "all under a shift: held-out sketch; no further shift was evaluated"
 
 
 def test_the_worst_group_stands_with_its_arm() -> None:

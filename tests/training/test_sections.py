@@ -1,5 +1,7 @@
 """The report's further sections: fitted on validation rows, judged on test rows, equal to a plain computation."""
 
+import typing
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 from moe_posterior.calibrators import TemperatureScaling
 from moe_posterior.metrics import calibration_error
 from moe_posterior.training.prediction import Prediction, joined
-from moe_posterior.training.report import to_html
+from moe_posterior.training.report import schema, to_html
 from moe_posterior.training.report.sections import MAX_RISK, fit_calibrators, further_sections
+from moe_posterior.training.report.whole import report_of
 
 
 def judged(rows: int, seed: int, sharpness: float = 2.0) -> Prediction:
@@ -114,3 +117,37 @@ def test_what_has_no_finite_value_is_none() -> None:
     assert found["action"][0]["threshold"] is None
     assert found["rce"][0]["y"] == [None] * 6
     to_html({**found, "arms": ["one"]})
+
+
+def declared(value: object, kind: object, where: str = "report") -> None:
+    """Every key of the report's dicts is one that its type declares, and no key that the type requires is missing."""
+    if typing.is_typeddict(kind):
+        assert set(kind.__required_keys__) <= set(value) <= set(typing.get_type_hints(kind)), where
+        for name, hint in typing.get_type_hints(kind).items():
+            if name in value:
+                declared(value[name], hint, f"{where}.{name}")
+    elif typing.get_origin(kind) is Sequence:
+        for one in value:
+            declared(one, typing.get_args(kind)[0], where)
+
+
+def test_a_report_of_several_arms_and_shifts_is_what_its_type_declares() -> None:
+    validation = {arm: judged(300, 0, sharpness) for arm, sharpness in (("softmax", 2.0), ("posterior", 1.0))}
+    predictions = [
+        replace(judged(250, seed, sharpness), arm=arm, shift=shift, severity=severity)
+        for seed, (shift, severity) in enumerate((("clean", 0), ("fog", 3), ("fog", 4)), 1)
+        for arm, sharpness in (("softmax", 2.0), ("posterior", 1.0))
+    ]
+    fitted = {arm: fit_calibrators(one) for arm, one in validation.items()}
+    hard = torch.arange(250) < 100
+    sets = [("clean", 0), ("fog", 3), ("fog", 4)]
+    report = report_of(
+        iter(predictions), validation, fitted, {"overall": hard | True, "hard": hard}, sets, resamples=20
+    )
+    declared(report, schema.Report)
+    assert {row["panel"] for row in report["calibrators"]} == {"clean", "2 sets pooled (1 shift, severities 3–4)"}
+    assert {(row["arm"], row["shift"], row["severity"]) for row in report["action"]} == {
+        (arm, *place) for arm in validation for place in (*sets, ("fog", None))
+    }
+    again = report_of(predictions, validation, fitted, {"hard": hard}, sets, resamples=20)
+    assert again == report

@@ -9,8 +9,8 @@ from typing import Any
 
 from moe_posterior.results.page import Axis, Series, figure, legend, line_chart, nice_ticks
 from moe_posterior.results.tables import Table, estimate
-from moe_posterior.training.report.compute import OVERALL
 from moe_posterior.training.report.places import ALL_SHIFTS, base_of, ece_text, sets_of, size
+from moe_posterior.training.report.schema import OVERALL
 from moe_posterior.training.report.tables import rows_of
 
 FEW = 10  # predictions in a bin, below which its accuracy is drawn faint

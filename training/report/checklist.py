@@ -9,8 +9,8 @@ from typing import Any
 
 from moe_posterior.results.tables import Cell, Table, estimate, show
 from moe_posterior.training.report import promise, tables
-from moe_posterior.training.report.compute import OVERALL
 from moe_posterior.training.report.places import ALL_SHIFTS, CLEAN, place_name, sets_of
+from moe_posterior.training.report.schema import OVERALL
 
 ABSENT = "not measured in this run"
 Finder = Callable[[Mapping[str, Any]], str | None]

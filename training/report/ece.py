@@ -14,6 +14,7 @@ from moe_posterior.metrics import BinSums, calibration_from_sums, holm, wilson_i
 from moe_posterior.metrics.floor import binomial_deviation
 from moe_posterior.metrics.gaps import GapSums, gap_sums
 from moe_posterior.metrics.inference import DRAWS, difference_of_sums, interval_of_sums
+from moe_posterior.training.report.schema import Configuration, ConfigurationPlace, Difference, EceEstimate, Pair
 
 MANY = 64  # bins in use, from which the statistic is so nearly normal that a quarter of the draws settles its tails
 LEVEL = 0.95
@@ -26,20 +27,26 @@ class Answers(NamedTuple):
     correct: Tensor  # (n,)
 
 
-def ece_record(sets: Sequence[Answers], n_bins: int, seed: int, rows: Tensor | None = None) -> dict[str, float | None]:
+def ece_record(sets: Sequence[Answers], n_bins: int, seed: int, rows: Tensor | None = None) -> EceEstimate:
     """The mean ECE of the sets: its debiased value, interval, plain value and noise floor; None where there are no rows."""
     sums = gap_sums([sets], n_bins, rows)
     found = interval_of_sums(sums, level=LEVEL, draws=_draws(sums), seed=seed)
-    return {name: finite(value) for name, value in found._asdict().items()}
+    low, high = finite(found.low), finite(found.high)
+    return {
+        "value": finite(found.value),
+        "low": low,
+        "high": high,
+        "floor": finite(found.floor),
+        "plain": finite(found.plain),
+    }
 
 
-def ece_difference(
-    sets: Sequence[Answers], baseline: Sequence[Answers], n_bins: int, seed: int
-) -> dict[str, float | None]:
+def ece_difference(sets: Sequence[Answers], baseline: Sequence[Answers], n_bins: int, seed: int) -> Difference:
     """The mean ECE of the sets less that of the baseline on the same rows: value, interval and p-value."""
     sums = gap_sums([sets, baseline], n_bins)
     found = difference_of_sums(sums, level=LEVEL, draws=_draws(sums), seed=seed)
-    return {name: finite(value) for name, value in found._asdict().items()}
+    low, high = finite(found.low), finite(found.high)
+    return {"value": finite(found.value), "low": low, "high": high, "p_value": finite(found.p_value)}
 
 
 def _draws(sums: GapSums) -> int:
@@ -57,7 +64,7 @@ def resampled_p(value: Tensor, statistics: Tensor) -> Tensor:  # (...), (R, ...)
     return torch.where(spread > 0, 2 * torch.special.ndtr(-value.abs() / spread), torch.where(value == 0, 1.0, 0.0))
 
 
-def correct_for_many(pairs: list[dict], family: Iterable[bool]) -> None:
+def correct_for_many(pairs: list[Pair], family: Iterable[bool]) -> None:
     """Write ``p_holm`` and ``comparisons`` into pairs: Holm's correction within two families, the chosen and the others."""
     chosen = list(family)
     for own in (True, False):
@@ -68,7 +75,9 @@ def correct_for_many(pairs: list[dict], family: Iterable[bool]) -> None:
             pair["p_holm"], pair["comparisons"] = finite(p), comparisons
 
 
-def configuration_rows(names: Sequence[dict], sums: BinSums, copies: int) -> list[dict]:  # (G, B)
+def configuration_rows(
+    places: Sequence[ConfigurationPlace], sums: BinSums, copies: int
+) -> list[Configuration]:  # (G, B)
     """A row a configuration: its calibration, and the gap with an interval that holds for all of them at once.
 
     The largest of many gaps is large by chance, so the intervals are Bonferroni's over the configurations, and ``floor`` says which
@@ -76,12 +85,12 @@ def configuration_rows(names: Sequence[dict], sums: BinSums, copies: int) -> lis
     """
     result = calibration_from_sums(sums)
     independent = result.count / copies
-    low, high = wilson_interval(result.accuracy * independent, independent, level=1 - (1 - LEVEL) / max(len(names), 1))
+    low, high = wilson_interval(result.accuracy * independent, independent, level=1 - (1 - LEVEL) / max(len(places), 1))
     variance = independent * result.confidence * (1 - result.confidence)
     floor = binomial_deviation(independent.ceil(), result.confidence, variance) / independent.ceil()
     return [
         {
-            **name,
+            **place,
             "n": int(result.count[i]),
             "accuracy": finite(float(result.accuracy[i])),
             "confidence": finite(float(result.confidence[i])),
@@ -90,5 +99,5 @@ def configuration_rows(names: Sequence[dict], sums: BinSums, copies: int) -> lis
             "interval": [finite(float(result.confidence[i] - end[i])) for end in (high, low)],
             "floor": finite(float(floor[i])),
         }
-        for i, name in enumerate(names)
+        for i, place in enumerate(places)
     ]

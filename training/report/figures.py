@@ -4,8 +4,8 @@ Dimensions: C clusters, E experts.
 """
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.escape import label
 from moe_posterior.results.figures import STYLES, canvas, save
 from moe_posterior.training.report.places import ece_text, size
+from moe_posterior.training.report.schema import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ FEW = 10  # predictions in a bin, below which its accuracy is drawn faint
 MAX_ANNOTATED = 200  # cells; beyond it numbers no longer fit
 
 
-def reliability_diagram(report: dict, path: str | os.PathLike[str]) -> None:
+def reliability_diagram(report: Report, path: str | os.PathLike[str]) -> None:
     """Draw accuracy against confidence, stored test rows beside shifted sets, with Wilson intervals and the share of predictions below.
 
     Bins with fewer than ten predictions are faint and off the line.
@@ -107,7 +108,7 @@ def posterior_heatmap(
     save(figure, path)
 
 
-def _draw_curves(axes: "Axes", curves: list[dict]) -> None:
+def _draw_curves(axes: "Axes", curves: Sequence[Mapping[str, Any]]) -> None:
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=0)
     for curve, style in zip(curves, ARM_STYLES, strict=False):
         bins = curve["bins"]
@@ -127,7 +128,7 @@ def _draw_curves(axes: "Axes", curves: list[dict]) -> None:
     axes.grid(alpha=0.25, linewidth=0.5)
 
 
-def _draw_shares(axes: "Axes", curves: list[dict]) -> None:
+def _draw_shares(axes: "Axes", curves: Sequence[Mapping[str, Any]]) -> None:
     for index, (curve, style) in enumerate(zip(curves, ARM_STYLES, strict=False)):
         bins = curve["bins"]
         counts = bins["count"]

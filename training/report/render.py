@@ -12,9 +12,9 @@ from moe_posterior.escape import markdown, terminal
 from moe_posterior.files.atomic import write_text
 from moe_posterior.results.tables import grid
 from moe_posterior.training.report import promise
-from moe_posterior.training.report.compute import METRICS, OVERALL
 from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of, where_of
 from moe_posterior.training.report.places import ALL_SHIFTS, base_of, members_of, place_name, sets_of, size
+from moe_posterior.training.report.schema import METRICS, OVERALL, Report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +36,7 @@ class _Row:
     floor: float | None  # of the ECE, by noise alone
 
 
-def render_table(report: dict, console: "Console | None" = None) -> None:
+def render_table(report: Report, console: "Console | None" = None) -> None:
     """Print whether the action threshold's promise held, then one table: a block per evaluation and subset, a line per arm.
 
     The arms stand one above the other, so that the eye compares numbers in a column. Shown: the stored test
@@ -83,7 +83,7 @@ def render_table(report: dict, console: "Console | None" = None) -> None:
     )
 
 
-def to_markdown(report: dict) -> str:
+def to_markdown(report: Report) -> str:
     """The same in Markdown, ending in a newline; the better arm is bold, a worse one carries a dagger."""
     columns = ["evaluation", "subset", "n", "arm", *(TITLES[metric] for metric in METRICS)]
     rows = []
@@ -97,7 +97,7 @@ def to_markdown(report: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_json(report: dict, path: str | os.PathLike[str]) -> None:
+def write_json(report: Report, path: str | os.PathLike[str]) -> None:
     """Write the report as strict JSON, whole or not at all: readers never see half a file.
 
     Args:
@@ -114,7 +114,7 @@ def write_json(report: dict, path: str | os.PathLike[str]) -> None:
     write_text(path, text)
 
 
-def _title(report: dict) -> str:
+def _title(report: Report) -> str:
     return f"Routed aggregate: {report['n_bins']}-bin debiased ECE, 95 % intervals ({report['resamples']:,} resamples)"
 
 
@@ -170,7 +170,7 @@ def _risk(row: Mapping[str, Any]) -> str:
     return ", ".join(part for part in (f"{_short(row['risk'])}{interval}", coverage) if part)
 
 
-def _rows(report: dict) -> Iterator[_Row]:
+def _rows(report: Report) -> Iterator[_Row]:
     """The rows worth reading: the stored test rows and the mean of all sets for each subset, then each shift overall."""
     records = {key_of(record): record for record in report["records"]}
     marks, sets, base = marks_of(report), sets_of(report), base_of(report)
@@ -201,7 +201,7 @@ def _marked(text: str, mark: str | None) -> str:
     return f"**{text}**" if mark == BETTER else f"{text} {WORSE_SIGN}" if mark == WORSE else text
 
 
-def _cell(record: dict) -> str:
+def _cell(record: Mapping[str, Any]) -> str:
     """``.912 [.905,.918]``: four of them fit beside each other."""
     if record["value"] is None:
         return "no rows"

@@ -1,15 +1,85 @@
-"""What a calibration report may hold, as typed dicts: the required core, and sections that a run measured or did not.
+"""The calibration report: strict JSON (None where there is no value), as :mod:`~moe_posterior.training.report.compute` fills it and
+every rendering reads it.
 
-A report is strict JSON (None for what has no value). Every key of :class:`Report` beyond the core of
-:func:`~moe_posterior.training.report.evaluate_predictions` is optional; the page and the model card say "not measured in this
-run" where one is absent. Intervals are ``[low, high]``. Where a key takes rows, a single row may stand without its list.
+Intervals are ``[low, high]``. A report read back from JSON may lack any of the further sections; the page and the model card then say
+"not measured in this run". In those a single row may stand without its list.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
+
+SCHEMA = "moe-posterior/calibration-report/2"
+METRICS = ("accuracy", "nll", "brier", "ece")
+OVERALL = "overall"  # the subset of all rows
 
 Interval = Sequence[float | None]  # [low, high]
 Number = float | None
+Key = tuple[str, str, int | None]  # arm, shift, severity; None: the mean over severities
+
+
+class Place(TypedDict):
+    """What a record is of."""
+
+    arm: str
+    shift: str  # "clean", a shift, or "all shifts" for the mean over them
+    severity: int | None  # 0: the stored test rows; None: the mean over severities
+    n: int  # predictions
+
+
+class Estimate(TypedDict):
+    """A value with its 95 % interval."""
+
+    value: Number
+    low: Number
+    high: Number
+
+
+class EceEstimate(Estimate):
+    """A debiased calibration error, and what surrounds it."""
+
+    floor: Number  # the plain ECE that noise alone would show
+    plain: Number
+
+
+class Difference(Estimate):
+    """A value less the baseline's on the same rows."""
+
+    p_value: Number  # two-sided, of no difference
+
+
+class Record(Place, Estimate):
+    """One metric of one arm at one place, on one subset."""
+
+    metric: str  # one of METRICS
+    floor: NotRequired[Number]  # of an ECE alone, as in EceEstimate
+    plain: NotRequired[Number]
+    subset: str
+
+
+class Pair(Place, Difference):
+    """The same of arm − baseline."""
+
+    baseline: str
+    metric: str
+    subset: str
+    p_holm: NotRequired[Number]  # Holm's correction within its family
+    comparisons: NotRequired[int]  # size of that family
+
+
+class ReliabilityCurve(TypedDict):
+    """Confidence against accuracy, bin by bin, of one arm on one panel."""
+
+    arm: str
+    panel: str  # the stored test rows' name ("clean"), or that of a pool of shifted sets
+    sets: int
+    n: int
+    accuracy: Number
+    confidence: Number
+    ece: Number  # plain
+    debiased: Number
+    interval: Interval  # of the debiased ECE
+    floor: Number
+    bins: Mapping[str, Sequence[Number]]  # lower, upper, confidence, accuracy, low, high, count
 
 
 class Identity(TypedDict, total=False):
@@ -70,16 +140,22 @@ class Subgroup(TypedDict, total=False):
     within_noise: bool  # of the one with the largest ECE: no evidence that it is miscalibrated
 
 
-class Configuration(TypedDict, total=False):
-    """One routing configuration: a cluster and the experts chosen there."""
+class ConfigurationPlace(TypedDict, total=False):
+    """A routing configuration of one arm on one panel: a cluster and the experts chosen there."""
 
     arm: str
-    panel: str  # the stored test rows' name ("clean"), or that of a pool of shifted sets
+    panel: str
     cluster: int | None
     experts: Sequence[int]
+
+
+class Configuration(ConfigurationPlace, total=False):
+    """How well one routing configuration is calibrated."""
+
     n: int
     accuracy: Number
     confidence: Number
+    ece: Number
     gap: Number  # confidence − accuracy; computed from the two where absent
     interval: Interval  # of the gap
     floor: Number  # the mean |gap| of a calibrated configuration of this size
@@ -148,28 +224,28 @@ class Operation(TypedDict, total=False):
     conditions: Sequence[str]  # operating conditions inside which the confidences hold
 
 
-class Report(TypedDict, total=False):
-    """The report as :func:`~moe_posterior.training.report.to_html` and ``to_card`` read it."""
+class Core(TypedDict):
+    """What :func:`~moe_posterior.training.report.evaluate_predictions` computes from predictions alone."""
 
-    # made by evaluate_predictions
     schema: str
     n_bins: int
     resamples: int
-    arms: Sequence[str]
-    baseline: str | None
-    subsets: Mapping[str, int | None]
+    seed: int
+    arms: Sequence[str]  # the baseline first
+    baseline: str | None  # None with a single arm
+    subsets: Mapping[str, int | None]  # name -> rows; None: all
+    shifted_from: int
     pools: Sequence[Pool]
-    records: Sequence[
-        Mapping[str, Any]
-    ]  # arm, shift, severity, subset, n, metric, value, low, high; of ECE plain, floor
-    paired: Sequence[Mapping[str, Any]]  # the same of arm − baseline, with p_value, p_holm, comparisons
-    reliability: Sequence[Mapping[str, Any]]  # arm, panel, subset (optional), sets, n, ece, bins
+    records: Sequence[Record]
+    paired: Sequence[Pair]
+    reliability: Sequence[ReliabilityCurve]
     configurations: Sequence[Configuration]
     notes: Sequence[str]
-    provenance: Mapping[str, Any]
-    # further sections
-    identity: Identity
-    shifts: Sequence[Shift]
+
+
+class Sections(TypedDict, total=False):
+    """What :func:`~moe_posterior.training.report.further_sections` adds, with calibrators and validation rows."""
+
     metric: MetricSettings
     subgroups: Sequence[Subgroup]
     shared_confidence: Sequence[SharedConfidence]
@@ -178,4 +254,12 @@ class Report(TypedDict, total=False):
     risk_coverage: Sequence[Curve]
     rce: Sequence[Curve]
     online: Sequence[Curve]
+
+
+class Report(Core, Sections, total=False):
+    """The whole report."""
+
+    provenance: Mapping[str, Any]
+    identity: Identity
+    shifts: Sequence[Shift]
     operation: Operation

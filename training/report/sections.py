@@ -34,6 +34,7 @@ from moe_posterior.metrics import (
 from moe_posterior.training.outputs import normalised, numbered_configurations
 from moe_posterior.training.prediction import Prediction
 from moe_posterior.training.report.promise import Scored, promise_rows
+from moe_posterior.training.report.schema import Sections
 
 __all__ = ["fit_calibrators", "further_sections", "scored"]
 
@@ -68,7 +69,7 @@ def further_sections(
     sets: Mapping[str, Sequence[Scored]] | None = None,  # by arm: every evaluation set
     n_bins: int = 15,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Sections:
     """The optional keys of a report (see :mod:`~moe_posterior.training.report.schema`) that need outputs and validation rows.
 
     ``base`` names the panel of the stored test rows; ``sets`` are what the action threshold is judged on, by default that panel alone.
@@ -105,7 +106,7 @@ def further_sections(
             if curve is not None
         ],
     }
-    return {name: _finite(section) for name, section in sections.items()}
+    return _finite(sections)
 
 
 def _finite(value: Any) -> Any:

@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from moe_posterior.results.tables import Cell, Table, estimate
-from moe_posterior.training.report.compute import OVERALL
 from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, Key, key_of, marks_of, where_of
 from moe_posterior.training.report.places import ALL_SHIFTS, members_of, place_name, sets_of, size
 from moe_posterior.training.report.render import TITLES
+from moe_posterior.training.report.schema import OVERALL
 from moe_posterior.training.report.tables.cells import above_noise
 
 __all__ = ["every_row", "main_rows", "marked"]

@@ -1,0 +1,67 @@
+"""The whole report from an experiment's predictions: the core, and the sections that need validation rows; a pure function."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from moe_posterior.calibrators import Calibrator
+from moe_posterior.training.prediction import Prediction, joined
+from moe_posterior.training.report.compute import evaluate_predictions, is_everything
+from moe_posterior.training.report.panels import panels_of
+from moe_posterior.training.report.promise import Scored
+from moe_posterior.training.report.schema import OVERALL, Report
+from moe_posterior.training.report.sections import further_sections, scored
+
+__all__ = ["SEVERE", "report_of"]
+
+SEVERE = 3  # severities from here on are pooled for curves and calibrators
+
+
+def report_of(
+    predictions: Iterable[Prediction],
+    validation: Mapping[str, Prediction],  # by arm
+    fitted: Mapping[str, Mapping[str, Calibrator]],  # by arm, then name
+    subsets: Mapping[str, Tensor],  # name -> (n,) bool, over the stored test rows
+    sets: Sequence[tuple[str, int]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Report:
+    """The report of several arms, without its provenance and identity.
+
+    Args:
+        predictions: as for :func:`~moe_posterior.training.report.evaluate_predictions`, read once; only those of the stored test rows
+            and of severe shifts are held in memory together.
+        validation: what each arm says of validation rows, on which the action threshold is chosen.
+        fitted: calibrators, fitted on the same rows.
+        subsets: as for ``evaluate_predictions``; "overall" may be among them.
+        sets: (shift, severity) of every evaluation set that ``predictions`` will cover, the stored test rows first.
+        resamples, seed: of the bootstrap.
+
+    Raises:
+        InvalidArgumentError: predictions, masks or names that do not fit together.
+    """
+    masks = {name: mask for name, mask in subsets.items() if name != OVERALL}
+    panel_of = panels_of(sets, SEVERE)
+    judged: dict[str, dict[str, list[Prediction]]] = {}  # panel -> arm -> evaluation sets
+    acted: dict[str, list[Scored]] = {arm: [] for arm in validation}
+
+    def noted() -> Iterator[Prediction]:
+        for prediction in predictions:
+            acted[prediction.arm].append(scored(prediction))
+            if panel := panel_of.get((prediction.shift, prediction.severity)):
+                judged.setdefault(panel, {}).setdefault(prediction.arm, []).append(prediction)
+            yield prediction
+
+    baseline = "softmax" if "softmax" in validation else next(iter(validation))
+    core = evaluate_predictions(noted(), masks, resamples=resamples, seed=seed, baseline=baseline, shifted_from=SEVERE)
+    sections = further_sections(
+        fitted,
+        validation,
+        {panel: {arm: joined(parts) for arm, parts in arms.items()} for panel, arms in judged.items()},
+        {name: mask for name, mask in masks.items() if not is_everything(mask)},
+        base=sets[0][0],
+        sets=acted,
+        seed=seed,
+    )
+    return {**core, **sections}
