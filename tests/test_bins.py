@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_posterior.benchmarks import measures
+from moe_posterior.benchmarks.routing import measures
 from moe_posterior.bins import bin_edges, bin_indices, equal_mass_bins, place
 from moe_posterior.calibrators import HistogramBinning, Outputs
 from moe_posterior.metrics import (

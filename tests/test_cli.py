@@ -46,7 +46,7 @@ def test_no_help_imports_what_takes_seconds(arguments: list[str]) -> None:
 def test_what_a_help_lists_is_what_the_command_knows() -> None:
     from moe_posterior.benchmarks.lm.models import Recipe
     from moe_posterior.benchmarks.lm.stream import Plan
-    from moe_posterior.benchmarks.registry import GATES
+    from moe_posterior.benchmarks.routing.registry import GATES
     from moe_posterior.commands import benchmark, cache, lm, study
     from moe_posterior.training.cache import _parser as cache_parser
     from moe_posterior.training.study.plan import STUDIES

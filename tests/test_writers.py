@@ -101,7 +101,7 @@ def benchmark_records(path: Path, version: int) -> None:
 
 @writer
 def tuned_knobs(path: Path, version: int) -> None:
-    from moe_posterior.benchmarks.tune import write_knobs
+    from moe_posterior.benchmarks.routing.tune import write_knobs
 
     write_knobs({"knobs": {"g": version}, "objective": {"g": 0.5}, "count": 1, "seeds": [0] * 99}, path)
 

@@ -1,7 +1,7 @@
 """Routing benchmarks: environments, streams with bandit feedback, measures, tables."""
 
-from moe_posterior.benchmarks.environments import Environment, Stream, synthetic
-from moe_posterior.benchmarks.real import real
-from moe_posterior.benchmarks.stream import Trace, play, play_oracle
+from moe_posterior.benchmarks.routing.environments import Environment, Stream, synthetic
+from moe_posterior.benchmarks.routing.real import real
+from moe_posterior.benchmarks.routing.stream import Trace, play, play_oracle
 
 __all__ = ["Environment", "Stream", "Trace", "play", "play_oracle", "real", "synthetic"]

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from moe_posterior.benchmarks import figures, latency, records, router, tune
-from moe_posterior.benchmarks.banks import BANKS
-from moe_posterior.benchmarks.llm import STREAMS
+from moe_posterior.benchmarks import records
 from moe_posterior.benchmarks.records import Record, Results
-from moe_posterior.benchmarks.registry import GATES, TUNED
-from moe_posterior.benchmarks.static import play_static
-from moe_posterior.benchmarks.suite import Plan, cases_of, run
-from moe_posterior.benchmarks.tables import tables_of
+from moe_posterior.benchmarks.routing import figures, latency, router, tune
+from moe_posterior.benchmarks.routing.banks import BANKS
+from moe_posterior.benchmarks.routing.llm import STREAMS
+from moe_posterior.benchmarks.routing.registry import GATES, TUNED
+from moe_posterior.benchmarks.routing.static import play_static
+from moe_posterior.benchmarks.routing.suite import Plan, cases_of, run
+from moe_posterior.benchmarks.routing.tables import tables_of
 from moe_posterior.commands.benchmark import parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError, MissingDependencyError
 from moe_posterior.escape import terminal
@@ -85,7 +86,7 @@ def _tables(benchmark: str, records: list[Record]) -> list[Table]:
     if benchmark == "router":
         return router.tables(records)
     if benchmark == "audit":
-        from moe_posterior.benchmarks import audit, horizon
+        from moe_posterior.benchmarks.routing import audit, horizon
 
         soon = [record for record in records if record.environment == horizon.ENVIRONMENT]
         fast = [record for record in records if record.environment != horizon.ENVIRONMENT]
@@ -174,7 +175,7 @@ def _router(asked: argparse.Namespace, command: str) -> Results:
 
 
 def _audit(asked: argparse.Namespace, command: str) -> Results:
-    from moe_posterior.benchmarks import audit, horizon
+    from moe_posterior.benchmarks.routing import audit, horizon
 
     seeds = range(asked.first_seed, asked.first_seed + asked.seeds)
     found: list[Record] = []

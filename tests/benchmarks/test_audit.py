@@ -9,13 +9,13 @@ from scipy.stats import binom
 
 from moe_posterior.audit import AuditLog
 from moe_posterior.audit.views.flags import Flag
-from moe_posterior.benchmarks import audit, horizon
 from moe_posterior.benchmarks.cli import benchmark
-from moe_posterior.benchmarks.environments import NUM_WARM, synthetic
-from moe_posterior.benchmarks.latency import Size
 from moe_posterior.benchmarks.records import Record, read
-from moe_posterior.benchmarks.registry import build, options_of
-from moe_posterior.benchmarks.stream import play
+from moe_posterior.benchmarks.routing import audit, horizon
+from moe_posterior.benchmarks.routing.environments import NUM_WARM, synthetic
+from moe_posterior.benchmarks.routing.latency import Size
+from moe_posterior.benchmarks.routing.registry import build, options_of
+from moe_posterior.benchmarks.routing.stream import play
 
 pytest.importorskip("rich")
 

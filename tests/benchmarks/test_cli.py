@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from moe_posterior.benchmarks import cli, llm, suite, tune
+from moe_posterior.benchmarks import cli
 from moe_posterior.benchmarks.cli import benchmark
-from moe_posterior.benchmarks.llm import Scores
 from moe_posterior.benchmarks.records import read
+from moe_posterior.benchmarks.routing import llm, suite, tune
+from moe_posterior.benchmarks.routing.llm import Scores
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.gates import PosteriorGate

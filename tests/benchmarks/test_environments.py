@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moe_posterior.benchmarks import banks
-from moe_posterior.benchmarks.environments import CHANCE, Environment, synthetic
-from moe_posterior.benchmarks.real import real
+from moe_posterior.benchmarks.routing import banks
+from moe_posterior.benchmarks.routing.environments import CHANCE, Environment, synthetic
+from moe_posterior.benchmarks.routing.real import real
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 
 SMALL = {"num_queries": 300, "num_warm": 200}

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from moe_posterior.benchmarks import latency
 from moe_posterior.benchmarks.cli import benchmark
+from moe_posterior.benchmarks.routing import latency
 from moe_posterior.router import PosteriorRouter
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe_posterior.benchmarks import measures
+from moe_posterior.benchmarks.routing import measures
 
 
 def looped_ece(confidence: list[float], outcome: list[float], n_bins: int) -> float:

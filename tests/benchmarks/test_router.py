@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from moe_posterior.benchmarks import router
 from moe_posterior.benchmarks.cli import benchmark
+from moe_posterior.benchmarks.routing import router
 
 
 def short(seed: int) -> router.Play:

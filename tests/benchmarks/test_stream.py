@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from moe_posterior.benchmarks import play, play_oracle, synthetic
-from moe_posterior.benchmarks.environments import with_newcomer, with_noisy_warm_start
-from moe_posterior.benchmarks.evaluate import figures_of
-from moe_posterior.benchmarks.registry import GATES, build, options_of
-from moe_posterior.benchmarks.stream import Exchange, Feedback
+from moe_posterior.benchmarks.routing.environments import with_newcomer, with_noisy_warm_start
+from moe_posterior.benchmarks.routing.evaluate import figures_of
+from moe_posterior.benchmarks.routing.registry import GATES, build, options_of
+from moe_posterior.benchmarks.routing.stream import Exchange, Feedback
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 import torch
 
 from moe_posterior.benchmarks.cells import decimal, percent, plain, points, text_table, whole
-from moe_posterior.benchmarks.evaluate import CURVE_STEP
-from moe_posterior.benchmarks.measures import WINDOW
-from moe_posterior.benchmarks.paper import published
 from moe_posterior.benchmarks.records import Record
-from moe_posterior.benchmarks.stream import CHECKPOINTS
+from moe_posterior.benchmarks.routing.evaluate import CURVE_STEP
+from moe_posterior.benchmarks.routing.measures import WINDOW
+from moe_posterior.benchmarks.routing.paper import published
+from moe_posterior.benchmarks.routing.stream import CHECKPOINTS
 from moe_posterior.results.intervals import mean_interval, sign_flip_p
 from moe_posterior.results.tables import DASH, Table
 

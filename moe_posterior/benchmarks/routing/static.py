@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_posterior.benchmarks import llm
 from moe_posterior.benchmarks.records import Record, case_key
+from moe_posterior.benchmarks.routing import llm
 from moe_posterior.gates import SoftmaxGate
 
 PLAIN = {"num_clusters": 32, "neighbours": 1, "clusterings": 1}

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from moe_posterior.benchmarks.cells import percent, text_table, whole
-from moe_posterior.benchmarks.llm import load
 from moe_posterior.benchmarks.records import Record, case_key
+from moe_posterior.benchmarks.routing.llm import load
 from moe_posterior.results.tables import DASH, Table
 from moe_posterior.router import PosteriorRouter, clusters_for
 

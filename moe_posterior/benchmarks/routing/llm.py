@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_posterior.benchmarks.banks import data_folder
-from moe_posterior.benchmarks.environments import Environment, Stream, affected_classes, bernoulli, degrade
-from moe_posterior.benchmarks.measures import calibration_error, debiased_calibration_error, noise_floor
+from moe_posterior.benchmarks.routing.banks import data_folder
+from moe_posterior.benchmarks.routing.environments import Environment, Stream, affected_classes, bernoulli, degrade
+from moe_posterior.benchmarks.routing.measures import calibration_error, debiased_calibration_error, noise_floor
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.gates import PosteriorGate

@@ -20,9 +20,9 @@ from moe_posterior.audit import AuditLog
 from moe_posterior.audit.rebuild import rebuild
 from moe_posterior.audit.verify import verify
 from moe_posterior.benchmarks.cells import text_table
-from moe_posterior.benchmarks.environments import synthetic
-from moe_posterior.benchmarks.latency import SIZES, open_loop
 from moe_posterior.benchmarks.records import Record
+from moe_posterior.benchmarks.routing.environments import synthetic
+from moe_posterior.benchmarks.routing.latency import SIZES, open_loop
 from moe_posterior.results.tables import Table
 from moe_posterior.router import PosteriorRouter
 

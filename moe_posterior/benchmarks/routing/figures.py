@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_posterior.benchmarks.evaluate import CURVE_STEP
 from moe_posterior.benchmarks.records import Record
-from moe_posterior.benchmarks.stream import CHECKPOINTS
-from moe_posterior.benchmarks.tables import Block, blocks_of
+from moe_posterior.benchmarks.routing.evaluate import CURVE_STEP
+from moe_posterior.benchmarks.routing.stream import CHECKPOINTS
+from moe_posterior.benchmarks.routing.tables import Block, blocks_of
 from moe_posterior.escape import label
 from moe_posterior.results.figures import STYLES, band, canvas, save
 

@@ -5,9 +5,9 @@ Dimensions: T queries, M query classes.
 
 import torch
 
-from moe_posterior.benchmarks import measures
-from moe_posterior.benchmarks.environments import Environment
-from moe_posterior.benchmarks.stream import Trace
+from moe_posterior.benchmarks.routing import measures
+from moe_posterior.benchmarks.routing.environments import Environment
+from moe_posterior.benchmarks.routing.stream import Trace
 
 Value = float | int | list[float] | None
 CURVE_STEP = 5  # a curve keeps every fifth window: enough for a figure, a fifth of the file

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moe_posterior.benchmarks.environments import Environment
+from moe_posterior.benchmarks.routing.environments import Environment
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import (
     BanditGate,

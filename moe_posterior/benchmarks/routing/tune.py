@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from moe_posterior.benchmarks.measures import debiased_calibration_error
-from moe_posterior.benchmarks.registry import GATES, build, options_of
-from moe_posterior.benchmarks.stream import play
-from moe_posterior.benchmarks.suite import environment_of
+from moe_posterior.benchmarks.routing.measures import debiased_calibration_error
+from moe_posterior.benchmarks.routing.registry import GATES, build, options_of
+from moe_posterior.benchmarks.routing.stream import play
+from moe_posterior.benchmarks.routing.suite import environment_of
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.files.atomic import write_text
 from moe_posterior.files.reading import decoding, read_json

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_posterior.benchmarks.environments import Environment
+from moe_posterior.benchmarks.routing.environments import Environment
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import BeliefGate, ExpertThresholdGate, Gate, Routing
 

@@ -59,7 +59,7 @@ def data_folder(name: str, file: str) -> Path:
         MissingDataError: the file is not there.
     """
     root = os.environ.get("MOE_POSTERIOR_DATA")
-    project = Path(__file__).resolve().parents[2]
+    project = Path(__file__).resolve().parents[3]
     folder = (Path(root) if root else project.parent / "shared" / "data") / name
     if not (folder / file).is_file():
         raise MissingDataError(

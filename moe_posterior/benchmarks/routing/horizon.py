@@ -23,11 +23,11 @@ from moe_posterior.audit import AuditLog
 from moe_posterior.audit.views.falls import FALSE_ALARMS
 from moe_posterior.audit.views.flags import Against, Flag
 from moe_posterior.audit.views.survey import survey
-from moe_posterior.benchmarks import measures
 from moe_posterior.benchmarks.cells import text_table
-from moe_posterior.benchmarks.environments import NUM_WARM, Environment, synthetic
 from moe_posterior.benchmarks.records import Record
-from moe_posterior.benchmarks.registry import options_of
+from moe_posterior.benchmarks.routing import measures
+from moe_posterior.benchmarks.routing.environments import NUM_WARM, Environment, synthetic
+from moe_posterior.benchmarks.routing.registry import options_of
 from moe_posterior.metrics import wilson_interval
 from moe_posterior.results.tables import DASH, Table
 from moe_posterior.router import PosteriorRouter

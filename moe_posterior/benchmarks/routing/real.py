@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_posterior.benchmarks import banks
-from moe_posterior.benchmarks.banks import Bank
-from moe_posterior.benchmarks.environments import (
+from moe_posterior.benchmarks.routing import banks
+from moe_posterior.benchmarks.routing.banks import Bank
+from moe_posterior.benchmarks.routing.environments import (
     NUM_QUERIES,
     NUM_WARM,
     Benchmark,
@@ -56,7 +56,7 @@ def real(
       held-out domains alone.
 
     Args:
-        name: a key of :data:`moe_posterior.benchmarks.banks.BANKS`.
+        name: a key of :data:`moe_posterior.benchmarks.routing.banks.BANKS`.
         benchmark: "a", "b" or "c".
         seed: of the split, the experts and the draws.
         num_experts: E.

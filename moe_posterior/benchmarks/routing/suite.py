@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
-from moe_posterior.benchmarks import llm
-from moe_posterior.benchmarks.environments import (
+from moe_posterior.benchmarks.records import Record, case_key
+from moe_posterior.benchmarks.routing import llm
+from moe_posterior.benchmarks.routing.environments import (
     Benchmark,
     Environment,
     synthetic,
     with_newcomer,
     with_noisy_warm_start,
 )
-from moe_posterior.benchmarks.evaluate import figures_of
-from moe_posterior.benchmarks.paper import published
-from moe_posterior.benchmarks.real import real
-from moe_posterior.benchmarks.records import Record, case_key
-from moe_posterior.benchmarks.registry import GATES, TABLE_ONE, build, options_of, posterior_keywords
-from moe_posterior.benchmarks.stream import Exchange, Feedback, play, play_class_oracle, play_oracle
+from moe_posterior.benchmarks.routing.evaluate import figures_of
+from moe_posterior.benchmarks.routing.paper import published
+from moe_posterior.benchmarks.routing.real import real
+from moe_posterior.benchmarks.routing.registry import GATES, TABLE_ONE, build, options_of, posterior_keywords
+from moe_posterior.benchmarks.routing.stream import Exchange, Feedback, play, play_class_oracle, play_oracle
 
 CLUSTER_COUNTS = (8, 16, 32, 64)  # Table 4
 ABLATION: dict[str, dict[str, Any]] = {  # name -> what differs from the gate's tuned knobs
