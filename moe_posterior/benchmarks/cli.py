@@ -32,7 +32,7 @@ def benchmark(arguments: Sequence[str]) -> int:
     """Run ``moe-posterior benchmark`` with these arguments; 0 on success.
 
     Raises:
-        MoEPosteriorError: a mistake in what was asked, absent data or packages; the message says what to do.
+        MoEPosteriorError: a wrong argument, missing data or a missing package; the message says what to do.
     """
     if list(arguments[:1]) == ["lm"]:  # has options of its own, and needs transformers
         from moe_posterior.benchmarks.lm.command import lm
@@ -95,10 +95,10 @@ def _tables(benchmark: str, records: list[Record]) -> list[Table]:
 
 
 def environments(asked: argparse.Namespace) -> list[str]:
-    """The environments asked for, checked.
+    """The environments to run, checked against what the benchmark has.
 
     Raises:
-        InvalidArgumentError: one that the benchmark does not have.
+        InvalidArgumentError: an unknown environment.
     """
     if asked.benchmark == "router":
         known = list(router.STREAMS)
@@ -130,7 +130,7 @@ def _run(asked: argparse.Namespace, command: str) -> Results:
     found, done = list(kept), {record.case for record in kept}
     about = _about(command)
     if asked.out:
-        records.write(Results(found, about), asked.out)  # an unwritable place is found out before the work
+        records.write(Results(found, about), asked.out)  # fail on an unwritable file before the work, not after it
     static = range(asked.first_seed, asked.first_seed + (asked.seeds if "static" in names else 0))
     total = sum(1 for _ in cases_of(plan)) + len(static)
     with progress(total, asked.quiet) as advance:
@@ -164,7 +164,7 @@ def _router(asked: argparse.Namespace, command: str) -> Results:
     found = records.read(asked.out).records if asked.out and Path(asked.out).is_file() else []
     about, done = _about(command), {record.case for record in found}
     if asked.out:
-        records.write(Results(found, about), asked.out)  # an unwritable place is found out before the work
+        records.write(Results(found, about), asked.out)  # fail on an unwritable file before the work, not after it
     with progress(len(names) * len(seeds) * (1 + len(router.POLICIES)) - len(done), asked.quiet) as advance:
         for new in router.measure(names, seeds, done):
             found.extend(new)
@@ -237,7 +237,7 @@ def _tune(asked: argparse.Namespace) -> int:
 
 @contextmanager
 def progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    """A bar on the standard error, gone when done."""
+    """A progress bar on standard error, removed at the end."""
     if quiet:
         yield lambda: None
         return

@@ -1,7 +1,7 @@
 """How often intervals of the calibration error cover the truth, and how often a comparison declares a winner.
 
-Models whose calibration error is known: confidences sharp (beta(30, 1)), mild (beta(6, 1.5)) or spread (uniform on [.3, 1]), right less
-often than they say by one amount everywhere, chosen so that the binned l1 error of the population is the one wanted. All goes through
+The models have a known calibration error: confidences are sharp (beta(30, 1)), mild (beta(6, 1.5)) or spread (uniform on [.3, 1]), and
+accuracy lies below confidence by a constant, chosen to give the wanted binned l1 error in the population. Everything goes through
 :func:`~moe_posterior.metrics.calibration_interval` and :func:`~moe_posterior.metrics.calibration_difference`.
 
     python -m moe_posterior.benchmarks.coverage                                      both tables in under two minutes on one idle core
@@ -47,7 +47,7 @@ POPULATION = 400_000
 
 
 def shift_of(spread: str, error: float) -> float:
-    """How much less often than it says a model is right everywhere, for its binned error in the population to be this."""
+    """The constant gap between confidence and accuracy that gives this binned error in the population."""
     confidence = SPREADS[spread](np.random.default_rng(0), POPULATION)
     bins = np.minimum((confidence * 15).astype(int), 14)
     low, high = 0.0, 1.0
@@ -59,13 +59,13 @@ def shift_of(spread: str, error: float) -> float:
 
 
 def drawn(rng: np.random.Generator, rows: int, spread: str, shift: float, luck: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Confidences, and whether each was right; equal luck makes two models err on the same rows."""
+    """Confidences and correctness; two models given the same ``luck`` err on the same rows."""
     confidence = SPREADS[spread](rng, rows)
     return torch.from_numpy(confidence), torch.from_numpy(luck < confidence - shift)
 
 
 def coverage(runs: int) -> Iterator[dict[str, Any]]:
-    """One record a spread, number of rows and true error."""
+    """One record per spread, number of rows and true error."""
     for spread in SPREADS:
         for error in ERRORS:
             shift = shift_of(spread, error)
@@ -88,7 +88,7 @@ def coverage(runs: int) -> Iterator[dict[str, Any]]:
 
 
 def comparisons(runs: int) -> Iterator[dict[str, Any]]:
-    """One record a pair of models and number of rows; in every other run both models err on the same rows."""
+    """One record per pair of models and number of rows; in every second run both models err on the same rows."""
     for first, first_error, second, second_error in PAIRS:
         shifts = shift_of(first, first_error), shift_of(second, second_error)
         for rows in PAIR_ROWS:
@@ -116,7 +116,7 @@ def comparisons(runs: int) -> Iterator[dict[str, Any]]:
 
 
 def tables(covered: list[dict[str, Any]], compared: list[dict[str, Any]]) -> list[Table]:
-    """The two tables."""
+    """The tables of coverage and of comparisons."""
     by_error = []
     for rows in ROWS:
         for error in ERRORS:

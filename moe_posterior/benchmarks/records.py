@@ -1,4 +1,4 @@
-"""Tidy records of what was measured: one figure a record, in a JSON file that is whole or absent."""
+"""Tidy records of measurements, one figure per record, in a file that is written whole or not at all."""
 
 import json
 import os
@@ -16,7 +16,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Record:
-    """One figure of one run. ``paper`` is the published figure it stands beside, None where there is none."""
+    """One figure of one run; ``paper`` is the published figure to compare it with, None if there is none."""
 
     benchmark: str
     environment: str
@@ -29,20 +29,20 @@ class Record:
 
     @property
     def case(self) -> str:
-        """What was run; records of one run share it."""
+        """Key of the run; all records of one run share it."""
         return case_key(self.benchmark, self.environment, self.gate, self.options, self.seed)
 
 
 @dataclass(frozen=True)
 class Results:
-    """Records and how they came about."""
+    """Records, and the command and versions that made them."""
 
     records: list[Record]
     about: dict[str, Any] = field(default_factory=dict)  # command, versions, processors
 
 
 def case_key(benchmark: str, environment: str, gate: str, options: Mapping[str, Any], seed: int) -> str:
-    """A run's identity: the same for the same arguments whatever the order of the options.
+    """A run's key; the order of the options does not matter.
 
     >>> case_key("b", "synthetic", "softmax", {"y": 1, "x": 2}, 0)
     '["b", "synthetic", "softmax", {"x": 2, "y": 1}, 0]'
@@ -51,7 +51,7 @@ def case_key(benchmark: str, environment: str, gate: str, options: Mapping[str, 
 
 
 def write(results: Results, path: str | os.PathLike[str]) -> None:
-    """Write strict JSON, one record a line, or Parquet where the name ends in .parquet; whole or not at all.
+    """Write strict JSON, one record per line, or Parquet if the name ends in .parquet; whole or not at all.
 
     Raises:
         InvalidArgumentError: the folder does not exist, or a value that strict JSON cannot hold.
@@ -90,7 +90,7 @@ def _checked(record: Record) -> Record:
 
 
 def _is_number(value: object) -> bool:
-    """A number, None, or lists of them: shares of the traffic come as a list for each layer."""
+    """A number, None, or nested lists of them, such as traffic shares per layer."""
     return all(map(_is_number, value)) if isinstance(value, list) else value is None or isinstance(value, int | float)
 
 

@@ -1,8 +1,8 @@
 """Top-label calibration as sums over confidence bins, for any number of possibly overlapping groups.
 
-Dimensions: N predictions, K classes, G groups, B = n_bins bins, P (prediction, group) pairs. Bins have equal width and hold their
-lower edge, the last one 1.0 too (:mod:`moe_posterior.bins`); torchmetrics, otherwise alike, keeps a bin more for the confidence 1.0
-alone, which makes the error of saturated predictions another one. The sums have a fixed size and are float64, so they add up over
+Dimensions: N predictions, K classes, G groups, B = n_bins bins, P (prediction, group) pairs. Bins have equal width and include
+their lower edge, the last one also 1.0 (:mod:`moe_posterior.bins`); torchmetrics is the same except for an extra bin for confidence
+1.0 alone, which changes the error of saturated predictions. The sums have a fixed size and are float64, so they add up over
 batches, ranks and files without drift: a metric, a reliability curve and an interval all read the same three numbers per bin.
 """
 
@@ -23,7 +23,7 @@ MOST_SUMS = 1 << 28
 
 @dataclass(frozen=True, eq=False)
 class BinSums:
-    """What calibration needs to know about the predictions that fell in each bin; ``+`` merges two."""
+    """Sums over the predictions in each bin, all that calibration needs; ``+`` merges two."""
 
     confidence: Tensor  # (G, B) float64, sum of confidences
     correct: Tensor  # (G, B) float64, number of correct predictions, or the sum of their grades
@@ -39,7 +39,7 @@ class BinSums:
 
 @dataclass(frozen=True, eq=False)
 class GroupedCalibration:
-    """Calibration of each group; NaN where there is nothing, or too little, to say."""
+    """Calibration of each group; NaN for groups with no or too few predictions."""
 
     calibration_error: Tensor  # (G,), NaN below min_count
     accuracy: Tensor  # (G,), NaN for an empty group
@@ -48,7 +48,7 @@ class GroupedCalibration:
 
 
 def validate_arguments(num_groups: int, n_bins: int, norm: str, min_count: int) -> None:
-    """Refuse knobs that have no meaning, naming the one at fault."""
+    """Reject meaningless settings, naming the argument."""
     for name, value in (("num_groups", num_groups), ("n_bins", n_bins), ("min_count", min_count)):
         count(name, value, most=MOST_BINS if name == "n_bins" else None)
     if num_groups * n_bins > MOST_SUMS:
@@ -63,10 +63,10 @@ def validate_predictions(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
 ) -> None:
-    """Refuse anything but probabilities beside labels that fit them, or confidences beside 0/1 correctness or grades in [0, 1].
+    """Reject anything but probabilities with matching labels, or confidences with 0/1 correctness or grades in [0, 1].
 
     Mixtures of probabilities may leave [0, 1] by rounding, so a margin of 1e-5 (two ulp in half precision) passes.
-    Logits do not: a metric that takes a softmax of whatever looks like logits turns one rounding error into a wrong
+    Logits do not: a metric that applies a softmax to whatever looks like logits turns one rounding error into a wrong
     report.
     """
     if not preds.is_floating_point() or preds.ndim not in (1, 2):
@@ -113,7 +113,7 @@ def validate_groups(
     num_groups: int,
     num_predictions: int,
 ) -> None:
-    """Refuse group ids or memberships that do not fit the predictions."""
+    """Reject group ids or memberships that do not match the predictions."""
     ids = groups.ndim == 1 and groups.dtype == torch.int64
     membership = groups.ndim == 2 and groups.dtype == torch.bool and groups.shape[1] == num_groups
     if not (ids or membership) or len(groups) != num_predictions:
@@ -128,7 +128,7 @@ def validate_groups(
 
 
 def read_predictions(preds: Any, target: Any) -> tuple[Tensor, Tensor]:  # (N, K) or (N,), (N,)
-    """Predictions beside what came true: tensors, arrays or lists, labels as int64 whatever their width.
+    """Predictions and labels from tensors, arrays or lists; integer labels of any width become int64.
 
     Raises:
         InvalidArgumentError: as :func:`validate_predictions`.
@@ -164,7 +164,7 @@ def top_label(
     preds: Tensor,  # (N, K) probabilities or (N,) confidences
     target: Tensor,  # (N,)
 ) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """Confidence of the top label and whether (or how far) it was right, both float64; ties go to the class ``max`` returns.
+    """Confidence of the top label and its correctness (or grade), both float64; ties go to the class that ``max`` returns.
 
     >>> confidence, correct = top_label(torch.tensor([[0.25, 0.75], [0.5, 0.5]]), torch.tensor([1, 1]))
     >>> confidence.tolist(), correct.tolist()
@@ -200,7 +200,7 @@ def bin_sums(
 
 
 def add_up(confidence: Tensor, correct: Tensor, groups: Tensor, num_groups: int, n_bins: int) -> BinSums:
-    """:func:`bin_sums` of what was checked before: without a look at the values, so a GPU is not waited for."""
+    """:func:`bin_sums` of checked inputs: no value is read, so there is no GPU synchronisation."""
     bins = place(confidence, bin_edges(n_bins)[1:-1].to(confidence.device))
     if groups.ndim == 2:
         rows, groups = groups.nonzero(as_tuple=True)  # (P,), (P,)
@@ -246,13 +246,13 @@ def grouped_calibration_error(
 
     Args:
         preds: class probabilities ``(N, K)``, or confidences ``(N,)`` of answers whose correctness is known.
-        target: classes ``(N,)``; beside confidences, 1 where the answer was right and 0 where it was wrong, or a grade in [0, 1].
+        target: classes ``(N,)``; with confidences, 1 for a right and 0 for a wrong answer, or a grade in [0, 1].
         groups: one group id per prediction, or a bool column per group when groups overlap.
         num_groups: G.
         n_bins: equal-width bins on [0, 1]; 15 is the convention of the literature.
         norm: ``"l1"`` (ECE), ``"l2"`` (root mean square) or ``"max"`` (worst bin).
         min_count: groups with fewer predictions get a NaN calibration error. Plain ECE is biased upwards by about
-            ``sqrt(bins in use / n)``, so tiny groups look miscalibrated whatever the model.
+            ``sqrt(bins in use / n)``, so tiny groups look miscalibrated for any model.
 
     Raises:
         InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.

@@ -1,9 +1,9 @@
-"""Calibration per routing configuration: which cluster an input fell in and which set of experts answered it.
+"""Calibration per routing configuration: the cluster of an input and the set of experts that answered it.
 
 Dimensions: N predictions, K classes, k experts per input, G configurations, V distinct displayed confidences. A sparse gate
-over clusters has finitely many configurations, so the accuracy in each can be estimated. Predictions of different
-configurations that display one confidence are told apart by nobody who sees only the confidence; if their
-accuracies differ, a shift in how often each occurs breaks a calibration that held on average.
+over clusters has finitely many configurations, so the accuracy in each can be estimated. Someone who sees only the
+confidence cannot tell apart predictions of different configurations that display the same one; if their accuracies
+differ, a shift in how often each occurs breaks a calibration that held on average.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class ConfigurationCalibration:
 
 
 class SharedConfidence(NamedTuple):
-    """How many inputs display a confidence that inputs of another configuration display too."""
+    """How many inputs display a confidence that inputs of another configuration also display."""
 
     shared: int  # inputs whose displayed confidence belongs to two configurations or more
     total: int  # N

@@ -1,4 +1,4 @@
-"""The Brier score taken apart: what miscalibration costs, what telling cases apart gains.
+"""The Brier score split into the cost of miscalibration and the gain from discrimination.
 
 Dimensions: N predictions, K classes, B bins; M forecasts, of one event each (K per prediction, or one).
 """
@@ -18,9 +18,9 @@ class BrierDecomposition(NamedTuple):
 
     reliability: Tensor  # () squared gap between forecast and frequency, ≥ 0; smaller is better
     resolution: Tensor  # () squared distance of the bins' frequencies from the base rate, ≥ 0; larger is better
-    uncertainty: Tensor  # () variance of the outcomes, of no forecast's making
+    uncertainty: Tensor  # () variance of the outcomes, the same for every forecast
     within_bin: (
-        Tensor  # () what the binning hides: spread of forecasts in a bin less twice its covariance with outcomes
+        Tensor  # () hidden by the binning: variance of forecasts in a bin minus twice their covariance with outcomes
     )
 
     @property
@@ -41,7 +41,7 @@ def brier_decomposition(
 
     Args:
         preds: class probabilities ``(N, K)``, or confidences ``(N,)`` of answers whose correctness is known.
-        target: classes ``(N,)``; beside confidences, 1 where the answer was right and 0 where it was wrong, or a grade in [0, 1].
+        target: classes ``(N,)``; with confidences, 1 for a right and 0 for a wrong answer, or a grade in [0, 1].
         n_bins: equal-width bins on [0, 1], per class; 15 is the convention of the literature.
         top_label_only: decompose the mean of (confidence − correct)² in place of
             :func:`~moe_posterior.metrics.brier_score`, which sums over classes. Confidences are always read so.

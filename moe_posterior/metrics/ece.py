@@ -52,17 +52,17 @@ def calibration_error(
 
     Args:
         preds: class probabilities ``(N, K)``, or confidences ``(N,)`` of answers whose correctness is known.
-        target: classes ``(N,)``; beside confidences, 1 where the answer was right and 0 where it was wrong, or a grade in [0, 1]:
+        target: classes ``(N,)``; with confidences, 1 for a right and 0 for a wrong answer, or a grade in [0, 1]:
             a bin's error is then |mean grade − mean confidence|.
         n_bins: 15 is the convention of the literature.
         norm: ``"l1"`` (ECE), ``"l2"`` (root mean square) or ``"max"`` (worst bin).
         binning: ``"equal_width"`` or ``"equal_mass"`` (quantiles of the confidences, ties together); both hold their lower edge.
-        debias: take off what sampling noise adds. Off by default: published numbers are plain. For l1 the estimate is
+        debias: subtract what sampling noise adds. Off by default: published numbers are plain. For l1 the estimate is
             2·ECE − E[ECE of redrawn bin accuracies], with the accuracy of a bin redrawn as N(p̂, p̂(1 − p̂)/n) and the
-            expectation in closed form; for l2, p̂(1 − p̂)/(n − 1) comes off each squared gap. Both are at least 0. A bin of one
-            prediction shows nothing of its noise and keeps its plain gap, so with as many bins as predictions the value is the
-            plain one: counted as 0, a dozen confident mistakes would be called calibrated. For l1 any bin that is all right or all
-            wrong keeps its gap, so prefer equal-mass bins. Grades take their own variance in place of p̂(1 − p̂). No such
+            expectation in closed form; for l2, p̂(1 − p̂)/(n − 1) is subtracted from each squared gap. Both are at least 0. A bin with
+            one prediction reveals no noise and keeps its plain gap, so with as many bins as predictions the value is the plain
+            one: counted as 0, a dozen confident mistakes would pass as calibrated. For l1 any bin that is all right or all
+            wrong keeps its gap, so prefer equal-mass bins. Grades use their own variance instead of p̂(1 − p̂). No such
             estimator is known for ``"max"``.
 
     Raises:

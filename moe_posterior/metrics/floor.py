@@ -1,4 +1,4 @@
-"""What noise alone makes of a plain calibration error.
+"""The plain calibration error that noise alone produces.
 
 Dimensions: N predictions, K classes, M bins in use.
 """
@@ -18,8 +18,8 @@ from moe_posterior.metrics.calibration import read_predictions, top_label, valid
 def noise_floor(preds: Any, *, n_bins: int = 15) -> Tensor:  # (N, K) probabilities or (N,) confidences -> () float64
     """Mean plain ECE of a model that is right exactly as often as these confidences say; NaN without predictions.
 
-    The number of right answers in a bin is taken as binomial, with the variance that the bin's confidences give; its mean absolute
-    deviation is a closed form, so nothing is drawn. A plain ECE near the floor says nothing against calibration.
+    The number of right answers in a bin is treated as binomial with the variance given by the bin's confidences; its mean absolute
+    deviation is a closed form, so nothing is drawn. A plain ECE near the floor is no evidence against calibration.
 
     Raises:
         InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.

@@ -1,8 +1,8 @@
 """Binned calibration gaps of one or two arms, with what is needed to know how far chance moves them.
 
 Dimensions: N predictions of a set, K classes, n independent rows, J evaluation sets, A arms, M bins in use over all arms and sets.
-An interval of a calibration error depends on the predictions through a few sums per bin alone, so everything after one pass over the
-rows costs the same for a hundred rows as for a million.
+An interval of a calibration error depends on the predictions only through a few sums per bin, so after one pass over the rows the
+cost is the same for a hundred rows as for a million.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ class GapSums:
 
     rows: int  # n: rows that vary independently; predictions about one row count as one
     arm: Tensor  # (M,) int64
-    weight: Tensor  # (M,) 1 / (J · N): makes a sum over predictions a part of the arm's mean error
+    weight: Tensor  # (M,) 1 / (J · N): turns a sum over predictions into a part of the arm's mean error
     count: Tensor  # (M,) predictions
     confidence: Tensor  # (M,) sum of confidences
     correct: Tensor  # (M,) correct predictions, or the sum of their grades
@@ -46,7 +46,7 @@ class GapSums:
         return self.confidence / self.count
 
     def noise(self, accuracy: Tensor) -> Tensor:  # (M,) -> (M,)
-        """Standard deviation of each gap if its bin is right at this rate."""
+        """Standard deviation of each gap if its bin has this accuracy."""
         return self.weight * (self.count * accuracy * (1 - accuracy)).clamp(min=0).sqrt() * self.inflation.sqrt()
 
     @property
@@ -58,12 +58,12 @@ class GapSums:
 def gap_sums(arms: Sequence[Sets], n_bins: int, rows: Any = None) -> GapSums:
     """The sums of each arm's evaluation sets, in bins of equal width.
 
-    Sets of equal size hold the same rows in the same order, whichever arm they are of; sets of another size hold other rows.
+    Sets of equal size hold the same rows in the same order, in every arm; sets of different sizes hold different rows.
 
     Args:
         arms: the sets of each arm, at least one set each.
         n_bins: bins on [0, 1].
-        rows: (N,) which row of the data a prediction is about, where sets hold copies of rows; by default all differ.
+        rows: (N,) data row behind each prediction, if sets hold copies of rows; by default all differ.
 
     Raises:
         InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.
@@ -94,7 +94,7 @@ def gap_sums(arms: Sequence[Sets], n_bins: int, rows: Any = None) -> GapSums:
 
 
 def _numbered(sizes: Sequence[int], rows: Any) -> tuple[Tensor, int]:  # (P,), and how many different ones
-    """The independent row of every prediction of all sets."""
+    """Index of the independent row behind every prediction."""
     if rows is None:
         kinds = {size: torch.arange(size) for size in sizes}
     else:

@@ -27,8 +27,8 @@ except ImportError as error:
 class BinSumMetric(Metric):
     """A metric whose state is three ``(rows, n_bins)`` float64 sums, whatever the data: what a :class:`BinSums` holds.
 
-    The states are named after the class. A ``MetricCollection`` lets metrics share a state once their states have equal names and
-    values, and after an empty first batch all sums are 0: metrics that add up other things must not bear the same names.
+    States are named after the class: a ``MetricCollection`` merges metrics whose states have equal names and values, and after an
+    empty first batch all sums are 0, so metrics that add up different things need different names.
 
     Args:
         rows: groups, or classes.
@@ -64,12 +64,12 @@ class BinSumMetric(Metric):
 class GroupedCalibrationError(BinSumMetric):
     """Top-label calibration error, accuracy, mean confidence and count of every group, in one pass.
 
-    torchmetrics' own ``MulticlassCalibrationError`` keeps every prediction, and the confidence 1.0 in a bin of its own;
+    torchmetrics' own ``MulticlassCalibrationError`` keeps every prediction, and puts confidence 1.0 in an extra bin;
     here the state is three ``(num_groups, n_bins)`` float64 sums, whatever the data, and groups may overlap.
 
     Shapes:
         ``update(preds, target, groups)``: preds ``(N, K)`` probabilities, or ``(N,)`` confidences; target ``(N,)``
-        classes, or 0/1 correctness beside confidences; groups ``(N,)`` int64, or ``(N, num_groups)`` bool when groups
+        classes, or 0/1 correctness with confidences; groups ``(N,)`` int64, or ``(N, num_groups)`` bool when groups
         overlap.
         ``compute()``: dict of ``calibration_error``, ``accuracy``, ``confidence`` and ``count``, each ``(num_groups,)``
         float64. An empty group is NaN in the first three, meaning *nothing observed*, and 0 in ``count``.
@@ -133,7 +133,7 @@ class CalibrationError(BinSumMetric):
 
     Shapes:
         ``update(preds, target)``: preds ``(N, K)`` probabilities, or ``(N,)`` confidences; target ``(N,)`` classes, or 0/1
-        correctness beside confidences.
+        correctness with confidences.
         ``compute()``: ``()`` float64, NaN before the first prediction.
 
     Args:

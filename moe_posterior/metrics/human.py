@@ -1,4 +1,4 @@
-"""How far predictions are from the distribution of labels that people gave.
+"""Distance of predictions from the distribution of human labels.
 
 Dimensions: N predictions, K classes.
 """
@@ -32,9 +32,9 @@ def human_divergence(
 
     Args:
         preds: class probabilities.
-        human: shares of the people who gave each label.
+        human: share of people who gave each label.
         reduction: ``"mean"`` or ``"none"``; the mean of no rows is NaN.
-        eps: floor of a predicted probability: one 0 on a label that somebody gave would make the mean infinite.
+        eps: floor of a predicted probability: a single 0 on a label that someone gave would make the mean infinite.
 
     Raises:
         InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.

@@ -1,13 +1,13 @@
-"""Intervals of the calibration error, paired comparisons, and what a calibrated model would show.
+"""Intervals of the calibration error, paired comparisons, and the noise floor of a calibrated model.
 
 Dimensions: N predictions, K classes, A arms, M bins in use, Q supposed truths, H comparisons.
 
-What is estimated is the binned l1 calibration error of the population, Σ_b P(bin b) |E[confidence − correct | bin b]| in bins of equal
+The estimand is the binned l1 calibration error of the population, Σ_b P(bin b) |E[confidence − correct | bin b]| in bins of equal
 width, or its mean over several evaluation sets.
 
-The plain estimate errs upwards by noise, the more the wider the confidences are spread, and no resampling of rows knows by how much,
-because the error has a kink at 0. So intervals invert a test (:mod:`moe_posterior.metrics.inversion`): an error belongs to the interval
-unless the debiased statistic lies in the tails of what truths with this error give.
+The plain estimate is biased upwards by noise, more so for widely spread confidences, and resampling rows cannot tell by how much,
+because the error has a kink at 0. So intervals invert a test (:mod:`moe_posterior.metrics.inversion`): an error is in the interval
+unless the debiased statistic lies in the tails of its distribution under truths with this error.
 """
 
 from typing import Any, NamedTuple
@@ -28,17 +28,17 @@ MOST_DRAWS = 10**6  # several GB
 
 
 class CalibrationEstimate(NamedTuple):
-    """A calibration error and what surrounds it; NaN without predictions."""
+    """A calibration error with interval, noise floor and plain value; NaN without predictions."""
 
     value: float  # debiased, at least 0
     low: float
     high: float
-    floor: float  # mean of the plain error if the confidences were right: what noise alone shows
+    floor: float  # mean plain error if the confidences were right: noise alone
     plain: float
 
 
 class CalibrationDifference(NamedTuple):
-    """The calibration error of one model less that of another, on the same rows; NaN without predictions."""
+    """Difference of the calibration errors of two models on the same rows; NaN without predictions."""
 
     value: float  # of the debiased errors
     low: float
@@ -57,7 +57,7 @@ def calibration_interval(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> CalibrationEstimate:
-    """Debiased top-label ECE in bins of equal width, an interval that covers the true one also near 0, and the noise floor.
+    """Debiased top-label ECE in bins of equal width, an interval that also covers true values near 0, and the noise floor.
 
     In simulation the interval covers 93-97 % at a level of 0.95, from 100 rows to 30,000 and from a true error of 0 to .15, whether the
     confidences are sharp or spread; `results/statistics` holds the table. An interval that begins at 0 does not exclude perfect
@@ -65,9 +65,9 @@ def calibration_interval(
 
     Args:
         preds, target, n_bins: as in :func:`~moe_posterior.metrics.calibration_error`.
-        level: two-sided, in (0, 1); near 0 the tails are shared out so that an error of 0 is excluded with probability 1 − level.
-        rows: which row of the data each prediction is about, where some are about copies of the same row (under several shifts, say);
-            by default all differ.
+        level: two-sided, in (0, 1); near 0 the tails are split so that an error of 0 is excluded with probability 1 − level.
+        rows: the data row behind each prediction, if some are copies of the same row (under several shifts, say); by default all
+            differ.
         draws: S ≥ 100, of the statistic under each supposed error.
         seed: of the draws; the global generator is not touched.
 
@@ -100,11 +100,11 @@ def calibration_difference(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> CalibrationDifference:
-    """Debiased ECE of one model less that of another on the same rows, with an interval and a p-value of no difference.
+    """Difference of the debiased ECE of two models on the same rows, with an interval and the p-value of no difference.
 
     Unlike a difference of plain errors it does not reward sharpness: of two calibrated models neither is declared better more often
     than the level allows, however differently their confidences are spread. The test takes the less favourable of two errors
-    that both may have in common, none and all that is seen, so it errs on the side of declaring nothing.
+    that both models may share, none and all of what is seen, so it errs on the side of declaring no difference.
 
     Args:
         first, second: pairs of predictions and labels as in :func:`~moe_posterior.metrics.calibration_error`; row i is the same
@@ -180,7 +180,7 @@ def interval_of_sums(
     def tails(error: float) -> tuple[bool, bool]:
         drawn = test.statistic(test.drawn(torch.stack([test.likely([error]), test.even([error])])))[..., 0]
         below = below_share(drawn, statistic)
-        # Near 0 nothing can be missed from below, so what is spared there is given to the upper tail.
+        # Near 0 nothing can be missed from below, so the upper tail gets what the lower one does not need.
         lower = alpha / 2 * (error / (2 * drawn.std(1)).clamp(min=1e-300)).clamp(max=1)
         return bool((below >= lower).any()), bool((below <= 1 - alpha + lower).any())
 
@@ -195,7 +195,7 @@ def interval_of_sums(
 def difference_of_sums(
     sums: GapSums, *, level: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> CalibrationDifference:  # of two arms
-    """The first arm's error less the second's, from their joint sums; see :func:`calibration_difference`."""
+    """The first arm's error minus the second's, from their joint sums; see :func:`calibration_difference`."""
     if not len(sums.count):
         return CalibrationDifference(*[float("nan")] * 4)
     if _same(sums):
@@ -222,21 +222,21 @@ def difference_of_sums(
     # Each tail at the nuisance that favours it most, as for the ends: below 1 - level only where the interval excludes 0.
     p_value = min(1.0, 2 * min(float(none.amax()), float((1 - none).amax())))
     low, high = max(-1.0, min(low, value)), min(1.0, max(high, value))
-    if low <= 0 <= high:  # an end that lies on 0 because the estimate does
+    if low <= 0 <= high:  # an end at 0 because the estimate is 0
         p_value = max(p_value, round(alpha, 12))
     return CalibrationDifference(value, low, high, p_value)
 
 
 def _same(sums: GapSums) -> bool:
-    """Whether both arms say the same of every row: then nothing is left to chance."""
+    """Whether both arms predict the same on every row, so that no noise is left."""
     first, second = sums.arm == 0, sums.arm == 1
     if int(first.sum()) != int(second.sum()):
         return False
     alike = sums.correlation[first][:, second].diagonal()
-    alike = (alike > 1 - 1e-12) | ((sums.spread[first] == 0) & (sums.gap[first] == 0))  # sure, and right every time
+    alike = (alike > 1 - 1e-12) | ((sums.spread[first] == 0) & (sums.gap[first] == 0))  # certain and always right
     return torch.equal(sums.gap[first], sums.gap[second]) and bool(alike.all())
 
 
 def _plug_in(sums: GapSums) -> Tensor:  # (A,)
-    """The debiased errors with the noise that each bin's own accuracy shows, at least 0."""
+    """Debiased errors with the noise estimated from each bin's own accuracy, at least 0."""
     return debiased(sums, sums.gap, sums.noise(sums.correct / sums.count)).clamp(min=0)

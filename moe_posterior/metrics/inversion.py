@@ -1,10 +1,11 @@
-"""The test that intervals of the calibration error invert: the debiased statistic against what a supposed truth gives.
+"""The test that intervals of the calibration error invert: the debiased statistic against its distribution under a supposed truth.
 
 Dimensions: A arms, M bins in use, Q supposed truths, S draws, n independent rows.
 
 Many truths have one calibration error, and the statistic's noise and remaining bias differ between them. Two stand for all: the
 likeliest one (the gaps of the data, shrunk or stretched) and the one with the same gap everywhere. An interval holds what either
-allows. Draws are a scrambled Sobol sequence: the tails of a thousand independent ones are off by a seventh, the same in every interval.
+one allows. Draws are a scrambled Sobol sequence: the tails of a thousand independent draws would be off by a seventh, in every interval
+alike.
 
 Source: inversion at an estimated nuisance parameter is the hybrid resampling of Chuang & Lai 2000, *Hybrid Resampling Methods for
 Confidence Intervals*; the statistic is the debiased l1 error of Kumar, Liang & Ma 2019, *Verified Uncertainty Calibration*, with its
@@ -22,9 +23,9 @@ from moe_posterior.metrics.ece import expected_absolute
 from moe_posterior.metrics.gaps import GapSums
 
 BISECTIONS = 12
-REACH = 8.0  # standard deviations beyond the estimate that an end is looked for in
+REACH = 8.0  # standard deviations beyond the estimate to search for an end
 SLACK = 4.0  # standard deviations by which a bin's share may exceed the one seen, far from what it says
-FEW = 10  # draws in a tail, below which a normal tail takes their place
+FEW = 10  # with fewer draws in a tail, a normal tail is used
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class GapTest:
         count = sums.count / sums.inflation.clamp(min=1e-12)
         mixed = (sums.correct / sums.count * count + 2 * sums.said) / (
             count + 2
-        )  # a bin that is all right is not free of noise
+        )  # a bin without errors still has noise
         values, vectors = torch.linalg.eigh(sums.correlation)
         kept = values.clamp(min=0).sqrt()
         back = torch.where(kept > 1e-6, 1 / kept, 0.0)
@@ -75,7 +76,7 @@ class GapTest:
         lean = lean * ((1 - (1 - size).sqrt()) / size.clamp(min=1e-300)).sqrt()
         normal = normal - (self.draws @ lean.T).T[..., None] * (lean @ self.root)[:, None]
         drawn = mean[:, None] + std[:, None] * (normal + skew[:, None] / 6 * (normal.square() - 1))
-        # No bin is right more often than always: at confidence 1 a gap below 0 means that all answers were right.
+        # Accuracy is at most 1, so at confidence 1 a gap below 0 means that all answers were right.
         room, far = sums.share, sums.share * (1 + SLACK / sums.count.sqrt())
         near = sums.said >= 0.5
         return drawn.clamp((sums.said - 1) * torch.where(near, room, far), sums.said * torch.where(near, far, room))
@@ -95,7 +96,7 @@ class GapTest:
 
     @property
     def reach(self) -> float:
-        """How far from the estimate an end is looked for: where all answers were alike, as far as one other answer a bin says."""
+        """How far from the estimate to search for an end; if all answers were alike, as far as one different answer per bin implies."""
         return REACH * float(torch.maximum(self.noise.square().sum(), self.sums.weight.square().sum()).sqrt())
 
     def _feasible(self, size: Tensor) -> Tensor:  # (M,) ≥ 0 -> (M,)
@@ -113,7 +114,7 @@ def debiased(sums: GapSums, gap: Tensor, noise: Tensor) -> Tensor:  # (..., M), 
 
 
 def _moved(size: Tensor, variance: Tensor, error: float) -> Tensor:
-    """``(size − λ variance)₊`` with λ such that it adds up to the error."""
+    """``(size − λ variance)₊`` with λ chosen to make the sum equal the error."""
     total, noise = float(size.sum()), float(variance.sum())
     if noise <= 0:
         return size * (error / total) if total > 0 else torch.full_like(size, error / len(size))
@@ -128,7 +129,7 @@ def _moved(size: Tensor, variance: Tensor, error: float) -> Tensor:
 
 
 def below_share(drawn: Tensor, value: float) -> Tensor:  # (Q, S) -> (Q,)
-    """Probability of a statistic below the value, ties by half; from a normal tail where few draws are left there."""
+    """Probability of a statistic below the value, ties counted half; from a normal tail if few draws are left there."""
     share = ((drawn < value - 1e-12).double() + (drawn <= value + 1e-12).double()).mean(1) / 2
     tail = torch.special.ndtr((value - drawn.mean(1)) / drawn.std(1).clamp(min=1e-12))
     few = FEW / drawn.shape[1]
@@ -136,7 +137,7 @@ def below_share(drawn: Tensor, value: float) -> Tensor:  # (Q, S) -> (Q,)
 
 
 def last(holds: Callable[[float], bool], start: float, end: float) -> float:
-    """The last place from start towards end where it holds, as far as halving the way finds it."""
+    """The last point from start towards end at which the condition holds, found by bisection."""
     if holds(end):
         return end
     for _ in range(BISECTIONS):

@@ -1,4 +1,4 @@
-"""Rankings and ids of whatever type, as the checked tensors that the metrics compute with."""
+"""Rankings and ids of any type, as checked tensors."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def read_ranking(confidence: Any, correct: Any) -> tuple[Tensor, Tensor]:  # (N,
     """Confidences, which may be any real scores, beside grades in [0, 1].
 
     Raises:
-        InvalidArgumentError: shapes that differ, a confidence that is NaN, or a grade that is none.
+        InvalidArgumentError: different shapes, a NaN confidence, or a grade outside [0, 1].
     """
     scores, grades = tensor("confidence", confidence), tensor("correct", correct)
     if scores.ndim != 1 or scores.shape != grades.shape:
@@ -31,7 +31,7 @@ def read_ids(name: str, ids: Any, ndim: int, bound: int) -> Tensor:
     """Ids of any width in [0, bound) as int64.
 
     Raises:
-        InvalidArgumentError: another type, number of dimensions or value.
+        InvalidArgumentError: a wrong type, number of dimensions or value.
     """
     found = integers(name, ids)
     if found.ndim != ndim:

@@ -1,4 +1,4 @@
-"""Reliability curves with their sampling error, for one set of predictions or for sums collected elsewhere."""
+"""Reliability curves with their sampling error, from one set of predictions or from collected sums."""
 
 from dataclasses import dataclass
 

@@ -23,7 +23,7 @@ from moe_posterior.metrics.configurations import (
 )
 from moe_posterior.metrics.ece import expected_absolute
 
-BISECTIONS = 60  # halvings of the tilt: more than a float64 has bits
+BISECTIONS = 60  # bisections of the tilt: more than the bits of a float64
 
 
 class RceCurve(NamedTuple):
@@ -32,7 +32,7 @@ class RceCurve(NamedTuple):
     rho: Tensor  # (R,) nats
     value: Tensor  # (R,) NaN where no configuration could be judged
     worst: Tensor  # (R, G) the distributions that attain it; 0 for configurations that were left out
-    covered: float  # share of the predictions that lie in configurations that were judged
+    covered: float  # share of the predictions in configurations with enough of them
 
 
 @as_declared
@@ -89,10 +89,12 @@ def _worst_distribution(
         return share
     if rho >= -float(share[top].sum().log()):
         return limit
-    scaled = (size - size.max()) / (size.max() - size.min())  # in [−1, 0]: the tilt is free of the unit of the gap
+    scaled = (size - size.max()) / (
+        size.max() - size.min()
+    )  # in [−1, 0], which makes the tilt independent of the gap's scale
 
     def tilted(tilt: float) -> tuple[Tensor, float]:
-        log_ratio = tilt * scaled  # log q / p, less its normaliser
+        log_ratio = tilt * scaled  # log q / p, up to its normaliser
         log_ratio = log_ratio - (share.log() + log_ratio).logsumexp(0)
         q = share * log_ratio.exp()
         return q, float((q * log_ratio).sum())
@@ -112,10 +114,10 @@ def debiased_gap(
     accuracy: Tensor,  # (G,)
     count: Tensor,  # (G,)
 ) -> Tensor:  # (G,) ≥ 0
-    """|gap| less the size that sampling noise alone adds: 2|g| − E|g + noise|, at least 0.
+    """|gap| minus what sampling noise adds: 2|g| − E|g + noise|, at least 0.
 
-    The noise is N(0, p̃(1 − p̃)/n) with p̃ = (n p̂ + 1)/(n + 2): with the plain p̂ a small configuration that is all right would seem
-    free of noise and keep its whole gap. The estimate still errs upwards where the true gap is near 0, because of the clamp.
+    The noise is N(0, p̃(1 − p̃)/n) with p̃ = (n p̂ + 1)/(n + 2): with the plain p̂ a small configuration without errors would seem
+    noise-free and keep its whole gap. The estimate is still biased upwards for true gaps near 0, because of the clamp.
 
     Source: Kumar, Liang & Ma 2019, *Verified Uncertainty Calibration*, appendix on the l1 error; Laplace's rule of succession.
 
@@ -146,8 +148,8 @@ def rce_curve(
 ) -> RceCurve:
     """RCE(ρ) of predictions, over the configurations with enough of them.
 
-    An adversary who picks the largest of many noisy gaps picks noise too, so the plain curve errs upwards, the more the larger ρ.
-    Debiased gaps remove most of it and still let the adversary choose after the fact; for a bound that errs downwards only, see
+    An adversary who picks the largest of many noisy gaps also picks noise, so the plain curve is biased upwards, more so at larger ρ.
+    Debiased gaps remove most of that but the adversary still chooses after the fact; for a bound biased only downwards, see
     :func:`cross_fitted_rce_curve`.
 
     Args:
@@ -194,8 +196,8 @@ def cross_fitted_rce_curve(
     """RCE(ρ) with the worst distribution chosen on one half of each configuration and evaluated on the other.
 
     The evaluating half contributes its gap with the sign found on the choosing half, so neither choice sees the noise it is judged on:
-    given P, the expectation is at most the true RCE(ρ), and may be below 0 where there is nothing to find. Compare with
-    :func:`rce_curve`, whose expectation errs upwards.
+    given P, the expectation is at most the true RCE(ρ), and may be below 0 if there is nothing to find. Compare with
+    :func:`rce_curve`, which is biased upwards.
 
     Args:
         preds, target, configurations, rhos: as in :func:`rce_curve`.

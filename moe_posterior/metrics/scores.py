@@ -23,7 +23,7 @@ def brier_score(
 
     Args:
         preds: class probabilities ``(N, K)``, or confidences ``(N,)`` of answers whose correctness is known.
-        target: class indices; beside confidences, 1 where the answer was right and 0 where it was wrong, or a grade r in [0, 1].
+        target: class indices; with confidences, 1 for a right and 0 for a wrong answer, or a grade r in [0, 1].
         reduction: ``"mean"`` or ``"none"``; the mean of no rows is NaN.
 
     Raises:
@@ -54,8 +54,8 @@ def negative_log_likelihood(
 ) -> Tensor:  # () or (N,)
     """Negative log of the probability given to the true class, −log max(p_y, eps), in nats.
 
-    Of confidences it is −r log c − (1 − r) log(1 − c), the same for an r of 0 or 1; a grade between them has its least not at 0
-    but at its own entropy, where c = r.
+    Of confidences it is −r log c − (1 − r) log(1 − c), the same for an r of 0 or 1; for a grade in between the minimum is not 0
+    but its own entropy, at c = r.
 
     Args:
         preds, target: as in :func:`brier_score`.

@@ -1,6 +1,6 @@
-"""What is gained by acting only on confident predictions: risk against coverage.
+"""Selective prediction: the risk of acting only on confident predictions, against coverage.
 
-Dimensions: N predictions. ``correct`` may be graded in [0, 1]. Predictions of one confidence cannot be told apart, so at a
+Dimensions: N predictions. ``correct`` may be graded in [0, 1]. Predictions with equal confidence cannot be told apart, so at a
 coverage inside a tie the risk is that of a random order: no result depends on the order of the rows.
 """
 
@@ -20,7 +20,7 @@ class ActionThreshold(NamedTuple):
 
     threshold: float  # inf: never act
     coverage: float  # share of predictions acted on
-    risk: float  # share of errors among them; NaN where nothing is acted on
+    risk: float  # share of errors among them; NaN if nothing is acted on
 
 
 @as_declared
@@ -72,7 +72,7 @@ def aurc(confidence: Tensor, correct: Tensor) -> Tensor:  # (N,), (N,) -> ()
 
 @as_declared
 def excess_aurc(confidence: Tensor, correct: Tensor) -> Tensor:  # (N,), (N,) -> ()
-    """AURC less that of an order which puts every error last: 0 for a perfect ranking, whatever the accuracy.
+    """AURC minus that of an order that puts every error last: 0 for a perfect ranking, whatever the accuracy.
 
     Args:
         confidence, correct: as in :func:`risk_coverage`.
@@ -95,7 +95,7 @@ def action_threshold(confidence: Tensor, correct: Tensor, max_risk: float) -> Ac
 
     Args:
         confidence, correct: as in :func:`risk_coverage`.
-        max_risk: share of errors that is tolerated, in [0, 1].
+        max_risk: tolerated share of errors, in [0, 1].
 
     Raises:
         InvalidArgumentError: a shape or value that does not fit.

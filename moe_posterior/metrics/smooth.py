@@ -1,4 +1,4 @@
-"""Smooth calibration error: a kernel in place of bins, its width set by the error itself.
+"""Smooth calibration error: a kernel instead of bins, with a bandwidth set by the error itself.
 
 Dimensions: N predictions, K classes, T = GRID grid cells.
 """
@@ -27,11 +27,11 @@ def smooth_calibration_error(
     """smECE: the integral of the kernel-smoothed |residual|, at the bandwidth that equals its own error.
 
     smECE_σ = ∫ |mean_i K_σ(t, c_i)(y_i − c_i)| dt over [0, 1], with the Gaussian kernel reflected at both ends. It falls in σ, so
-    there is one σ* with smECE_σ* = σ*, and that is the value: consistent, continuous in the confidences, and free of a number of bins.
+    there is one σ* with smECE_σ* = σ*, and that is the value: consistent, continuous in the confidences, and without a number of bins.
 
     Args:
         preds, target: as in :func:`~moe_posterior.metrics.calibration_error`.
-        bandwidth: σ > 0 to evaluate smECE_σ at; None, the default, finds σ*. Below about 1/4096 the grid blurs more than σ.
+        bandwidth: σ > 0 to evaluate smECE_σ at; None, the default, finds σ*. Below about 1/4096 the grid blurs more than σ does.
 
     Raises:
         InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.

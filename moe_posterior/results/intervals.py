@@ -67,6 +67,22 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> MeanInterval:
     return MeanInterval(float(column.mean()), half_width, runs)
 
 
+def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Median, low and high: order statistics that hold the true median with at least this probability, whatever the distribution.
+
+    >>> median_interval([float(x) for x in range(1, 21)])
+    (10.5, 6.0, 15.0)
+    """
+    ordered, n = sorted(values), len(values)
+    middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    outside, rank = 0.0, 0
+    while rank < (n - 1) // 2 and outside + math.comb(n, rank) / 2**n <= (1 - level) / 2:
+        outside += math.comb(n, rank) / 2**n
+        rank += 1
+    low = max(rank - 1, 0)
+    return middle, ordered[low], ordered[n - 1 - low]
+
+
 def plus_minus(mean: float, half_width: float, digits: int = 3, sign: str = "") -> str:
     """A mean and half of its interval as text; the mean alone if there is no interval.
 

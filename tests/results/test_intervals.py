@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binom
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.results.intervals import mean_interval, sign_flip_p
+from moe_posterior.results.intervals import mean_interval, median_interval, sign_flip_p
 
 
 def test_a_mean_interval_is_the_t_interval_of_scipy() -> None:
@@ -42,3 +43,16 @@ def test_many_pairs_are_sampled_and_agree_with_the_normal_limit(generator: torch
 
 def test_pairs_without_difference_prove_nothing() -> None:
     assert sign_flip_p(torch.zeros(100)) == 1.0
+
+
+@pytest.mark.parametrize("count", [1, 3, 6, 9, 20, 25])
+def test_the_medians_interval_has_its_level_and_is_no_wider_than_needed(count: int) -> None:
+    values = [float(v) for v in np.random.default_rng(count).permutation(count)]
+    middle, low, high = median_interval(values)
+    assert middle == np.median(values)
+    rank = int(low)  # the values are 0 … count − 1
+    assert high == count - 1 - rank
+    coverage = 1 - 2 * binom.cdf(rank, count, 0.5)
+    assert coverage >= 0.95 or rank == 0
+    if count > 5:
+        assert 1 - 2 * binom.cdf(rank + 1, count, 0.5) < 0.95

@@ -30,6 +30,7 @@ from moe_posterior.metrics import (
     risk_coverage,
     shared_confidence,
     top_label,
+    worst_group,
 )
 from moe_posterior.training.outputs import normalised, numbered_configurations
 from moe_posterior.training.prediction import Prediction
@@ -150,7 +151,8 @@ def _subgroups(
             }
         )
     if rows:
-        most = max(range(len(rows)), key=lambda index: rows[index]["ece"])
+        errors = torch.tensor([row["ece"] for row in rows], dtype=torch.float64)
+        most = worst_group(errors, torch.tensor([row["n"] for row in rows])).index or 0
         mask = subsets[chosen[most]]
         parts = normalised(judged.probs[mask]), judged.need("target")[mask], judged.need("row")[mask]
         rows[most]["worst"] = True

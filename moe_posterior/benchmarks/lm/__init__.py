@@ -1,1 +1,1 @@
-"""Does a swapped gate pay? A small byte-level mixture-of-experts language model, damaged and mended, and one trained from scratch."""
+"""Does a swapped gate help? A byte-level mixture-of-experts language model, damaged and repaired, and one trained from scratch."""

@@ -1,4 +1,4 @@
-"""``moe-posterior benchmark lm``: run the experiment, go on with it, or render what an earlier run wrote."""
+"""``moe-posterior benchmark lm``: run the experiment, resume it, or render what an earlier run wrote."""
 
 import argparse
 import shlex
@@ -29,7 +29,7 @@ def lm(arguments: Sequence[str], about: dict[str, object]) -> int:
         about: versions and the like, for the records.
 
     Raises:
-        MoEPosteriorError: a mistake in what was asked, absent data or packages; the message says what to do.
+        MoEPosteriorError: a wrong argument, missing data or a missing package; the message says what to do.
     """
     asked = parser().parse_args(list(arguments))
     if asked.source is not None:
@@ -48,7 +48,7 @@ def lm(arguments: Sequence[str], about: dict[str, object]) -> int:
         if asked.out:
             records.write(Results(found, about), asked.out)
 
-    report([])  # an unwritable place is found out before the work
+    report([])  # fail on an unwritable file before the work, not after it
     experiment = Experiment(
         asked.text,
         Path(asked.runs),

@@ -1,4 +1,4 @@
-"""Experts made worse, and made good again bit for bit; experts that nobody is sent to.
+"""Damaging experts, repairing them bit for bit, and masking them.
 
 Dimensions: E experts, D hidden size, V vocabulary.
 """
@@ -15,13 +15,13 @@ from moe_posterior.benchmarks.lm.data import batches
 from moe_posterior.errors import InvalidArgumentError
 
 Kind = Literal["noise", "zeroed", "exchanged"]
-NOISE = 2.0  # standard deviations of the added noise, in those of the expert's own weights
+NOISE = 2.0  # std of the added noise, in stds of the expert's weights
 _BATCH = 32
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What is done to which layers: noise on an expert's weights, an expert set to zero, or two experts exchanged."""
+    """A kind of damage and its layers: noise on an expert's weights, an expert set to zero, or two experts swapped."""
 
     kind: Kind
     layers: tuple[int, ...]
@@ -40,13 +40,13 @@ class Damage:
 
 
 def every_damage(num_layers: int) -> list[Damage]:
-    """Each kind in each layer alone and in all together."""
+    """Each kind of damage in each layer alone and in all layers together."""
     places = [(layer,) for layer in range(num_layers)] + ([tuple(range(num_layers))] if num_layers > 1 else [])
     return [Damage(kind, place) for kind in get_args(Kind) for place in places]
 
 
 def victims(damage: Damage, usage: Sequence[Tensor]) -> dict[int, list[int]]:  # one (E,) a layer
-    """The experts a damage touches in each layer: the most used one, and the runner-up where two are exchanged.
+    """The experts that a damage touches in each layer: the most used one, and the second if two are swapped.
 
     >>> victims(Damage("exchanged", (1,)), [torch.tensor([0.5, 0.5]), torch.tensor([0.1, 0.2, 0.7])])
     {1: [2, 1]}
@@ -57,7 +57,7 @@ def victims(damage: Damage, usage: Sequence[Tensor]) -> dict[int, list[int]]:  #
 
 @contextmanager
 def damaged(model: nn.Module, damage: Damage, touched: Mapping[int, Sequence[int]], seed: int) -> Iterator[None]:
-    """Inside the block these experts are damaged; after it the weights are what they were, bit for bit."""
+    """Damage these experts inside the block; restore the weights bit for bit after it."""
     generator = torch.Generator().manual_seed(seed)
     kept = [
         (weight, weight.detach().clone())
@@ -89,9 +89,9 @@ def _spoil(weight: Tensor, kind: Kind, experts: list[int], generator: torch.Gene
 
 @contextmanager
 def masked(model: nn.Module, experts: Mapping[int, Sequence[int]]) -> Iterator[None]:
-    """Inside the block no token goes to these experts: what one would do who knew which are bad.
+    """Send no token to these experts inside the block: the best response if one knew which are bad.
 
-    The router's logits are kept, the named experts' set to -inf, and the choice made again by Mixtral's own rule.
+    The named experts' logits are set to -inf, and Mixtral's own rule chooses again.
     """
     with ExitStack() as stack:
         for layer, closed in experts.items():

@@ -14,12 +14,12 @@ from moe_posterior.errors import InvalidArgumentError, MissingDataError
 
 VOCABULARY = 256
 WINDOW = 128
-PARTS = {  # share of every file, in this order: each part holds all kinds of text, and no byte is in two parts
+PARTS = {  # share of every file, in this order: each part holds text of every file, and no byte is in two parts
     "train": 0.74,
     "warm": 0.06,  # clusters and reference competence
     "stream": 0.09,  # healthy evidence, damage, repair
     "evaluate": 0.02,
-    "tune stream": 0.07,  # the same two for choosing knobs, which the report never reads
+    "tune stream": 0.07,  # the same two for tuning, never reported
     "tune evaluate": 0.02,
 }
 
@@ -28,10 +28,10 @@ class Corpus:
     """The bytes of some files, by part.
 
     Args:
-        files: text files; order does not matter to the split, every file gives its share to every part.
+        files: text files; every file contributes its share to every part, so their order does not affect the split.
 
     Raises:
-        MissingDataError: a file is absent. InvalidArgumentError: no file, or text too short for a window in every part.
+        MissingDataError: a file is missing. InvalidArgumentError: no file, or text too short for a window in every part.
     """
 
     def __init__(self, files: Sequence[str | Path]) -> None:
@@ -47,14 +47,14 @@ class Corpus:
                 )
 
     def windows(self, part: str, generator: torch.Generator | None = None) -> Tensor:  # -> (n, T) int64
-        """The part cut into windows that do not overlap, in order, or shuffled by a generator."""
+        """The part in non-overlapping windows, in order or shuffled by a generator."""
         flat = self._flat(part)
         count = len(flat) // WINDOW
         cut = flat[: count * WINDOW].view(count, WINDOW)
         return cut if generator is None else cut[torch.randperm(count, generator=generator)]
 
     def sample(self, part: str, count: int, generator: torch.Generator) -> Tensor:  # -> (B, T) int64
-        """Windows that start anywhere, for training."""
+        """Windows with random starts, for training."""
         flat = self._flat(part)
         starts = torch.randint(len(flat) - WINDOW + 1, (count, 1), generator=generator)
         return flat[starts + torch.arange(WINDOW)]
@@ -64,7 +64,7 @@ class Corpus:
 
 
 def batches(windows: Tensor, size: int) -> Iterator[Tensor]:  # (n, T) -> (B, T)
-    """Whole batches in order; a shorter rest is left out.
+    """Full batches in order; an incomplete last one is dropped.
 
     >>> [tuple(batch.shape) for batch in batches(torch.zeros(5, 8), 2)]
     [(2, 8), (2, 8)]

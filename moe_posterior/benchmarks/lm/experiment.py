@@ -1,4 +1,4 @@
-"""Which cases the experiment has, and running those that are not done."""
+"""The cases of the experiment; runs those that are not done yet."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +17,7 @@ from moe_posterior.commands.lm import PARTS
 from moe_posterior.errors import InvalidArgumentError
 
 HEALTHY, SCRATCH, BASE = "healthy", "from scratch", "unswapped"
-AMNESTY = 5000.0  # chosen on the tuning parts with seed 100; the other knobs are PriorGate's own
+AMNESTY = 5000.0  # tuned on the tuning parts with seed 100; other options are PriorGate's defaults
 GRADIENT = Method("gradient", knobs={"amnesty": AMNESTY}, repairs=True)
 METHODS = (
     GRADIENT,
@@ -55,11 +55,11 @@ class Experiment:
         runs: folder of the checkpoints.
         seeds: of model, order of the stream and noise.
         parts: any of ``damage``, ``knobs``, ``scratch``.
-        recipe, scratch_steps: of the model to swap, and how long the ones from scratch are trained.
+        recipe, scratch_steps: of the model to swap, and training steps of the models from scratch.
         plan: lengths of the phases.
         tuning: read the tuning parts of the text, for choosing knobs.
         report: called with the records of every finished case.
-        say: called with a line on what is being done.
+        say: called with a progress line.
     """
 
     text: Sequence[str]
@@ -79,7 +79,7 @@ class Experiment:
 
 
 def run(experiment: Experiment, done: set[str]) -> None:
-    """Run every case that is not among the done ones; each is reported whole."""
+    """Run every case that is not done; report each when it is complete."""
     corpus = Corpus(experiment.text)
     damages = every_damage(experiment.recipe.layers)
     for seed in experiment.seeds:
@@ -96,7 +96,7 @@ def run(experiment: Experiment, done: set[str]) -> None:
 
 
 def _jobs(experiment: Experiment, damages: list[Damage]) -> list[tuple[Method, list[Damage]]]:
-    """The knobs are varied where the damage is in all layers: nine damages times thirteen variants would take hours."""
+    """Options are varied only for damages in all layers: nine damages times thirteen variants would take hours."""
     everywhere = [damage for damage in damages if len(damage.layers) == experiment.recipe.layers]
     jobs = [(method, damages) for method in METHODS] if "damage" in experiment.parts else []
     if "knobs" in experiment.parts:

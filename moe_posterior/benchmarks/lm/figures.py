@@ -1,4 +1,4 @@
-"""Recovery, return of a repaired expert, and training from scratch as pictures."""
+"""Recovery, return of a repaired expert, and training from scratch as figures."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -15,11 +15,11 @@ from moe_posterior.results.figures import STYLES, band, canvas, save
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LOWEST = -1.5  # shared outcomes fall far below it: the rest would be a flat line
+LOWEST = -1.5  # shared outcomes fall far below it and would flatten the rest
 
 
 def draw(records: Iterable[Record], folder: str | os.PathLike[str]) -> list[Path]:
-    """Draw what the records allow into ``folder``, which is made if it does not exist.
+    """Draw every figure that the records have data for into ``folder``, which is created if missing.
 
     Raises:
         MissingDependencyError: without matplotlib.
@@ -54,7 +54,7 @@ def repair(measured: Measured) -> "Figure | None":
 def _over_tokens(
     values_of: Callable[[str, int], dict[int, float]], across: str, up: str, title: str
 ) -> "Figure | None":
-    """One line a method over the checkpoints, seeds as a band."""
+    """One line per method over the checkpoints, with a band over seeds."""
     lines = {method.name: [list(values_of(method.name, n).values()) for n in CHECKPOINTS] for method in METHODS}
     lines = {name: points for name, points in lines.items() if all(points)}
     if not lines:
@@ -78,7 +78,7 @@ def _over_tokens(
 
 
 def from_scratch(measured: Measured) -> "Figure | None":
-    """Validation loss along the training, and every expert's share of the traffic at its end."""
+    """Validation loss during training, and every expert's share of the traffic at the end."""
     arms = [arm for arm in ARMS if measured.get(SCRATCH, arm, "curve_loss")]
     if not arms:
         return None

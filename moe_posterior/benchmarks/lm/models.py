@@ -1,4 +1,4 @@
-"""A small Mixtral on bytes, trained once a seed and kept; its evaluation.
+"""A small Mixtral on bytes, trained once per seed and cached, and its evaluation.
 
 Dimensions: B windows, T bytes a window, V = 256.
 """
@@ -20,14 +20,14 @@ from moe_posterior.files.tensorfile import save_plain
 from moe_posterior.files.torchfile import load_plain, read_plain_file
 from moe_posterior.metrics import calibration_error
 
-KEEP_EVERY = 100  # steps between two checkpoints: at most this much is lost to an interruption
+KEEP_EVERY = 100  # steps between checkpoints: the most that an interruption loses
 EVALUATION_BATCH = 32
-_SEED_STRIDE = 1_000_003  # no step of one seed draws the windows of a step of another
+_SEED_STRIDE = 1_000_003  # steps of different seeds never draw the same windows
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights beside the text and the seed."""
+    """Everything but the text and the seed that determines the weights."""
 
     layers: int = 2
     hidden_size: int = 128
@@ -78,14 +78,14 @@ def build(recipe: Recipe, seed: int) -> nn.Module:
         router_aux_loss_coef=recipe.balance,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # transformers draws first weights from the global generator
+        torch.manual_seed(seed)  # transformers draws initial weights from the global generator
         model = MixtralForCausalLM(config)
-    model.set_experts_implementation("eager")  # expert by expert: the fastest on a CPU, the same bits on every run
+    model.set_experts_implementation("eager")  # expert by expert: fastest on a CPU, and deterministic
     return model.eval()
 
 
 def backward(model: nn.Module, tokens: Tensor, step: int) -> float:  # (B, T)
-    """One forward and backward of a transformers model with its own load-balancing loss; the loss before that is added."""
+    """Forward and backward of a transformers model with its load-balancing loss; returns the loss without it."""
     out = model(input_ids=tokens, output_router_logits=True)
     loss = next_byte_loss(out.logits, tokens)
     (loss + cast(Any, model).config.router_aux_loss_coef * out.aux_loss).backward()
@@ -93,7 +93,7 @@ def backward(model: nn.Module, tokens: Tensor, step: int) -> float:  # (B, T)
 
 
 def next_byte_loss(logits: Tensor, tokens: Tensor) -> Tensor:  # (B, T, V), (B, T) -> ()
-    """Cross-entropy of every byte but the first given those before it, in nats."""
+    """Cross-entropy in nats of every byte but the first, given the bytes before it."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
@@ -108,20 +108,20 @@ def train(
     watch: Callable[[int], Mapping[str, Any]] | None = None,
     variant: str = "base",
 ) -> list[dict[str, Any]]:
-    """Train to the end of the recipe, or go on from the checkpoint at ``path``; a finished checkpoint is only loaded.
+    """Train to the end of the recipe, resuming from the checkpoint at ``path``; a finished checkpoint is only loaded.
 
-    Batches depend on (seed, step) alone, so that an interrupted run ends with the bits of an uninterrupted one.
+    Batches depend on (seed, step) alone, so an interrupted run ends bit for bit like an uninterrupted one.
 
     Args:
         model: changed in place; left in evaluation mode.
-        corpus, recipe, seed: what the checkpoint belongs to; one of others is refused.
+        corpus, recipe, seed: what the checkpoint must have been made with.
         path: the checkpoint, written every 100 steps, whole or not at all.
         backward: accumulates the gradients of one batch and returns its loss; called with the number of the step, from 0.
-        watch: measures at every checkpoint; its result is kept with the step and the mean training loss since the last.
-        variant: name of the kind of model, for the checkpoint.
+        watch: called at every checkpoint; its result is stored with the step and the mean training loss since the last one.
+        variant: kind of model, stored in the checkpoint.
 
     Returns:
-        The progress: one entry a checkpoint.
+        The progress, one entry per checkpoint.
 
     Raises:
         InvalidArgumentError: the checkpoint belongs to another recipe, text, seed or variant.
@@ -165,7 +165,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, windows: Tensor) -> Evaluation:  # (n, T)
-    """Loss and calibration over whole windows; what the model's gates know does not change."""
+    """Loss and calibration over whole windows; the gates' belief does not change."""
     total, confidence, right = 0.0, [], []
     for tokens in batches(windows, min(EVALUATION_BATCH, len(windows))):
         logits = model(input_ids=tokens).logits[:, :-1].float()  # (B, T - 1, V)

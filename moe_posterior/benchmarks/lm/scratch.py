@@ -23,9 +23,9 @@ from moe_posterior.replay.record import record
 
 ARMS = ("softmax", "softmax, balanced", "prior, balanced", "replace")
 NUM_CLUSTERS = 64
-HALF_LIFE = 300.0  # observations of a cell; the experts change while they learn
-MOVE_EVERY = 10  # steps between two moves of the centroids towards where their tokens are now
-DEAD = 0.01  # an expert is called dead below this part of its fair share 1 / E of the traffic
+HALF_LIFE = 300.0  # in observations per cell: the experts change while they learn
+MOVE_EVERY = 10  # steps between updates of the centroids
+DEAD = 0.01  # an expert is dead below this fraction of its fair share 1 / E of the traffic
 _WATCHED = 128  # windows for the loss along the training
 _MEASURED = 256
 
@@ -34,7 +34,7 @@ def make_gate(arm: str, recipe: Recipe) -> Gate:
     """The gate of an arm.
 
     Raises:
-        InvalidArgumentError: another arm.
+        InvalidArgumentError: an unknown arm.
     """
     sizes = (recipe.hidden_size, recipe.experts)
     if arm.startswith("softmax"):
@@ -47,13 +47,13 @@ def make_gate(arm: str, recipe: Recipe) -> Gate:
 
 
 def build_arm(arm: str, recipe: Recipe, seed: int) -> nn.Module:
-    """A Mixtral whose mixtures are ours: the gate of the arm before :class:`ExpertsFFN`.
+    """A Mixtral with our mixtures: the arm's gate in front of :class:`ExpertsFFN`.
 
-    All arms of a seed start from the same weights. ``replace`` has no router, so E · D parameters a layer fewer.
+    All arms of a seed start from the same weights. ``replace`` has no router, hence E · D fewer parameters per layer.
     """
     model = build(recipe, seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # nn.Linear draws its first weights from the global generator
+        torch.manual_seed(seed)  # nn.Linear draws its initial weights from the global generator
         for layer, decoder in enumerate(decoder_layers(model)):
             generator = torch.Generator().manual_seed(1000 * (seed + 1) + layer)
             experts = ExpertsFFN(recipe.experts, recipe.hidden_size, recipe.intermediate_size, generator=generator)
@@ -64,11 +64,11 @@ def build_arm(arm: str, recipe: Recipe, seed: int) -> nn.Module:
 def train_arm(
     arm: str, corpus: Corpus, recipe: Recipe, seed: int, path: Path, *, measured: str = "evaluate"
 ) -> dict[str, Any]:
-    """Train one arm, or go on from its checkpoint, and measure it.
+    """Train one arm, resuming from its checkpoint, and measure it.
 
     Returns:
-        ``loss``, ``ece``, ``accuracy``; ``shares`` (one list a layer), ``dead_experts``, ``smallest_share`` in parts of the fair one;
-        ``curve_step`` and ``curve_loss`` along the training; ``parameters``.
+        ``loss``, ``ece``, ``accuracy``; ``shares`` (one list per layer), ``dead_experts``, ``smallest_share`` relative to the fair
+        share; ``curve_step`` and ``curve_loss`` during training; ``parameters``.
     """
     model = build_arm(arm, recipe, seed)
     windows = corpus.windows(measured, torch.Generator().manual_seed(0))
@@ -110,9 +110,9 @@ def balance_loss(logits: Tensor, expert_indices: Tensor) -> Tensor:  # (N, E), (
 
 @torch.no_grad()
 def move_centroids(clusterer: Clusterer, hidden: Tensor) -> None:  # (N, D)
-    """Each centroid half-way towards the mean of the tokens nearest to it: a cluster stays the same cluster while states drift.
+    """Move each centroid halfway to the mean of its nearest tokens, so a cluster keeps its identity while states drift.
 
-    A cluster without tokens stays where it is.
+    A cluster without tokens does not move.
     """
     ids = clusterer(hidden).cluster_ids
     counts = torch.bincount(ids, minlength=clusterer.num_clusters)[:, None]
@@ -135,7 +135,7 @@ def traffic(model: nn.Module, windows: Tensor) -> list[list[float]]:  # (n, T)
 
 
 class _Backward:
-    """Forward, backward and evidence of one batch; what the gates saw moves their clusters."""
+    """Forward, backward and evidence of one batch; moves the gates' clusters to what they saw."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, *, balanced: bool) -> None:
         self.weight = recipe.balance if balanced else 0.0
@@ -167,7 +167,7 @@ class _Backward:
         return loss.item()
 
     def _keep(self, gate: nn.Module, inputs: Sequence[Tensor]) -> None:
-        """The first batch makes the clusters."""
+        """Fit the clusters on the first batch."""
         if not gate.training:
             return
         clustered = cast(Any, gate)

@@ -1,4 +1,4 @@
-"""How much of what a damage costs was won back.
+"""How much of the loss from a damage is recovered.
 
 Dimensions: n checkpoints along a stream.
 """
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from moe_posterior.errors import InvalidArgumentError
 
 CHECKPOINTS = (0, 512, 1024, 2048, 5120, 10_240, 20_480)  # tokens since the damage, or since the repair
-RECOVERABLE = 0.02  # nats: below it masking the expert gains too little for a share of it to mean anything
+RECOVERABLE = 0.02  # nats: if masking gains less, a share of it means nothing
 
 
 def recovered_share(frozen: float, masked: float, now: float) -> float:
-    """0 at the loss of the frozen damaged gate, 1 at that of the gate which never chooses the damaged expert.
+    """0 at the loss of the frozen gate on the damaged model, 1 at the loss with the damaged experts masked.
 
     Raises:
-        InvalidArgumentError: masking gains nothing, so that there is nothing to recover.
+        InvalidArgumentError: masking gains nothing, so there is nothing to recover.
 
     >>> recovered_share(frozen=2.0, masked=1.5, now=1.625)
     0.75
@@ -35,7 +35,7 @@ def at(tokens: int, curve: Sequence[float]) -> float:
 
 
 def regained_traffic(before: Sequence[float], now: Sequence[float]) -> float:
-    """The repaired experts' share of the traffic, in parts of what it was before the damage.
+    """The repaired experts' traffic relative to before the damage.
 
     >>> regained_traffic([0.2, 0.3], [0.1, 0.3])
     0.8

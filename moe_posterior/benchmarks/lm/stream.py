@@ -22,12 +22,12 @@ from moe_posterior.replay.record import Trace, record
 
 Signal = Literal["gradient", "top1", "probability"]
 _FIT_BATCH = 16
-_ORDER = 7919  # the streams of two seeds are other shuffles
+_ORDER = 7919  # different seeds shuffle the stream differently
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is observed, the knobs of ``swap_gates``, and whether the repair is played after the damage."""
+    """What is observed, the options of ``swap_gates``, and whether the repair is played after the damage."""
 
     name: str
     signal: Signal = "gradient"
@@ -41,7 +41,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many tokens each phase sees, at most: short texts have less for the first two, and their stream starts over.
+    """Upper limits on the tokens of each phase: short texts have fewer for the first two, and their stream starts over.
 
     A token is a byte. The belief is updated after every batch of the stream.
     """
@@ -57,7 +57,7 @@ class Plan:
 
 
 class Moment(NamedTuple):
-    """A swapped model in the course of its stream."""
+    """State of a swapped model within its stream."""
 
     belief: dict[str, dict[str, Tensor]]
     position: int
@@ -67,8 +67,8 @@ class Service:
     """A model with swapped gates, its stream of text, and the text it is measured on.
 
     Args:
-        model: an unswapped Mixtral, changed in place; its parameters get no gradients from here on.
-        method, plan: what is observed with which knobs, and for how long.
+        model: an unswapped Mixtral, changed in place; its parameters require no gradients afterwards.
+        method, plan: what is observed, with which options and for how long.
         corpus: the text.
         seed: order of the stream, the clusters' start, the noise of a damage.
         tuning: whether to read the tuning parts of the text rather than those that are reported on.
@@ -111,18 +111,18 @@ class Service:
             self.position += size
 
     def evaluate(self) -> Evaluation:
-        """Loss and calibration on the held-out text with the belief as it is."""
+        """Loss and calibration on the held-out text with the current belief."""
         return evaluate(self.model, self.measured)
 
     def moment(self) -> Moment:
-        """A copy of everything the gates know, and where the stream stands."""
+        """A copy of the gates' state and the position in the stream."""
         belief = {
             name: {key: value.clone() for key, value in gate.state_dict().items()} for name, gate in self.gates.items()
         }
         return Moment(belief, self.position)
 
     def go_back(self, moment: Moment) -> None:
-        """Know and stand as in that moment."""
+        """Restore such a copy."""
         for name, gate in self.gates.items():
             gate.load_state_dict(moment.belief[name])
         self.position = moment.position
@@ -133,7 +133,7 @@ class Service:
         return trace, token_outcomes(logits, tokens, kind=cast(Literal["top1", "probability"], self.method.signal))
 
     def _measure_reference(self, windows: Tensor) -> None:  # (n, T)
-        """By the same signal that is observed later: shared outcomes are of another height than gradient signs."""
+        """Warm-start with the signal observed later: shared outcomes and gradient signs have different means."""
         if self.method.signal == "gradient":
             self.report.warm_start(_as_dicts(windows))
             return
@@ -171,7 +171,7 @@ def bounds(
 
 
 def after_damage(service: Service, damage: Damage) -> dict[str, list[float]]:
-    """Loss and calibration along the stream from the damage on, and, if the method is to show it, the traffic from the repair on."""
+    """Loss and calibration along the stream after the damage and, if the method asks for it, traffic after the repair."""
     touched = victims(damage, service.usage)
     curves: dict[str, list[float]] = {"curve_loss": [], "curve_ece": []}
     with damaged(service.model, damage, touched, service.seed):

@@ -1,4 +1,4 @@
-"""The experiment's records as tables of text; figures read the same numbers."""
+"""Tables of the experiment's records; the figures use the same numbers."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ PER_SEED = "± half of the 95 % t interval over seeds"
 
 
 class Measured:
-    """The records by environment, gate, metric and seed, and what follows from several of them."""
+    """Records by environment, gate, metric and seed, and quantities derived from them."""
 
     def __init__(self, records: Iterable[Record]) -> None:
         self.values: dict[tuple[str, str, str], dict[int, Any]] = defaultdict(dict)
@@ -35,17 +35,17 @@ class Measured:
         return self.values.get((environment, gate, metric), {})
 
     def bounds(self, damage: str) -> dict[int, tuple[float, float]]:
-        """seed -> loss of the frozen gate, and of the best masking: of two exchanged experts both, or the better one alone."""
+        """seed -> loss of the frozen gate, and of the best masking: of two swapped experts both, or the better one alone."""
         masked = [self.get(damage, BASE, f"{name}_loss") for name in MASKINGS]
         frozen = self.get(damage, BASE, "frozen_loss")
         return {seed: (frozen[seed], min(found[seed] for found in masked if seed in found)) for seed in frozen}
 
     def recoverable(self, damage: str) -> dict[int, float]:
-        """seed -> nats that the best masking wins back."""
+        """seed -> nats that the best masking recovers."""
         return {seed: frozen - masked for seed, (frozen, masked) in self.bounds(damage).items()}
 
     def shares(self, damage: str, method: str, tokens: int) -> dict[int, float]:
-        """seed -> share of the recoverable loss won back so far, of seeds where there is enough to recover."""
+        """seed -> share of the recoverable loss recovered so far, for seeds with enough to recover."""
         bounds = self.bounds(damage)
         return {
             seed: recovered_share(*bounds[seed], at(tokens, curve))
@@ -54,7 +54,7 @@ class Measured:
         }
 
     def mean_shares(self, method: str, tokens: int, damages: Sequence[str] | None = None) -> dict[int, float]:
-        """seed -> mean over the damages that have something to recover; more than all of it counts as all."""
+        """seed -> mean over damages with something to recover; a share above 1 counts as 1."""
         found: dict[int, list[float]] = defaultdict(list)
         for damage in self.damages if damages is None else damages:
             for seed, share in self.shares(damage, method, tokens).items():
@@ -62,7 +62,7 @@ class Measured:
         return {seed: sum(shares) / len(shares) for seed, shares in found.items()}
 
     def pooled_shares(self, method: str, tokens: int) -> dict[int, float]:
-        """seed -> nats won back over nats recoverable, summed over the same damages: no small one weighs much."""
+        """seed -> nats recovered over nats recoverable, summed over the same damages, so small ones weigh little."""
         won: dict[int, float] = defaultdict(float)
         worth: dict[int, float] = defaultdict(float)
         for damage in self.damages:
@@ -73,12 +73,12 @@ class Measured:
         return {seed: won[seed] / worth[seed] for seed in won}
 
     def healthy_change(self, method: str) -> dict[int, float]:
-        """seed -> relative change of the loss by evidence from healthy experts."""
+        """seed -> relative change of the loss due to evidence from healthy experts."""
         before, after = (self.get(HEALTHY, method, f"{name}_loss") for name in ("before", "after"))
         return {seed: after[seed] / before[seed] - 1 for seed in after}
 
     def traffic(self, method: str, tokens: int) -> dict[int, float]:
-        """seed -> mean over damages of a repaired expert's traffic, in parts of what it was before."""
+        """seed -> repaired experts' traffic relative to before the damage, mean over damages."""
         found: dict[int, list[float]] = defaultdict(list)
         for damage in self.damages:
             for seed, curve in self.get(damage, method, "curve_repaired_traffic").items():
@@ -88,7 +88,7 @@ class Measured:
 
 
 def tables_of(records: Iterable[Record]) -> list[Table]:
-    """Every table the records have data for."""
+    """All tables that the records have data for."""
     measured = Measured(records)
     makers: Sequence[Callable[[Measured], Table]] = (
         healthy_table,
@@ -103,7 +103,7 @@ def tables_of(records: Iterable[Record]) -> list[Table]:
 
 
 def healthy_table(measured: Measured) -> Table:
-    """Swapping changes nothing; healthy evidence next to nothing."""
+    """What swapping and healthy evidence change: nothing, and next to nothing."""
     rows = []
     for method in METHODS:
         values = [measured.get(HEALTHY, method.name, f"{phase}_loss") for phase in ("before", "swapped", "after")]
@@ -120,7 +120,7 @@ def healthy_table(measured: Measured) -> Table:
 
 
 def damage_table(measured: Measured) -> Table:
-    """What the damages cost and what masking would win back."""
+    """What the damages cost and what masking would recover."""
     rows = []
     for damage in measured.damages:
         losses = [measured.get(damage, BASE, f"{name}_loss") for name in ("frozen", *MASKINGS)]
@@ -171,7 +171,7 @@ def by_damage_table(measured: Measured) -> Table:
 
 
 def repair_table(measured: Measured) -> Table:
-    """Traffic of experts that were made good again."""
+    """Traffic of repaired experts."""
     rows = []
     for method in METHODS:
         cells = [_decimal(measured.traffic(method.name, tokens)) for tokens in CHECKPOINTS]

@@ -2,8 +2,8 @@
 
 Dimensions: N decisions, D embedding size, C clusters, E experts, R repeats.
 
-Everything is measured in one run, with and without a log in turn, so that a busy machine disturbs both alike: ratios are between
-neighbours, and the median over repeats is reported with the spread.
+Runs with and without a log alternate, so a busy machine disturbs both equally: ratios compare neighbours, and the median over
+repeats is reported with the spread.
 """
 
 import statistics
@@ -26,9 +26,9 @@ from moe_posterior.benchmarks.routing.latency import SIZES, open_loop
 from moe_posterior.results.tables import Table
 from moe_posterior.router import PosteriorRouter
 
-LOAD = 50_000  # decisions a second offered
+LOAD = 50_000  # decisions offered per second
 SECONDS = 2.0  # of load, with and without a log, in each repeat
-BATCH = 25  # about what is decided together under that load
+BATCH = 25  # about the batch size under that load
 CLOSED, ROUNDS = 5_000, 8  # decisions back to back, and how often with and without a log in turn
 _OPEN = ("p50_ms", "p90_ms", "p99_ms", "throughput", "mean_batch")
 SUSTAINED, SUSTAINED_BATCH = 1_500_000, 2_000
@@ -42,9 +42,9 @@ def parts(repeats: int) -> int:
 
 
 def measure(seeds: Iterable[int], advance: Callable[[], None] = lambda: None) -> Iterator[Record]:
-    """Records of every repeat; seeds name them and draw embeddings, outcomes and arrivals."""
+    """Records of every repeat; the seed labels a repeat and draws its embeddings, outcomes and arrivals."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # decisions are small: threads would only wait for each other
+    torch.set_num_threads(1)  # a decision is too small to gain from threads
     try:
         for seed in seeds:
             for part in (under_load, sustained, realistic):
@@ -56,7 +56,7 @@ def measure(seeds: Iterable[int], advance: Callable[[], None] = lambda: None) ->
 
 
 def under_load(seed: int) -> dict[str, float]:
-    """The router of the latency benchmark, E = 32, with and without a log in turn: under open-loop load, and back to back."""
+    """The router of the latency benchmark, E = 32, with and without a log alternately: under open-loop load, and back to back."""
     size, random = SIZES[0], np.random.default_rng(seed)
     embeddings = random.normal(size=(4000, size.hidden)).astype(np.float32)
     found: dict[str, float] = {}
@@ -87,7 +87,7 @@ def under_load(seed: int) -> dict[str, float]:
 def back_to_back(
     router: PosteriorRouter, embeddings: np.ndarray, count: int, batch: int, random: np.random.Generator
 ) -> tuple[float, float]:
-    """Decisions a second, each batch resolved before the next is decided: by the clock, and of the deciding thread's processor time."""
+    """Decisions per second of wall-clock and of the deciding thread's CPU time; each batch is resolved before the next is decided."""
     outcomes = (random.random((64, batch)) < 0.9).astype(np.float64)
     starts = random.integers(len(embeddings) - batch, size=count // batch)
     began, busy = time.perf_counter(), time.thread_time()
@@ -99,10 +99,10 @@ def back_to_back(
 
 
 def sustained(seed: int) -> dict[str, float]:
-    """The pace of decisions and outcomes in batches, until all of them are synced.
+    """Decisions with outcomes per second, in batches, until all of them are synced.
 
-    ``with the router`` makes the decisions, by a small router; ``sustained`` hands decisions to the log that were made before, so that
-    the log alone is timed; the belief stands still there, so it writes no posterior rows.
+    ``with the router`` includes a small router that makes the decisions; ``sustained`` feeds the log decisions made beforehand, which
+    times the log alone. The belief does not change there, so no posterior rows are written.
     """
     random = np.random.default_rng(seed)
     embeddings = random.normal(size=(SUSTAINED_BATCH * 8, 16)).astype(np.float32)
@@ -139,10 +139,11 @@ def sustained(seed: int) -> dict[str, float]:
 
 
 def realistic(seed: int) -> dict[str, float]:
-    """Benchmark B's queries, E = C = 32, k = 1, batches of 25 with their outcomes a batch later, synced every 5,000 decisions.
+    """Benchmark B's queries, E = C = 32, k = 1, in batches of 25, outcomes one batch later, synced every 5,000 decisions.
 
-    That is 50,000 queries a second at the default ``fsync_every`` of 0.1 s. Bytes are those of all files of the closed log, checkpoints
-    included, over the decisions; verify checks every hash and reads every record, replay rebuilds the router from the first checkpoint.
+    That corresponds to 50,000 queries per second at the default ``fsync_every`` of 0.1 s. Bytes per decision count all files of the
+    closed log, checkpoints included; verify checks every hash and reads every record; replay rebuilds the router from the first
+    checkpoint.
     """
     environment = synthetic("b", seed, 32, num_queries=REALISTIC)
     stream = environment.stream
@@ -201,7 +202,7 @@ _TARGETS: dict[str, tuple[str, float]] = {
 
 
 def tables(records: list[Record]) -> list[Table]:
-    """Medians over repeats with the spread, beside the targets."""
+    """Medians over repeats with the spread, next to the targets."""
     values: dict[str, list[float]] = {}
     for record in records:
         if isinstance(record.value, int | float):

@@ -22,13 +22,13 @@ CIFAR_ROWS, CIFAR_DIMENSIONS = 6000, 96
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """Examples of a data set in all its domains; examples of one image are in one part."""
+    """Examples of a data set in all its domains; all examples of an image are in the same part."""
 
     hidden: Tensor  # (n, D) float32
     label: Tensor  # (n,) int64
     domain: Tensor  # (n,) int64
     part: Tensor  # (n,) int64, index into PARTS
-    held_out: Tensor  # (number of domains,) bool: domains the gates' warm start does not hold
+    held_out: Tensor  # (number of domains,) bool: domains missing from the warm start
     linear: bool = False  # experts are linear discriminants, else RBF support-vector machines
 
     @property
@@ -43,7 +43,7 @@ class Bank:
 
     @property
     def query_class(self) -> Tensor:  # (n,) int64
-        """Domain and half of the labels: the environment's own query classes."""
+        """Query classes of the environment: domain times half of the labels."""
         return 2 * self.domain + (self.label >= self.num_labels // 2).long()
 
     @property
@@ -53,7 +53,7 @@ class Bank:
 
 
 def data_folder(name: str, file: str) -> Path:
-    """The folder that holds a file: ``$MOE_POSTERIOR_DATA/<name>`` if that is set, else ``../shared/data/<name>`` beside the project.
+    """The folder that holds a file: ``$MOE_POSTERIOR_DATA/<name>`` if set, otherwise ``../shared/data/<name>`` next to the project.
 
     Raises:
         MissingDataError: the file is not there.
@@ -69,7 +69,7 @@ def data_folder(name: str, file: str) -> Path:
 
 
 def split_parts(count: int, seed: int) -> Tensor:  # (count,) int64
-    """Each image's part, at random: thirds.
+    """A random third of the images for each part.
 
     >>> torch.bincount(split_parts(9, seed=0)).tolist()
     [3, 3, 3]
@@ -96,7 +96,7 @@ def _across_domains(
 
 
 def _noisy(images: Tensor, std: float) -> Tensor:
-    """Fixed noise: a domain is the same images for every seed."""
+    """Fixed noise, so a domain holds the same images for every seed."""
     return (images + std * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
 
 

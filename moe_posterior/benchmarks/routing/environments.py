@@ -1,4 +1,4 @@
-"""What a benchmark routes: warm-start data and a stream of queries whose every expert's outcome is fixed in advance.
+"""What a benchmark routes: warm-start data and a stream of queries, with every expert's outcome fixed in advance.
 
 Dimensions: W warm-start queries, T stream queries, D hidden size, E experts, M query classes of the environment.
 
@@ -31,7 +31,7 @@ DEGRADED_SHARE = 0.6  # "competence on 60 % of query classes is at chance"
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """Queries in order of arrival, and what every expert would make of each."""
+    """Queries in order of arrival, with every expert's outcome on each."""
 
     hidden: Tensor  # (T, D) float32
     competence: (
@@ -72,12 +72,12 @@ def uniform(low: float, high: float, shape: tuple[int, ...], generator: torch.Ge
 
 
 def bernoulli(probability: Tensor, generator: torch.Generator) -> Tensor:  # float64 in {0, 1}
-    """One draw for every entry."""
+    """One draw per entry."""
     return torch.bernoulli(probability.double(), generator=generator)
 
 
 def popular_expert(hidden: Tensor, outcomes: Tensor) -> int:  # (W, D), (W, E)
-    """The expert to which a softmax gate trained on the warm-start data sends most of it; the earliest on ties."""
+    """The expert that a softmax gate trained on the warm-start data chooses most often there; the first one on ties."""
     gate = SoftmaxGate(hidden.shape[1], outcomes.shape[1], top_k=1)
     gate.warm_start(hidden, outcomes)
     with torch.no_grad():
@@ -102,17 +102,17 @@ def degrade(
     expert: int,
     chance: float,
 ) -> Tensor:  # (T, E)
-    """The same pool with one expert at chance on the affected queries; nothing else, features included, changes."""
+    """The same pool with one expert at chance on the affected queries; nothing else changes, in particular no feature."""
     degraded = competence.clone()
     degraded[affected, expert] = chance
     return degraded
 
 
 def with_newcomer(environment: Environment, at: int) -> tuple[Environment, int]:
-    """The same queries, but one expert guesses until query ``at`` and is then exchanged; also returns which one.
+    """The same queries, but one expert guesses until query ``at`` and is then replaced; also returns its index.
 
-    Its successor is as good as the best of the pool on every query, so whoever does not try it forgoes a lot. It takes the last place,
-    or the one before if the last expert is the degraded one.
+    Its successor is as good as the best of the pool on every query, so not trying it is costly. It is the last expert, or the one
+    before if the last is the degraded one.
     """
     generator = torch.Generator().manual_seed(7919 * environment.seed + 17)
     expert = environment.num_experts - 1
@@ -129,7 +129,7 @@ def with_newcomer(environment: Environment, at: int) -> tuple[Environment, int]:
 
 
 def with_noisy_warm_start(environment: Environment, false_positive: float, false_negative: float) -> Environment:
-    """The same, with the warm-start outcomes reported by a judge that errs as often."""
+    """The same, with warm-start outcomes flipped at these rates."""
     generator = torch.Generator().manual_seed(7919 * environment.seed + 19)
     outcomes = environment.warm_outcomes
     flips = bernoulli(outcomes * false_negative + (1 - outcomes) * false_positive, generator)
@@ -149,10 +149,10 @@ def synthetic(
     Queries of class m are N(mean_m, I) in D = 32 dimensions, mean_m ~ N(0, 0.6² I), M = 16 equally frequent classes.
 
     - **A**: competence[m, e] ~ U(.88, .95): every expert is competent on everything.
-    - **B**: expert 0 is a generalist, U(.90, .95) on every class, so that gates come to rely on it; each class has one specialist
-      of U(.80, .93); everybody else scores U(.30, .70) there, as classifiers trained on other domains do on digits. In the stream
+    - **B**: expert 0 is a generalist, U(.90, .95) on every class, so gates learn to rely on it; each class has one specialist
+      of U(.80, .93); all others score U(.30, .70) there, as classifiers trained on other domains do on digits. In the stream
       the expert that a softmax gate trained on the warm-start data prefers most often answers a random 60 % of the classes at
-      chance (.1), from the first query on; the warm-start data show it as it was.
+      chance (.1), from the first query on; the warm-start data show it intact.
     - **C**: experts are at home on the 16 training classes, U(.85, .95). After half of the stream, queries come from 8 held-out
       classes: the midpoint of two training means plus N(0, 0.6² I), wider by 1.5. Competence there is .35 to .95, evenly spaced
       over the experts in random order (some travel well, some do not), plus N(0, .08) a class, within [.1, .97].
@@ -166,8 +166,8 @@ def synthetic(
     Raises:
         InvalidArgumentError: an unknown benchmark or fewer than two experts.
 
-    Source: *Bayesian Posterior Routing in Multi-Agent Systems*, "Empirical Performance and Calibration Metrics", which names the
-    three designs but neither data nor competences: these are ours.
+    Source: *Bayesian Posterior Routing in Multi-Agent Systems*, "Empirical Performance and Calibration Metrics", which describes the
+    three designs but gives neither data nor competences: these are ours.
 
     >>> synthetic("b", seed=0, num_queries=100, num_warm=50).stream.hidden.shape
     torch.Size([100, 32])

@@ -1,4 +1,4 @@
-"""A trace as named figures: every metric a benchmark reports, computed in one place.
+"""All the figures that a benchmark reports of a trace.
 
 Dimensions: T queries, M query classes.
 """
@@ -10,15 +10,15 @@ from moe_posterior.benchmarks.routing.environments import Environment
 from moe_posterior.benchmarks.routing.stream import Trace
 
 Value = float | int | list[float] | None
-CURVE_STEP = 5  # a curve keeps every fifth window: enough for a figure, a fifth of the file
+CURVE_STEP = 5  # a curve keeps every fifth window, enough for a plot
 
 
 def figures_of(trace: Trace, environment: Environment) -> dict[str, Value]:
     """All figures of one run; names with a leading ``curve_`` are lists over the stream.
 
-    - ``error``: share of failed outcomes of the chosen expert. ``expected_error``: the same without the luck of the draw.
+    - ``error``: share of failed outcomes of the chosen expert. ``expected_error``: its expectation, without sampling noise.
     - ``regret``: mean shortfall of true competence against the best expert for each query.
-    - ``ece``, ``ece_debiased``, ``ece_floor``: calibration of the success estimate; ``ece_score`` of what the gate ranks by.
+    - ``ece``, ``ece_debiased``, ``ece_floor``: calibration of the success estimate; ``ece_score``: of the score it ranks by.
     - ``stable_after``: queries (after the change, if there is one) until performance is within 2 points of its final level.
     """
     confidence, outcome = trace.confidence, trace.outcome

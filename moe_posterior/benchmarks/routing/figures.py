@@ -20,10 +20,10 @@ DRAWN = ("posterior", "softmax", "expert threshold", "discounted ucb", "posterio
 
 
 def draw(records: Iterable[Record], folder: str | os.PathLike[str]) -> list[Path]:
-    """Draw what the records allow: trajectories of the degraded expert (B), recovery after the change (C and the streams).
+    """Draw trajectories of the degraded expert (B) and success along the stream, for whatever the records hold.
 
     Returns:
-        The files written, ``<benchmark>-<environment>-<what>.png`` in ``folder``, which is made if it does not exist.
+        The files written, ``<benchmark>-<environment>-<what>.png`` in ``folder``, which is created if missing.
 
     Raises:
         MissingDependencyError: without matplotlib.
@@ -42,7 +42,7 @@ def draw(records: Iterable[Record], folder: str | os.PathLike[str]) -> list[Path
 
 
 def _trajectories(block: Block) -> "Figure":
-    """Table 6 as a picture: a line for affected and one for healthy classes, gate by gate, seeds as a band."""
+    """Table 6 as a figure: affected and healthy classes, one panel per gate, with a band over seeds."""
     gates = [gate for gate in DRAWN if gate in block.gates and block.numbers(gate, "degraded_mean_affected_0")]
     figure = canvas(0.6 + 3.4 * len(gates), 3.2)
     panels = figure.subplots(1, len(gates), squeeze=False, sharey=True)[0]

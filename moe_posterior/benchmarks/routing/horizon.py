@@ -3,16 +3,15 @@
 Dimensions: T queries, E experts, S seeds.
 
 The stream of benchmark B goes through a :class:`PosteriorRouter` with an :class:`AuditLog`, one query at a time, each outcome right
-after its decision. Then the log is read. A flag is up once outcomes show that the expert fell from its own record and from what the log
-was told of it (``start``), or once it fell and its mean + 2 std lies below the plain mean of the active experts (``pool``); on one
-cluster (``cell``), or over all (``expert``). See :mod:`moe_posterior.audit.views.flags`.
+after its decision. Then the log is read. A flag is raised once outcomes show that the expert fell below its own record and below its
+logged start (``start``), or once it fell and its mean + 2 std lies below the plain mean of the active experts (``pool``); on one
+cluster (``cell``), or over all of them (``expert``). See :mod:`moe_posterior.audit.views.flags`.
 """
 
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from math import comb
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +28,7 @@ from moe_posterior.benchmarks.routing import measures
 from moe_posterior.benchmarks.routing.environments import NUM_WARM, Environment, synthetic
 from moe_posterior.benchmarks.routing.registry import options_of
 from moe_posterior.metrics import wilson_interval
+from moe_posterior.results.intervals import median_interval
 from moe_posterior.results.tables import DASH, Table
 from moe_posterior.router import PosteriorRouter
 
@@ -38,7 +38,7 @@ PAPER = 20  # queries
 HEALTHY = 500  # queries before the failure, in the second design
 QUERIES = 500  # after it
 GATES = ("posterior of the paper", "posterior")
-ROUTER = "router avoids it"  # beside the flags: when the router itself has drawn its conclusion
+ROUTER = "router avoids it"  # not a flag: when the router itself avoids the expert
 FLAGS: dict[str, tuple[Against, bool]] = {
     "pool, cell": ("pool", False),
     "pool, expert": ("pool", True),
@@ -57,17 +57,17 @@ NOTE = (
 
 
 class Play(NamedTuple):
-    """What a stream and its log came to."""
+    """What a stream and its log showed."""
 
     chosen: Tensor  # (T,) int64
     flags: list[Flag]
 
 
 def world(seed: int, healthy: int) -> tuple[Environment, int]:
-    """Benchmark B, its failure after so many queries; also the query it begins with.
+    """Benchmark B with the failure after ``healthy`` queries, and the query at which it begins.
 
-    B lets the expert fail from the first query on. With ``healthy`` queries before that, those are drawn as the warm-start data are,
-    from the pool as it was, and are no part of the warm start.
+    In B the expert fails from the first query on. The ``healthy`` queries before it are drawn like the warm-start data, from the
+    intact pool, and are not part of the warm start.
 
     >>> environment, onset = world(0, healthy=10)
     >>> len(environment.stream.hidden), onset, bool(environment.stream.affected[:onset].any())
@@ -88,7 +88,7 @@ def world(seed: int, healthy: int) -> tuple[Environment, int]:
 
 
 def play_logged(environment: Environment, knobs: Mapping[str, Any], seed: int, folder: str) -> Play:
-    """Route the stream through a router that writes a log into the folder, and read the flags from there."""
+    """Route the stream through a router that logs to the folder, and read the flags from the log."""
     keywords = dict(knobs)
     num_clusters, strength = keywords.pop("num_clusters", 32), keywords.pop("strength", None)
     keywords = {name: value for name, value in keywords.items() if value is not None}
@@ -114,11 +114,11 @@ def play_logged(environment: Environment, knobs: Mapping[str, Any], seed: int, f
 
 
 def figures_of(play: Play, environment: Environment, onset: int) -> Iterator[tuple[str, str, float | int | None]]:
-    """What the log showed, and when: (flag, metric, value).
+    """What the log showed and when, as (flag, metric, value).
 
-    ``log``: decisions between the failure and the first that rested on a flagged row; ``own``: how many of them were the failing
-    expert's. None where no flag went up, or one had been up before. ``false_it``, ``false_others``: flags before the failure. The
-    router itself has ``avoided``: decisions until it gives the expert at most 5 % of the next 50 affected queries.
+    ``log``: decisions between the failure and the first flag; ``own``: how many of them were the failing expert's. None if no
+    flag was raised, or one was up before the failure. ``false_it``, ``false_others``: flags before the failure. The
+    router itself reports ``avoided``: decisions until it gives the expert at most 5 % of the next 50 affected queries.
     """
     expert = environment.degraded
     assert expert is not None
@@ -148,24 +148,8 @@ def measure(seed: int) -> Iterator[Record]:
                 yield Record("audit", ENVIRONMENT, gate, options, seed, metric, value, paper)
 
 
-def median_interval(values: list[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Median, and an interval between order statistics that holds it with at least that probability, whatever the distribution.
-
-    >>> median_interval([float(x) for x in range(1, 21)])
-    (10.5, 6.0, 15.0)
-    """
-    ordered, n = sorted(values), len(values)
-    middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-    outside, rank = 0.0, 0
-    while rank < (n - 1) // 2 and outside + comb(n, rank) / 2**n <= (1 - level) / 2:
-        outside += comb(n, rank) / 2**n
-        rank += 1
-    low = max(rank - 1, 0)
-    return middle, ordered[low], ordered[n - 1 - low]
-
-
 def tables(records: list[Record]) -> list[Table]:
-    """The horizon, from records."""
+    """The horizon table, from records."""
     cases: dict[tuple[int, str, str], dict[str, list[Any]]] = {}
     for record in records:
         key = (int(record.options["healthy"]), record.gate, str(record.options["flag"]))

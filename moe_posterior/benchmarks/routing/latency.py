@@ -1,10 +1,10 @@
-"""How long a decision takes: one at a time in process, and under open-loop load, where waiting counts.
+"""How long a decision takes: one at a time in process, and under open-loop load, which includes waiting.
 
 Dimensions: N queries, D embedding size, C clusters, E experts.
 
-Open loop: queries arrive at random times that do not wait for the router (Poisson arrivals at a stated rate); it decides together
-whatever has arrived, and resolves the outcomes of the batch before. A query's latency runs from its arrival to its decision, so a
-router that falls behind is seen to. Embedding the query is not part of it; the paper's figures may contain it.
+Open loop: queries arrive at random times whether or not the router is ready (Poisson arrivals at a given rate); it decides everything
+that has arrived as one batch, then resolves the outcomes of the batch before. Latency runs from a query's arrival to its decision, so
+a router that falls behind shows it. Embedding the query is not included; the paper's figures may include it.
 """
 
 import time
@@ -24,12 +24,12 @@ LOADS = (1_000, 5_000, 10_000, 20_000, 50_000, 100_000)  # queries per second
 PAPER_P90 = {1: 3.8, 10_000: 8.7, 50_000: 44.2}  # ms: one decision (benchmark A), and "Latency Under Load"
 QUANTILES = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99}
 _WARM_UP = 200
-_SPIN = 200e-6  # seconds before an arrival from which on the server waits awake: a sleep is not that exact
+_SPIN = 200e-6  # seconds before an arrival at which to stop sleeping and spin: sleep is not that exact
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large a router is."""
+    """Size of a router."""
 
     experts: int
     clusters: int
@@ -37,7 +37,7 @@ class Size:
 
     @property
     def name(self) -> str:
-        """As it stands in records."""
+        """Its name in records."""
         return f"E={self.experts} C={self.clusters} D={self.hidden}"
 
 
@@ -63,11 +63,11 @@ def measure(
     Args:
         seed: of embeddings, outcomes and arrival times.
         seconds: length of each load level.
-        loads: arrivals a second.
+        loads: arrivals per second.
         advance: called after each part, for a progress bar.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # decisions are small: threads would only wait for each other
+    torch.set_num_threads(1)  # a decision is too small to gain from threads
     try:
         yield from _measure(seed, seconds, loads, advance)
     finally:
@@ -97,7 +97,7 @@ def parts(loads: tuple[int, ...] = LOADS) -> int:
 
 
 def single_decisions(router: PosteriorRouter, embeddings: np.ndarray, repeats: int = 2000) -> dict[str, float]:
-    """Percentiles of one decision and of one outcome, each decided and resolved before the next."""
+    """Percentiles of single decisions and single outcomes, each resolved before the next decision."""
     route, resolve = np.empty(repeats), np.empty(repeats)
     for i in range(-_WARM_UP, repeats):
         start = time.perf_counter()
@@ -113,10 +113,10 @@ def single_decisions(router: PosteriorRouter, embeddings: np.ndarray, repeats: i
 def open_loop(
     router: PosteriorRouter, embeddings: np.ndarray, load: int, seconds: float, random: np.random.Generator
 ) -> dict[str, float]:
-    """Latency percentiles, throughput, and where the time went, at a given rate of arrivals.
+    """Latency percentiles, throughput and the breakdown of time at a given arrival rate.
 
-    ``backlog_s`` is how long after the last arrival the last decision was made: more than a few milliseconds say that the router is
-    saturated, and the percentiles then only say for how long the load was kept up.
+    ``backlog_s`` is the time between the last arrival and the last decision: more than a few milliseconds mean that the router is
+    saturated, and the percentiles then only reflect how long the load lasted.
     """
     arrivals = random.exponential(1 / load, size=int(load * seconds)).cumsum()
     rows = random.integers(len(embeddings), size=len(arrivals))

@@ -1,4 +1,4 @@
-"""Routing among nine real language models on real queries, scores known for each.
+"""Routing among nine real language models on real queries; every model's score on every query is known.
 
 Dimensions: n queries, D = 384 (MiniLM), E = 9 models, C clusters, H nearest clusters.
 """
@@ -22,10 +22,10 @@ from moe_posterior.gates import PosteriorGate
 STREAMS = ("degraded", "task shift")
 NUM_CLASSES = 20  # query classes of the streams: k-means on the embeddings; the 14 tasks are not labelled
 FOLDS = 5
-CLUSTERINGS = 5  # k-means runs of a gate: one run's accident moves the test score by two points
-FINAL_CLUSTERINGS = 20  # the same for the test queries, where the gate is made once
+CLUSTERINGS = 5  # k-means runs averaged: the luck of a single one moves the test score by two points
+FINAL_CLUSTERINGS = 20  # the same on the test queries, where the gate is built once
 CHANCE = 0.1
-SPACE: dict[str, tuple[Any, ...]] = {  # what cross-validation chooses from, all of it knobs of a PosteriorGate
+SPACE: dict[str, tuple[Any, ...]] = {  # searched by cross-validation; all are options of a PosteriorGate
     "num_clusters": (32, 64, 128),
     "neighbours": (1, 2, 4, 8),
     "softness": (0.1, 0.2),
@@ -44,7 +44,7 @@ class Scores:
 
 @lru_cache(maxsize=2)
 def load(part: str) -> Scores:
-    """``train`` or ``test`` of the routing set.
+    """Load a split, ``train`` or ``test``.
 
     Raises:
         MissingDataError: the files are absent. MissingDependencyError: without pyarrow.
@@ -62,7 +62,7 @@ def load(part: str) -> Scores:
 
 
 def fit_posterior(hidden: Tensor, score: Tensor, options: Mapping[str, Any], seed: int) -> PosteriorGate:
-    """A posterior gate that has seen these scores, as its warm start."""
+    """A posterior gate warm-started on these scores."""
     gate = PosteriorGate(hidden.shape[1], score.shape[1], top_k=1, **{"clusterings": CLUSTERINGS, **options})
     clusters = _clusters(hidden, gate, seed)
     gate.clusterer.load_state_dict(clusters[0].state_dict())
@@ -76,7 +76,7 @@ _CLUSTERS: dict[tuple[int, int, int, float], list[Clusterer]] = {}
 
 
 def _clusters(hidden: Tensor, gate: PosteriorGate, seed: int) -> list[Clusterer]:
-    """k-means runs of the same rows, count and seed are made once: a search tries many knobs on the same folds."""
+    """Clusterings are cached by rows, count and seed: a search tries many options on the same folds."""
     runs = gate.posterior.clusterings
     found = _CLUSTERS.setdefault((len(hidden), gate.clusterer.num_clusters, seed, float(hidden.double().sum())), [])
     for run in range(len(found), runs):
@@ -103,9 +103,9 @@ def _folds(count: int, seed: int) -> Iterator[Tensor]:  # (count,) bool, True wh
 
 
 def confidence_line(data: Scores, options: Mapping[str, Any], seed: int) -> tuple[float, float]:
-    """Intercept and slope of the least-squares line from a chosen model's estimate to what it scored, on held-out training queries.
+    """Least-squares line (intercept, slope) from a chosen model's estimate to its score, on held-out training queries.
 
-    The highest of nine noisy estimates is too high on average; how much too high is seen where the estimates had not seen the scores.
+    The highest of nine noisy estimates is too high on average; held-out scores show by how much.
     """
     estimate = torch.empty_like(data.score)
     for held in _folds(len(data.hidden), seed):
@@ -120,13 +120,13 @@ def confidence_line(data: Scores, options: Mapping[str, Any], seed: int) -> tupl
 def estimate_with(
     train_hidden: Tensor, train_score: Tensor, hidden: Tensor, options: Mapping[str, Any], seed: int
 ) -> Tensor:  # (N, E)
-    """Estimated scores of queries: the posterior means of a gate with these knobs, of all experts."""
+    """Estimated scores of every model: posterior means of a gate with these options."""
     gate = fit_posterior(train_hidden, train_score, options, seed)
     return torch.cat([gate.estimates(rows) for rows in hidden.split(2048)])
 
 
 def grid() -> list[dict[str, Any]]:
-    """Every combination of :data:`SPACE` that differs from the others: one neighbour alone has nothing to spread over."""
+    """Every distinct combination of :data:`SPACE`: with one neighbour there is nothing to spread over."""
     everything = [dict(zip(SPACE, values, strict=True)) for values in product(*SPACE.values())]
     return [options for options in everything if options["neighbours"] > 1 or options["softness"] == 0.1]
 
@@ -145,13 +145,13 @@ def measure_static(
     score: Tensor,  # (N, E)
     line: tuple[float, float] = (0.0, 1.0),
 ) -> dict[str, float]:
-    """Mean score of the chosen model and how well the estimate, put through a line (intercept, slope), foretold it."""
+    """Mean score of the chosen model, and how well the estimate predicted it after the line (intercept, slope)."""
     highest, chosen = estimate.max(dim=1)
     confidence = (line[0] + line[1] * highest).clamp(0, 1)
     got = score.gather(1, chosen[:, None])[:, 0]
     return {
         "score": float(got.mean()),
-        "score_error": float(got.std() / len(got) ** 0.5),  # of the test sample, which is small
+        "score_error": float(got.std() / len(got) ** 0.5),  # the test sample is small
         "regret": float((score.amax(dim=1) - got).mean()),
         "ece": calibration_error(confidence, got),
         "ece_debiased": debiased_calibration_error(confidence, got),
@@ -161,7 +161,7 @@ def measure_static(
 
 
 def baselines(train: Scores, hidden: Tensor) -> dict[str, Tensor]:  # name -> (N, E)
-    """Estimates of the two routers every other must beat: the best single model, and 40 nearest neighbours by cosine."""
+    """Estimates of the two baselines: the best single model, and 40 nearest neighbours by cosine."""
     nearest = (hidden @ train.hidden.T).topk(40, dim=1).indices
     return {
         "best single": train.score.mean(dim=0).expand(len(hidden), -1),
@@ -181,11 +181,11 @@ def stream(name: str, seed: int, *, num_queries: int = 1000) -> Environment:
 
     - ``degraded``: after half of the stream the model with the best mean score answers a random 60 % of the query classes (k-means, 20)
       at chance (.1).
-    - ``task shift``: a random half of the query classes is all that the warm start and the first half of the stream hold; the second
-      half of the stream holds the others alone.
+    - ``task shift``: the warm start and the first half of the stream hold a random half of the query classes, the second half of the
+      stream holds the others.
 
     Raises:
-        InvalidArgumentError: another name.
+        InvalidArgumentError: an unknown name.
     """
     if name not in STREAMS:
         raise InvalidArgumentError(f"environment must be one of {list(STREAMS)}; got {name!r}")

@@ -1,6 +1,6 @@
-"""The figures that *Bayesian Posterior Routing in Multi-Agent Systems* reports, by benchmark, gate and metric.
+"""Figures published in *Bayesian Posterior Routing in Multi-Agent Systems*, by benchmark, gate and metric.
 
-Its environments are not given (neither data nor competences), so the figures orient; they cannot be reproduced.
+The paper gives neither data nor competences, so these figures give orientation only; they cannot be reproduced.
 """
 
 PAPER: dict[tuple[str, str, str], float] = {
@@ -39,7 +39,7 @@ FAMILY = {
 
 
 def published(benchmark: str, gate: str, metric: str) -> float | None:
-    """The paper's figure for a gate, None where it reports none.
+    """The paper's figure for a gate, or None.
 
     >>> published("b", "posterior", "ece"), published("a", "posterior", "ece")
     (0.041, None)

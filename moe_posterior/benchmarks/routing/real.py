@@ -1,9 +1,9 @@
-"""Benchmarks on real data: the experts are classifiers, really trained on domain partitions; an outcome is a correct answer.
+"""Benchmarks on real data: the experts are classifiers trained on parts of the domains; a correct answer is a success.
 
 Dimensions: n examples, D hidden size, E experts.
 
-Three disjoint thirds of the images train the experts, warm-start the gates, and are the stream. What the gates see, the hidden state,
-is what the experts classify; nothing in it tells that an expert has been degraded.
+One third of the images trains the experts, another warm-starts the gates, the last is the stream. The hidden state that the gates
+see is what the experts classify; nothing in it reveals that an expert is degraded.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from moe_posterior.benchmarks.routing.environments import (
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 
 ROWS_AN_EXPERT = 3000
-HELD_OUT_SHARE = 1 / 3  # probability that an expert has also been trained on a domain the gates have never seen
+HELD_OUT_SHARE = 1 / 3  # probability that an expert was also trained on a domain new to the gates
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def real(
         benchmark: "a", "b" or "c".
         seed: of the split, the experts and the draws.
         num_experts: E.
-        num_queries, num_warm: T and W; rows are drawn with replacement where there are fewer.
+        num_queries, num_warm: T and W; rows are drawn with replacement if there are fewer.
 
     Raises:
         InvalidArgumentError: an unknown name or benchmark. MissingDataError, MissingDependencyError: data or scikit-learn are absent.

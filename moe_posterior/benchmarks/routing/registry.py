@@ -1,4 +1,4 @@
-"""The gates a benchmark compares, each built from the same warm-start data, with the knobs that may be tuned.
+"""The gates that a benchmark compares, built from the same warm-start data, and the options that may be tuned.
 
 Dimensions: W warm-start queries, D hidden size, E experts.
 """
@@ -31,18 +31,18 @@ TUNED = Path(__file__).with_name("tuned.json")
 
 @dataclass(frozen=True)
 class Entry:
-    """A gate: how to build it, what its knobs are by default, and where a search may look."""
+    """A gate: how to build it, its default options and the search space."""
 
     build: Callable[[Environment, Options, int], Gate]
     space: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    foretells: bool = True  # whether its scores mean to be probabilities of success; a share among experts does not
+    foretells: bool = True  # whether its scores are meant as probabilities of success, unlike shares among experts
 
 
 def build_posterior(environment: Environment, options: Options, seed: int) -> Gate:
     """PosteriorGate with clusters and prior from the warm-start data.
 
-    Options: ``num_clusters``; ``warm`` False keeps the uniform prior (the clusters are still fitted); ``strength`` of the warm start;
+    Options: ``num_clusters``; ``warm=False`` keeps the uniform prior (clusters are fitted anyway); ``strength`` of the warm start;
     anything else is a keyword of :class:`PosteriorGate`.
     """
     keywords = dict(options)
@@ -65,7 +65,7 @@ def build_posterior(environment: Environment, options: Options, seed: int) -> Ga
 
 
 def posterior_keywords() -> set[str]:
-    """What PosteriorGate accepts beyond its sizes."""
+    """Keywords of PosteriorGate other than its sizes."""
     return set(inspect.signature(PosteriorGate).parameters) - {"hidden_size", "num_experts", "num_clusters", "top_k"}
 
 
@@ -96,7 +96,7 @@ def build_bandit(environment: Environment, options: Options, seed: int) -> Gate:
 
 
 def build_neighbours(environment: Environment, options: Options, seed: int) -> Gate:
-    """NearestNeighbourGate over the warm-start data, which it remembers as they were."""
+    """NearestNeighbourGate over the warm-start data."""
     gate = NearestNeighbourGate(environment.hidden_size, environment.num_experts, 1, **options)
     gate.warm_start(environment.warm_hidden, environment.warm_outcomes)
     return gate
@@ -131,8 +131,8 @@ GATES: dict[str, Entry] = {
             "surprise": (None, 4.0, 5.0, 6.0, 8.0),
             "novelty": ("off", "class"),
         },
-        # The search's choice (16 draws, seeds 1000 and 1001) but for λ: it had drawn at most 1, and the ablation on seeds 100 to 104
-        # says 2. See README.md beside this file.
+        # The search's choice (16 draws, seeds 1000 and 1001) except for λ: it drew at most 1, and the ablation on seeds 100 to 104
+        # says 2. See benchmarks/README.md.
         defaults={
             "num_clusters": 16,
             "strength": 50.0,
@@ -173,7 +173,7 @@ TABLE_ONE = (
     "softmax",
     "expert threshold",
     "ucb1",
-)  # the paper's four methods, as far as they are registered
+)  # the paper's four methods
 
 
 def build(name: str, environment: Environment, options: Options, seed: int) -> Gate:
@@ -193,7 +193,7 @@ def build(name: str, environment: Environment, options: Options, seed: int) -> G
 def options_of(
     name: str, overrides: Options | None = None, tuned: Options | None = None, environment: str = "synthetic"
 ) -> dict[str, Any]:
-    """The knobs of a gate: its defaults, then what tuning found (None: as shipped for the environment), then the overrides.
+    """Options of a gate: defaults, overridden by tuned ones (None: those shipped for the environment), then by the overrides.
 
     Raises:
         InvalidArgumentError: an unknown gate.
@@ -206,6 +206,6 @@ def options_of(
 
 @lru_cache(maxsize=8)
 def shipped_knobs(environment: str) -> dict[str, dict[str, Any]]:
-    """What ``--tune`` once found on validation seeds of the environment; of the synthetic one where it was not run."""
+    """What ``--tune`` found on validation seeds of the environment, or of the synthetic one if there is no search for it."""
     found = json.loads(TUNED.read_text())
     return found.get(environment, found["synthetic"])["knobs"]

@@ -1,4 +1,4 @@
-"""The router as it comes, on streams where it sees the outcomes of nothing but its own choices, beside the bandits everybody knows.
+"""The router with its defaults against textbook bandits, on streams that show only the outcome of the chosen expert.
 
 Dimensions: T queries, D embedding size, E experts, W warm-start queries.
 """
@@ -18,10 +18,10 @@ from moe_posterior.results.tables import DASH, Table
 from moe_posterior.router import PosteriorRouter, clusters_for
 
 BENCHMARK = "router"
-WINDOW = 20  # queries an expert must be chosen seldom in before it counts as avoided
+WINDOW = 20  # queries with few choices of an expert before it counts as avoided
 SELDOM = 0.25
 LATE = 500  # queries at the end of a stream
-FLOOR, GROUPS, SIZE = 0.1, 16, 16  # of the synthetic streams: a failed expert's success, their query classes, D
+FLOOR, GROUPS, SIZE = 0.1, 16, 16  # synthetic streams: success of a failed expert, query classes, D
 _NOTE = (
     "Mean expected outcome in %, ± half the 95 % t interval over seeds. late: the last 500 queries. avoided: queries after the "
     "failure until the failed expert has at most a quarter of the next 20, in the mean and on the worst seed. found: share of the "
@@ -31,13 +31,13 @@ _NOTE = (
 
 @dataclass(frozen=True, eq=False)
 class Play:
-    """One stream, and what every expert would make of each query."""
+    """One stream, with every expert's outcome on every query."""
 
     hidden: NDArray[np.float32]  # (T, D)
     competence: NDArray[np.float64]  # (T, E)
     outcomes: NDArray[np.float64]  # (T, E)
     warm: tuple[NDArray, NDArray] | None = None  # (W, D), (W, E)
-    change: int | None = None  # from which query on the best expert of before fails, or all do, or one joins
+    change: int | None = None  # first query after a failure or after an expert joined
     fails: int | None = None  # which one fails
     joins: bool = False  # the last expert does not exist before the change
 
@@ -48,16 +48,16 @@ class Play:
 
 
 class Policy(Protocol):
-    """Whatever chooses one expert for a query and is told how that turned out."""
+    """Chooses one expert per query and learns from its outcome."""
 
     def choose(self, query: int) -> int:
-        """An expert."""
+        """Choose an expert for this query."""
 
     def learn(self, expert: int, outcome: float) -> None:
-        """How the choice just made turned out."""
+        """Learn the outcome of that choice."""
 
     def join(self) -> None:
-        """One more expert, the last, can be chosen from now on."""
+        """Add one expert at the end of the pool."""
 
 
 class Routed:
@@ -85,7 +85,7 @@ class Routed:
 
 
 class Bandit:
-    """Counts an expert and cluster, all of one where ``clusters`` is None, and one of three rules on them.
+    """Counts per expert and cluster (a single cluster if ``clusters`` is None), with one of three rules.
 
     Source: Auer, Cesa-Bianchi and Fischer 2002 (UCB1, ε-greedy); Thompson 1933.
     """
@@ -120,7 +120,7 @@ class Bandit:
 
 
 def clusters_of(play: Play, seed: int) -> NDArray[np.int64]:
-    """The clusters that a router finds in the stream, for the bandits that count by them."""
+    """Clusters of the stream as the router finds them, for bandits that count per cluster."""
     router = PosteriorRouter(2, play.hidden.shape[1], clusters_for(len(play.hidden)))
     router.fit(play.hidden if play.warm is None else play.warm[0], seed=seed)
     return router.gate.clusterer(torch.from_numpy(play.hidden)).cluster_ids.numpy()
@@ -140,7 +140,7 @@ BEST = "best single in hindsight"
 
 
 def made(seed: int, quality: tuple[float, ...], spread: float = 0.5, queries: int = 2000, warm: int = 0) -> Play:
-    """Query classes apart in the embedding; an expert's log odds of success vary by ``spread`` between them."""
+    """Well-separated query classes; an expert's log odds of success vary between them by ``spread``."""
     random = np.random.default_rng(7919 * seed + 101)
     means = 4 * random.normal(size=(GROUPS, SIZE))
     odds = np.log(np.array(quality) / (1 - np.array(quality)))[random.permutation(len(quality))]
@@ -163,7 +163,7 @@ def models(seed: int, queries: int = 3000, warm: int = 0) -> Play:
 
 
 def failing(play: Play, seed: int, start: int, end: int | None = None) -> Play:
-    """The same, but the expert that is best until ``start`` succeeds by chance alone from there on, until ``end``."""
+    """The same stream, but the expert that is best before ``start`` is at chance from ``start`` to ``end``."""
     best = int(play.competence[:start].mean(axis=0).argmax())
     competence, outcomes = play.competence.copy(), play.outcomes.copy()
     competence[start:end, best] = FLOOR
@@ -172,7 +172,7 @@ def failing(play: Play, seed: int, start: int, end: int | None = None) -> Play:
 
 
 def joined(seed: int) -> Play:
-    """The best expert of all comes half-way."""
+    """The best expert joins halfway."""
     play = made(seed, _SIX, queries=2000)
     order = np.argsort(play.competence.mean(axis=0))
     return replace(
@@ -181,7 +181,7 @@ def joined(seed: int) -> Play:
 
 
 def losing(seed: int, points: float, experts: int) -> Play:
-    """After a warm start all experts lose the same: what the best of before keeps is the best there is."""
+    """After a warm start all experts lose the same amount, so the best one stays the best."""
     play = made(seed, tuple(np.linspace(0.97, 0.88, experts)), spread=0.0, queries=2000, warm=4000)
     competence = play.competence - points
     outcomes = (np.random.default_rng(seed).random(competence.shape) < competence).astype(np.float64)
@@ -204,7 +204,7 @@ STREAMS: dict[str, Callable[[int], Play]] = {
 
 
 def run(play: Play, policy: Policy) -> NDArray[np.int64]:  # -> (T,)
-    """The experts a policy chooses on the stream, one query and one outcome at a time."""
+    """The experts that a policy chooses, one query and one outcome at a time."""
     chosen = np.empty(len(play.hidden), dtype=np.int64)
     for query in range(len(chosen)):
         if play.joins and query == play.change:
@@ -215,7 +215,7 @@ def run(play: Play, policy: Policy) -> NDArray[np.int64]:  # -> (T,)
 
 
 def figures(play: Play, chosen: NDArray[np.int64]) -> Iterator[tuple[str, float]]:
-    """What is recorded of a run."""
+    """Metrics of one run."""
     got = play.competence[np.arange(len(chosen)), chosen]
     yield "outcome", float(got.mean())
     yield "late", float(got[-LATE:].mean())
@@ -228,10 +228,10 @@ def figures(play: Play, chosen: NDArray[np.int64]) -> Iterator[tuple[str, float]
 
 
 def measure(names: Iterable[str], seeds: Iterable[int], done: Set[str]) -> Iterator[list[Record]]:
-    """Records, run by run; what is done already is left out.
+    """Records of each run that is not done yet.
 
     Raises:
-        MissingDataError: a stream of language models without their data.
+        MissingDataError: the data of the language models are missing.
     """
     names = list(names)
     for seed in seeds:
@@ -248,7 +248,7 @@ def measure(names: Iterable[str], seeds: Iterable[int], done: Set[str]) -> Itera
 
 
 def tables(records: list[Record]) -> list[Table]:
-    """One table a stream."""
+    """One table per stream."""
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for record in records:
         by_policy = found.setdefault(record.environment, {}).setdefault(record.gate, {})

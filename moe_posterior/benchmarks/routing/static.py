@@ -15,7 +15,7 @@ PLAIN = {"num_clusters": 32, "neighbours": 1, "clusterings": 1}
 
 
 def play_static(seed: int, done: set[str]) -> list[Record]:
-    """Records of all static routers for one seed of clustering, folds and search; none where all are done already."""
+    """Records of all static routers for one seed of clustering, folds and search; empty if all are done."""
     settings: dict[str, dict[str, Any]] = {
         "posterior": {"grid": len(llm.grid())},
         "posterior of the paper": PLAIN,
@@ -43,7 +43,7 @@ def play_static(seed: int, done: set[str]) -> list[Record]:
 
 
 def _posterior(train: llm.Scores, test: llm.Scores, seed: int) -> dict[str, Any]:
-    """Knobs and the confidence's line by cross-validation inside the training queries, then the test queries once."""
+    """Choose options and the confidence line by cross-validation on the training queries, then run the test queries once."""
     options, validated = llm.search(train, seed)
     line = llm.confidence_line(train, options, seed)
     final = {**options, "clusterings": llm.FINAL_CLUSTERINGS}

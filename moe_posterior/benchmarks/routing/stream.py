@@ -1,4 +1,4 @@
-"""Play a stream of queries against a gate: decide, see the chosen expert's outcome, maybe later, decide again.
+"""Play a stream of queries against a gate: decide, observe the chosen expert's outcome (possibly late), decide again.
 
 Dimensions: T queries, E experts, C clusters of the gate, M query classes of the environment.
 """
@@ -37,7 +37,7 @@ class Trace:
     degraded_mean: dict[
         int, Tensor
     ]  # checkpoint -> (M,) posterior mean of the degraded expert; empty without a posterior
-    log_alarm: int | None  # queries until the degraded expert stands two posterior stds below the pool on some cluster
+    log_alarm: int | None  # queries until the degraded expert is two posterior stds below the pool on some cluster
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Feedback:
             raise InvalidArgumentError(f"feedback needs delay ≥ 0 and shares in [0, 1]; got {self}")
 
     def of(self, outcome: Tensor, generator: torch.Generator) -> Tensor:  # (N, 1) -> (N, 1)
-        """What is reported of these outcomes."""
+        """The outcomes as they are reported."""
         wrong = torch.rand(outcome.shape, generator=generator, dtype=outcome.dtype)
         lost = torch.rand(outcome.shape, generator=generator, dtype=outcome.dtype) < self.missing
         flipped = wrong < outcome * self.false_negative + (1 - outcome) * self.false_positive
@@ -73,12 +73,12 @@ class Feedback:
 
 @dataclass(frozen=True)
 class Exchange:
-    """An expert leaves and another takes its place, and the gate is told.
+    """One expert is replaced by another, and the gate is told.
 
     Args:
         expert: which.
         at: before the decision on this query.
-        inherits: the newcomer's prior is the mean of the others' belief, cluster by cluster; else the initial prior.
+        inherits: the newcomer's prior is the mean of the others' belief in each cluster, otherwise the initial prior.
     """
 
     expert: int
@@ -86,7 +86,7 @@ class Exchange:
     inherits: bool = False
 
     def tell(self, gate: Gate) -> None:
-        """Tell a gate that can be told; others stay as they are."""
+        """Tell the gate, if it can replace experts."""
         if isinstance(gate, BeliefGate):
             others = {other: 1.0 for other in range(gate.num_experts) if other != self.expert}
             gate.replace_expert(self.expert, others if self.inherits else None)
@@ -109,7 +109,7 @@ def play(
         environment: what to route.
         batch_size: queries decided together, before any of their outcomes is known.
         delay: batches that pass before an outcome arrives; 0 is right after the decision.
-        feedback: more ways in which outcomes can come back, its delay in place of ``delay``.
+        feedback: late, missing or wrong outcomes; its delay replaces ``delay``.
         exchange: a change of the pool that the gate is told of.
 
     Raises:
@@ -151,7 +151,7 @@ def play_oracle(environment: Environment) -> Trace:
 
 
 def play_class_oracle(environment: Environment) -> Trace:
-    """The best a router can do that knows the query's true class, and there every expert's true mean competence, but not the query."""
+    """The best router that knows each query's true class and every expert's mean competence there, but not the query itself."""
     competence, query_class = environment.stream.competence, environment.stream.query_class
     members = torch.nn.functional.one_hot(query_class).to(competence.dtype)  # (T, M)
     mean = members.T @ competence / members.sum(dim=0).clamp(min=1)[:, None]  # (M, E)
@@ -160,9 +160,9 @@ def play_class_oracle(environment: Environment) -> Trace:
 
 
 def success_estimate(gate: Gate, routing: Routing) -> Tensor:  # (N,) float64 in [0, 1]
-    """How probable the gate thinks it is that its first choice succeeds.
+    """The gate's estimate of the probability that its first choice succeeds.
 
-    The gate's ``expected_outcome``, clipped to [0, 1]: for a posterior its mean, since the bound it ranks by is pessimistic by design.
+    The gate's ``expected_outcome``, clipped to [0, 1]: the posterior mean for a belief gate, whose bound is pessimistic by design.
     """
     return gate.expected_outcome(routing)[:, 0].double().clamp(0, 1)
 
@@ -203,7 +203,7 @@ class _Watch:
         self.weights = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)  # (M, C): a class's share of each cluster
 
     def before(self, query: int) -> None:
-        """Look at the belief before the given query of the stream is decided."""
+        """Read the belief before this query is decided."""
         if self.gate is None or query < self.start or query > self.start + CHECKPOINTS[-1]:
             return
         passed = query - self.start

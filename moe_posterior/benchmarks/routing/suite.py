@@ -1,6 +1,6 @@
-"""What a benchmark runs: cases (environment, gate, options, seed), played one by one, resumable.
+"""What a benchmark runs: cases (environment, gate, options, seed), one by one and resumable.
 
-A case is known by what is in its records, so a file that already holds it need not run it again.
+A case's key is in its records, so a case that the file already holds is not run again.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,7 +59,7 @@ ABLATION: dict[str, dict[str, Any]] = {  # name -> what differs from the gate's 
     "newcomer, flat prior, thompson": {"newcomer": "flat", "score": "thompson"},
 }
 FEEDBACK = {f"feedback_{name}" for name in ("delay", "missing", "false_positive", "false_negative")}
-NOT_OF_THE_GATE = FEEDBACK | {"newcomer"}  # options of the stream, though they stand among a variant's knobs
+NOT_OF_THE_GATE = FEEDBACK | {"newcomer"}  # options of the stream, listed among a variant's options
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Everything that distinguishes this run, as it is recorded."""
+        """All options of this run, as recorded."""
         return {**self.setting, **self.knobs}
 
     @property
@@ -103,7 +103,7 @@ class Case:
 
 
 def cases_of(plan: Plan) -> Iterator[Case]:
-    """Every run of a plan: the gates, then the variants that tables 4, 5 and the ablation need."""
+    """All runs of a plan: the gates, then the variants for tables 4, 5 and the ablation."""
     setting = {"experts": plan.num_experts, "queries": plan.num_queries}
     if plan.batch_size != 1 or plan.delay:
         setting |= {"batch_size": plan.batch_size, "delay": plan.delay}
@@ -137,7 +137,7 @@ def _variants(plan: Plan, environment: str) -> Iterator[tuple[str, dict[str, Any
 
 
 def ablation_variants(base: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The posterior gate with one thing changed; changes whose option the gate does not have, or that change nothing, are left out."""
+    """The posterior gate with one option changed; changes that the gate does not have or that change nothing are skipped."""
     known = posterior_keywords() | NOT_OF_THE_GATE | {"strength", "num_clusters"}
     for name, change in ABLATION.items():
         changed = {**base, **change}
@@ -155,12 +155,12 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def run(plan: Plan, done: set[str], report: Callable[[list[Record]], None]) -> None:
-    """Play every case that is not done yet and hand its records over, case by case.
+    """Play every case that is not done yet and report its records.
 
     Args:
         plan: what to run.
-        done: keys of the cases that need not run.
-        report: called with the records of each finished case; an empty list for one that was done before.
+        done: keys of the cases to skip.
+        report: called with the records of each case; an empty list if it was skipped.
     """
     for case in cases_of(plan):
         report([] if case.key in done else play_case(case))
@@ -179,7 +179,9 @@ def play_case(case: Case) -> list[Record]:
         knobs = {name: value for name, value in case.knobs.items() if name not in NOT_OF_THE_GATE}
         told = {name.removeprefix("feedback_"): case.knobs[name] for name in case.knobs if name in FEEDBACK}
         feedback = Feedback(**{"delay": case.setting.get("delay", 0), **told})
-        if feedback.false_positive or feedback.false_negative:  # the judge errs on the held-out data as well
+        if (
+            feedback.false_positive or feedback.false_negative
+        ):  # the warm-start outcomes are judged with the same errors
             environment = with_noisy_warm_start(environment, feedback.false_positive, feedback.false_negative)
         exchange, newcomer = None, case.knobs.get("newcomer")
         if newcomer is not None:
@@ -205,7 +207,7 @@ def play_case(case: Case) -> list[Record]:
 
 
 def base_name(gate: str) -> str:
-    """The registered gate that a variant is of.
+    """The registered gate behind a variant.
 
     >>> base_name("posterior, K = 8")
     'posterior'
@@ -213,9 +215,9 @@ def base_name(gate: str) -> str:
     return gate.split(",")[0]
 
 
-@lru_cache(maxsize=16)  # all that one configuration is tuned on
+@lru_cache(maxsize=16)  # everything that one configuration is tuned on
 def environment_of(benchmark: str, name: str, seed: int, num_experts: int, num_queries: int) -> Environment:
-    """Any environment by name; kept for the next gate on the same one."""
+    """An environment by name, cached for the next gate."""
     if benchmark == "llm":
         return llm.stream(name, seed, num_queries=num_queries)
     letter = cast(Benchmark, benchmark)

@@ -1,4 +1,4 @@
-"""The paper's six tables, and ours, from records: computed here as rows of text, rendered elsewhere."""
+"""The paper's six tables and ours, computed from records."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -30,11 +30,11 @@ class Block:
 
     @property
     def gates(self) -> list[str]:
-        """Gates that are compared, in order of appearance; variants of one are not among them."""
+        """Gates that are compared, in order of appearance, without variants."""
         return [gate for gate in self.values if "," not in gate]
 
     def numbers(self, gate: str, metric: str) -> dict[int, float]:
-        """seed -> value, of the runs that have one."""
+        """seed -> value, for runs that have one."""
         found = self.values[gate].get(metric, {}) if gate in self.values else {}
         return {seed: float(value) for seed, value in found.items() if isinstance(value, int | float)}
 
@@ -49,7 +49,7 @@ class Block:
         return f"{text} · {self.benchmark.upper()}, {self.environment}{self.setting}, {len(seeds)} seeds"
 
     def query_p(self, first: str, second: str) -> float | None:
-        """Paired permutation test over the queries of all seeds, outcome against outcome on the same query."""
+        """Paired permutation test of the outcomes on the same queries, over all seeds."""
         left, right = (self.values[gate].get("curve_outcome", {}) for gate in (first, second))
         parts = [_vector(left[seed]) - _vector(right[seed]) for seed in sorted(left.keys() & right.keys())]
         return sign_flip_p(torch.cat(parts)) if parts else None
@@ -60,7 +60,7 @@ def _vector(values: object) -> torch.Tensor:
 
 
 def blocks_of(records: Iterable[Record]) -> list[Block]:
-    """One block for each benchmark, environment and size of pool."""
+    """One block per benchmark, environment and pool size."""
     grouped: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
     for record in records:
         experts = record.options.get("experts")
@@ -72,7 +72,7 @@ def blocks_of(records: Iterable[Record]) -> list[Block]:
 
 
 def tables_of(records: Iterable[Record]) -> list[Table]:
-    """Every table the records have data for."""
+    """All tables that the records have data for."""
     tables: list[Table] = []
     for block in blocks_of(records):
         if block.environment == "static":
@@ -208,7 +208,7 @@ def _queries_to_warm_level(block: Block, late: bool) -> list[tuple[int, int]]:
 
 
 def _phase(curve: object, shifts: bool, late: bool) -> list[float]:
-    """The windows of a stream's first or second half; of all of it where nothing changes half-way."""
+    """The windows of a stream's first or second half, or all of them if nothing changes halfway."""
     values = list(curve) if isinstance(curve, list) else []
     windows = WINDOW // CURVE_STEP
     half = (len(values) + windows) // 2
@@ -239,7 +239,7 @@ def trajectory_table(block: Block) -> Table:
 
 
 def ablation_table(block: Block) -> Table:
-    """One thing changed at a time."""
+    """One option changed at a time."""
     columns = ("error", "ece_debiased", "avoided_after", "accuracy_after", "recovery")
     used = [name for name in columns if block.numbers("posterior", name)]
     rows = []
@@ -258,7 +258,7 @@ def ablation_table(block: Block) -> Table:
 
 
 def static_table(block: Block) -> Table:
-    """Choosing a model for each test query, nothing learned on the way."""
+    """Choosing a model for each test query without learning on the way."""
     metrics = ("score", "score_error", "regret", "ece", "ece_debiased", "ece_floor")
     rows = [[gate, *(decimal(list(block.numbers(gate, name).values())) for name in metrics)] for gate in block.gates]
     note = (

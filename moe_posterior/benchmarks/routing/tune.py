@@ -1,4 +1,4 @@
-"""The same search for every gate: n random configurations on validation seeds that no report uses."""
+"""One search for every gate: n random configurations on validation seeds that no report uses."""
 
 import json
 import os
@@ -21,7 +21,7 @@ BENCHMARKS = ("a", "b", "c")
 
 
 def candidates(gate: str, count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """The defaults, then ``count - 1`` random draws from the gate's search space; no more than one for a gate without knobs."""
+    """The defaults, then ``count - 1`` random draws from the gate's search space; only the defaults if there is none."""
     yield options_of(gate, tuned={})
     space = GATES[gate].space
     generator = torch.Generator().manual_seed(seed)
@@ -33,9 +33,9 @@ def candidates(gate: str, count: int, seed: int = 0) -> Iterator[dict[str, Any]]
 
 
 def objective(gate: str, options: Mapping[str, Any], environment: str, seeds: Sequence[int], queries: int) -> float:
-    """Mean true success, less debiased ECE where the gate foretells success, over benchmarks A, B and C alike.
+    """Mean true success minus debiased ECE (if the gate estimates success), averaged over benchmarks A, B and C.
 
-    One setting for all three, since nobody knows which will come; and the paper claims both low error and low ECE.
+    One setting serves all three, since nobody knows which case will come; the paper claims both low error and low ECE.
     """
     total, runs = 0.0, 0
     for benchmark in BENCHMARKS:
@@ -62,8 +62,8 @@ def tune(
 
     Args:
         gates: names from the registry.
-        count: configurations a gate, its defaults among them.
-        environment, num_seeds, queries: what each is tried on, in each of benchmarks A, B and C.
+        count: configurations per gate, including the defaults.
+        environment, num_seeds, queries: what each is evaluated on, in each of benchmarks A, B and C.
         report: called after each configuration with the gate and its objective.
 
     Returns:
@@ -85,7 +85,7 @@ def tune(
 
 
 def write_knobs(found: Mapping[str, Any], path: str | os.PathLike[str], environment: str = "synthetic") -> None:
-    """Store what :func:`tune` found on an environment, adding to what the file already holds for others and for other gates."""
+    """Store what :func:`tune` found on an environment; entries of other environments and gates stay."""
     path = Path(path)
     merged = read_json(path) if path.exists() else {}
     with decoding(path, "a file of knobs", "move it away, or name another with --knobs"):

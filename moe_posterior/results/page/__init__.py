@@ -1,6 +1,6 @@
 """Self-contained web pages: text, sortable tables and drawn figures in one file that needs no network.
 
-Everything that comes from data is escaped here, so that a report may hold any name.
+All text from data is escaped here, so a report may hold any name.
 """
 
 from moe_posterior.results.page.chart import Axis, Series, legend, line_chart, nice_ticks

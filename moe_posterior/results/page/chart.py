@@ -1,7 +1,7 @@
-"""Line charts as inline SVG that read without colour: every series has a marker and a dash pattern of its own.
+"""Line charts as inline SVG, readable without colour: every series has its own marker and dash pattern.
 
-Colours are the style sheet's variables, so that a drawing follows the page from light to dark. Points, intervals and axes only:
-a chart computes nothing.
+Colours are variables of the style sheet, so a drawing follows the page from light to dark. A chart draws points, intervals and axes
+and computes nothing.
 """
 
 import math
@@ -12,7 +12,7 @@ from moe_posterior import escape
 
 WIDTH, HEIGHT = 400, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 26, 46
-STRIP = 62  # height of the bars below a chart, where there are any
+STRIP = 62  # height of the optional bars below a chart
 GAP = 10
 COLOURS = 6
 DASHES = ("", "6 3", "2 2.5", "8 3 2 3", "1 3")
@@ -36,7 +36,7 @@ class Axis:
     log: bool = False  # log(1 + value): counts from 0 on
 
     def place(self, value: float) -> float:
-        """Where a value lies: 0 at the low end, 1 at the high one, and never outside.
+        """Position of a value: 0 at the low end, 1 at the high end, clipped to that range.
 
         >>> Axis("n", 0, 99, [], log=True).place(9)
         0.5
@@ -56,7 +56,7 @@ class Series:
     y: Sequence[float | None]
     low: Sequence[float | None] = ()
     high: Sequence[float | None] = ()
-    faint: Sequence[bool] = ()  # points that rest on too little to join the line
+    faint: Sequence[bool] = ()  # points with too little data to join the line
     bars: Sequence[float] = field(default=())  # shares in [0, 1] of equal-width bins, drawn in a strip below
 
 
@@ -98,12 +98,12 @@ def line_chart(
 
     Args:
         name: an id, unique on the page.
-        title: written above the chart and read out first.
-        description: what the chart shows, for those who cannot see it.
-        series: what to draw; bars of any of them add a strip below.
+        title: shown above the chart and read out first by screen readers.
+        description: what the chart shows, for screen readers.
+        series: what to draw; if any has bars, a strip is added below.
         x_axis, y_axis: ranges and ticks.
-        diagonal: draw y = x, where both axes share a range.
-        whiskers: intervals as whiskers, for points that are estimates of their own; bands otherwise.
+        diagonal: draw y = x; both axes must share a range.
+        whiskers: draw intervals as whiskers, for points that are separate estimates; otherwise as bands.
 
     >>> axis = Axis("share", 0, 1, [0, 0.5, 1])
     >>> svg = line_chart("a", "A", "one point", [Series("s", 0, [0.5], [0.5])], axis, axis)

@@ -1,7 +1,7 @@
-"""The frame of a page: sections, tables and figures as strings of HTML, and the one file that holds them.
+"""Sections, tables and figures as HTML strings, and the single file that holds them.
 
-Functions take plain values and return HTML; whatever they are given as text is escaped. Only the ``html`` of a section, the
-``svg`` of a figure and the ``body`` of details are markup already.
+Functions take plain values and return HTML; all text is escaped. Only the ``html`` of a section, the ``svg`` of a figure and the
+``body`` of details are markup already.
 """
 
 import base64
@@ -14,12 +14,12 @@ from importlib.resources import files
 from moe_posterior import escape
 from moe_posterior.results.tables import Cell, Table, show, sort_key
 
-LONG = 28  # characters, beyond which a cell's text wraps
+LONG = 28  # characters beyond which a cell's text wraps
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page, which the contents link to."""
+    """A part of the page, linked from its contents."""
 
     anchor: str  # unique on the page; letters, digits and hyphens
     title: str
@@ -27,7 +27,7 @@ class Section:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph; kind is one of the style sheet's: "absent", "note".
+    """A paragraph; ``kind`` is a class of the style sheet: "absent" or "note".
 
     >>> paragraph("a < b")
     '<p>a &lt; b</p>'
@@ -36,12 +36,12 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def details(summary: str, body: str) -> str:
-    """Markup that is folded away until asked for, and unfolded in print by the page's script."""
+    """Collapsed markup, expanded for printing by the page's script."""
     return f"<details><summary>{escape.html(summary)}</summary>{body}</details>"
 
 
 def table(content: Table) -> str:
-    """A table that scrolls sideways where it is too wide; its columns sort where scripts run.
+    """A table that scrolls sideways if too wide; columns can be sorted if scripts run.
 
     >>> '<th scope="col" class="number">n</th>' in table(Table(["group", "n"], [["<b>", 1200]]))
     True
@@ -65,7 +65,7 @@ def table(content: Table) -> str:
 
 
 def figure(svg: Sequence[str], caption: str, legend: str = "", data: Table | None = None) -> str:
-    """Drawings side by side under one legend, with a caption and, folded away, the numbers that they show."""
+    """Drawings side by side under one legend, with a caption and the numbers behind them, collapsed."""
     panels = "".join(f'<div class="panel">{one}</div>' for one in svg)
     numbers = details("The numbers behind this figure", table(data)) if data else ""
     return (
@@ -77,8 +77,8 @@ def figure(svg: Sequence[str], caption: str, legend: str = "", data: Table | Non
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """A whole HTML document: style, script and figures inside, nothing fetched.
 
-    A content security policy names the hashes of the style and the script, so that nothing else could run even if some text
-    of the data were markup.
+    A content security policy names the hashes of the style and the script, so nothing else could run even if text from
+    the data were markup.
 
     >>> document = page("Report", "of a run", [Section("one", "First", paragraph("hello"))])
     >>> document.startswith("<!doctype html>"), "http" in document.replace("http-equiv", "")
