@@ -31,6 +31,7 @@ ORDER = [
 AUDIT_ORDER = [
     ["storage"],
     ["sink", "limits", "belief"],
+    ["entries"],
     ["recorder", "read"],
     ["attach", "rebuild", "verify"],
     ["log"],

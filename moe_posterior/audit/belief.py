@@ -125,3 +125,11 @@ def knobs(checkpoint: Checkpoint) -> dict[str, Any]:
     """How competence became decisions when the checkpoint was made."""
     found = checkpoint.settings.get("knobs")
     return found if isinstance(found, dict) else {}
+
+
+class Source(NamedTuple):
+    """What a reader knows of one router or gate at one point of the log."""
+
+    name: str
+    checkpoint: Checkpoint
+    belief: BeliefState | None
