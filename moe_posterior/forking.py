@@ -1,4 +1,4 @@
-"""Locks that a forked child can go on with: nobody there is left who could release them."""
+"""Locks that a forked child can still use: the thread that held them is not there to release them."""
 
 import os
 import threading

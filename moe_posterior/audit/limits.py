@@ -24,7 +24,7 @@ _BESIDE = 128 << 10  # bytes of a checkpoint beside its arrays, at most
 
 
 def require_pool(gate: Gate, num_experts: int | None = None) -> None:
-    """Raise InvalidArgumentError for a pool, of ``num_experts`` instead of its own if given, that no record can speak of."""
+    """Raise InvalidArgumentError for a pool too large for a record; ``num_experts`` replaces the pool's own size if given."""
     experts = gate.num_experts if num_experts is None else num_experts
     if experts > MAX_EXPERTS:
         raise InvalidArgumentError(f"num_experts of an audited gate must be at most {MAX_EXPERTS}; got {experts}")
@@ -39,7 +39,7 @@ def require_pool(gate: Gate, num_experts: int | None = None) -> None:
 
 
 def require_router(router: PosteriorRouter, num_experts: int | None = None) -> None:
-    """Raise InvalidArgumentError for a router, with so many experts if given, of which not every checkpoint would fit one record."""
+    """Raise InvalidArgumentError for a router whose checkpoints might not fit one record; with ``num_experts`` if given."""
     gate, width = router.gate, 0 if router.gate.members is None else router.gate.members.width
     waiting = router.max_pending * row_size(gate.top_k, width)
     require_pool(gate, num_experts)

@@ -40,22 +40,22 @@ _WRITING: "weakref.WeakSet[AuditLog]" = weakref.WeakSet()
 class AuditLog:
     """Every decision, every outcome, and the belief each decision rested on: append-only, hash-chained, crash-safe.
 
-    Recording appends to a queue in memory; a thread writes, in groups, and syncs. What :meth:`flush` has returned for is on the disk.
-    No query and no embedding is stored.
+    Recording appends to a queue in memory; a thread writes, in groups, and syncs. Once :meth:`flush` returns, all of it
+    is on the disk. No query and no embedding is stored.
 
     Args:
-        folder: one log. ``"w"`` makes it where it is missing and goes on where it is there.
+        folder: one log. ``"w"`` creates it or resumes it.
         mode: ``"w"`` (default) the one writer, ``"r"`` a reader, also beside a writer.
         fsync_every: seconds between group commits, 0.1 by default: what a crash of the machine can cost. 0 commits at once.
-        key: 16 to 64 secret bytes make every hash a MAC: without them nobody can rewrite the log unseen. None (default): whoever can
+        key: 16 to 64 secret bytes make every hash a MAC: without them nobody can rewrite the log unseen. None (default): anyone who can
             write the folder can also rewrite all of it consistently.
         max_queue: bytes of memory for what is not yet on the disk; 128 MiB by default.
         on_full: what to do when the queue is full or the disk refuses. ``"block"`` (default): wait up to ``max_wait`` seconds for room,
             then raise, and raise at once while the disk refuses; nothing is decided unrecorded. ``"drop"``: decide on, count what is
             lost, and write the count and a fresh checkpoint once there is room.
-        rotate_bytes, rotate_seconds: begin a new segment, with a checkpoint of the whole belief, after so much; 64 MiB and an hour.
+        rotate_bytes, rotate_seconds: size and age at which a new segment begins, with a checkpoint of the belief; 64 MiB, one hour.
         compact: turn sealed segments into Parquet in the background, for DuckDB and its like; False by default.
-        retain_bytes, retain_seconds: remove the oldest sealed segments beyond so many bytes in all, or so old; None (default) keeps
+        retain_bytes, retain_seconds: remove the oldest sealed segments beyond this total size or age; None (default) keeps
             all. A note keeps their totals and their place in the chain. Age is time that passed while the log was written; of the time
             between two runs of a writer, which its clock alone shows, a day at most is believed.
         files: for tests: the calls that touch the disk.
@@ -156,7 +156,7 @@ class AuditLog:
         """Record the gates of a model: of every forward a share of the tokens, and their outcomes when the gates observe them.
 
         The rate is written into the log. Hooks see eager forwards only, so a compiled model must be attached to before it is compiled
-        and run eagerly; a model that was attached to is to be detached before it is pickled or copied.
+        and run eagerly; detach from a model before it is pickled or copied.
 
         Args:
             model: holds at least one :class:`~moe_posterior.Gate`.
@@ -241,18 +241,18 @@ class AuditLog:
 
         Raises:
             AuditWriteError: it is not, after ``timeout`` seconds or because the disk refuses; it stays queued. Or the folder, its lock
-                or the segment in hand was removed, renamed or changed by somebody else, and nothing more is recorded.
+                or the current segment was removed, renamed or changed by somebody else, and nothing more is recorded.
         """
         self._require_writer().flush(timeout)
 
     def compact(self) -> int:
-        """Turn every sealed segment into Parquet files now; how many were. Rotation seals; so does opening a log again."""
+        """Turn every sealed segment into Parquet files now; returns how many. Rotation seals; so does opening a log again."""
         with self._keeping, explained(f"{self.folder} cannot be compacted"):
             self._require_writer().flush(60.0)
             return self._upkeep.compact()
 
     def retain(self, max_bytes: int | None = None, max_seconds: float | None = None) -> int:
-        """Remove the oldest sealed segments beyond so many bytes in all, or older than so many seconds; how many were."""
+        """Remove the oldest sealed segments beyond a total size or an age; returns how many were removed."""
         with self._keeping, explained(f"{self.folder}: old segments cannot be removed"):
             writer = self._require_writer()
             self._note_clock()
@@ -262,7 +262,7 @@ class AuditLog:
             return self._upkeep.retain(max_bytes, max_seconds, elapsed)
 
     def close(self, timeout: float = 60.0) -> None:
-        """Write what is left, seal the log's end, let the folder go. A closed log can be opened again.
+        """Write what is left, seal the log's end and release the folder. A closed log can be opened again.
 
         Raises:
             AuditWriteError: not everything could be written; the rest is lost, and the message says how much. Where the disk still
@@ -326,7 +326,7 @@ class AuditLog:
         self.dropped[what] = self.dropped.get(what, 0) + count
 
     def _said_in_segments(self) -> dict[str, Any]:
-        """What each segment's first frame repeats, so that a log can be gone on with from its end."""
+        """What each segment's first frame repeats, to resume from its end."""
         return {"sources": dict(self._names), "reached": self.reached_id}
 
     def _tell_durably(self, event: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ class Fold:
         """Take in a group.
 
         Raises:
-            AuditError: it speaks of decisions that the log does not hold.
+            AuditError: it refers to decisions that the log does not hold.
         """
         router = self.router
         ids, decisions = group.decision_ids(), group.tables["decisions"]

@@ -8,7 +8,7 @@ from moe_posterior.audit.storage.collect import Item
 class Sink(Protocol):
     """A log as its recorders see it; :class:`~moe_posterior.audit.AuditLog` is one."""
 
-    reached_id: int  # no id below was ever given, as far as the log knows; who gives ids raises it
+    reached_id: int  # no id below was ever given, as far as the log knows; the recorder that gives ids raises it
 
     @property
     def generation(self) -> int:

@@ -1,1 +1,1 @@
-"""Checks at the door: what users bring is turned into checked values, or refused by name."""
+"""Argument checks: what users pass is turned into checked values, or refused by name."""

@@ -1,4 +1,4 @@
-"""What a signature declares, held to at the door: an argument of another type is refused by name before anything is computed.
+"""Signatures enforced on entry: an argument of another type than declared is refused by name before anything is computed.
 
 Only types; what a value must be within its type (a shape, a range) is for the function to say. Under torch.compile nothing is checked.
 """
@@ -19,7 +19,7 @@ from moe_posterior.errors import InvalidArgumentError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Reader = Callable[[str, Any], Any]  # argument's name and value -> the value to go on with
+Reader = Callable[[str, Any], Any]  # argument's name and value -> the value to use
 _INT64 = 1 << 63
 
 

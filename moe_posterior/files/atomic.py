@@ -211,7 +211,7 @@ def _explained(target: Path) -> Iterator[None]:
 
 
 def _old_file(target: Path) -> os.stat_result | None:
-    """What is to be replaced, if it is a file; a link, whose permissions say nothing, counts as nothing."""
+    """The file to be replaced, if there is one; a link does not count, since its permissions say nothing."""
     try:
         found = os.lstat(target)
     except FileNotFoundError:

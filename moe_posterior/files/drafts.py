@@ -70,7 +70,9 @@ def clear_away(draft: Path) -> bool:
         kind = os.fstat(handle).st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)) or not _lock(handle):
             return False
-        if _stands_for(draft, handle):  # and does until it is unlocked: whoever renames or removes it holds the lock
+        if _stands_for(
+            draft, handle
+        ):  # and does until it is unlocked: any process that renames or removes it holds the lock
             remove(draft)
         return True
     finally:

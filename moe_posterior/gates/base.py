@@ -46,7 +46,7 @@ class Routing(NamedTuple):
 
 
 class SharedRouting(Routing):
-    """A :class:`Routing` of tokens that belong to several clusters. The five fields are as ever; the memberships come beside them.
+    """A :class:`Routing` of tokens that belong to several clusters. The five fields are the same; the memberships come beside them.
 
     They go with :meth:`Routing.map`, ``_replace``, copies and pickles; a routing put together from the five fields alone has lost
     them, and its gate refuses to observe it.
@@ -156,7 +156,7 @@ class Gate(nn.Module, ABC):
         )
 
     def require_observable(self) -> None:
-        """Raise NotFittedError where :meth:`observe` would, for want of clusters to hold the evidence."""
+        """Raise NotFittedError where :meth:`observe` would, without clusters to hold the evidence."""
 
     def adapt(self, hidden: Tensor) -> None:  # (N, D)
         """Learn from the inputs just routed, without outcomes; only gates that follow the traffic do anything here."""
@@ -225,7 +225,7 @@ class Gate(nn.Module, ABC):
 
 
 def refuse_export() -> None:
-    """Called where a gate is about to draw: each batch's draws come from a generator of its own, which no exported graph can hold.
+    """Call before drawing: the draws of each batch come from a generator of their own, which no exported graph can hold.
 
     Raises:
         InvalidArgumentError: the gate is being exported.

@@ -19,12 +19,12 @@ from moe_posterior.precision import FixedPrecision
 
 
 class BeliefGate(Gate, FixedPrecision):
-    """A gate that knows how competent each expert has proved to be on inputs like these, and how sure that is.
+    """A gate that estimates how competent each expert is on inputs like these, and how certain that estimate is.
 
-    Whoever asks "does it hold a belief?" asks for this class: to fit clusters, to feed outcomes, to record, save or show the belief.
+    Code that fits clusters, feeds outcomes, or records, saves or shows a belief checks for this class.
     :class:`~moe_posterior.PosteriorGate` decides by the belief alone, :class:`~moe_posterior.PriorGate` lets it overrule a learned
     gate.
-    A gate derives what it decides by (tables, biases) in :meth:`refresh`, which is called after every change of the belief.
+    Subclasses compute what they decide by (tables, biases) in :meth:`refresh`, which runs after every change of the belief.
     """
 
     clusterer: Clusterer
@@ -33,7 +33,7 @@ class BeliefGate(Gate, FixedPrecision):
 
     @abstractmethod
     def refresh(self, cluster_ids: Tensor | None) -> None:  # (M,)
-        """Bring up to date what is derived from the belief, for these clusters or (None) for all."""
+        """Recompute what is derived from the belief, for these clusters or (None) for all."""
 
     @abstractmethod
     def learn(self, routing: Routing, outcome: Tensor, slots: Tensor | None) -> None:  # (N, k) or (N, E)
@@ -53,7 +53,7 @@ class BeliefGate(Gate, FixedPrecision):
 
     @property
     def knobs(self) -> dict[str, Any]:
-        """What :meth:`configure` changes, as it stands; nothing for a gate that is made once for all."""
+        """What :meth:`configure` changes, with its present values; empty for a gate that cannot be reconfigured."""
         return {}
 
     def configure(self, **knobs: Any) -> None:
@@ -67,16 +67,16 @@ class BeliefGate(Gate, FixedPrecision):
 
     @property
     def recorded_options(self) -> dict[str, Any]:
-        """What else an audit log must know to read this gate's decisions."""
+        """What else an audit log needs to interpret this gate's decisions."""
         return {"novelty": "off"}
 
     @property
     def reads_other_clusters(self) -> bool:
-        """Whether a decision rests on the rows of other clusters than its token's own."""
+        """Whether a decision depends on rows of clusters other than its token's own."""
         return False
 
     def fit(self, hidden: Tensor, *, generator: torch.Generator | None = None) -> None:  # (..., D)
-        """Find the clusters by k-means and forget all evidence and any warm start: they spoke of other clusters.
+        """Find the clusters by k-means and drop all evidence and any warm start, which belong to the old clusters.
 
         A Routing made before a fit must not be observed after it. Errors as :meth:`Clusterer.fit`.
         """
@@ -84,7 +84,7 @@ class BeliefGate(Gate, FixedPrecision):
         self.posterior.reset(prior=True)
 
     def subscribe(self, listener: Callable[[Tensor | None], None]) -> Callable[[], None]:
-        """Call ``listener(cluster_ids)`` after every change of the belief, None for any cluster; returns what ends it."""
+        """Call ``listener(cluster_ids)`` after every change of the belief, None for all clusters; returns how to unsubscribe."""
         return self.posterior.subscribe(listener)
 
     def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (N, k) or (N, E)
@@ -125,5 +125,5 @@ class BeliefGate(Gate, FixedPrecision):
     def replace_expert(
         self, expert: int, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0
     ) -> None:
-        """A retrained expert in the same place: forget what was known of the old one. See BetaPosterior.replace_expert."""
+        """Put a retrained expert in the same place and drop the old one's evidence. See BetaPosterior.replace_expert."""
         self.posterior.replace_expert(expert, prior_from, strength=strength)

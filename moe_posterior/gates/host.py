@@ -1,4 +1,4 @@
-"""What a router of another library says of itself while a gate lives in it, to whoever records, replays or exports its routing."""
+"""What a host router tells the code that records, replays or exports its routing, while a gate lives inside it."""
 
 from abc import abstractmethod
 

@@ -42,7 +42,7 @@ class PosteriorGate(TabledGate):
         score: ``"lcb"`` (default) mean − λ·std; ``"mean"``; ``"quantile"`` the exact lower credible bound; ``"thompson"`` one draw
             per token, which explores; ``"race"`` ranks by ``lcb`` and explores while, and where, the bounds do not yet tell the experts
             apart: one draw per token among those that may still be the best, see :mod:`moe_posterior.gates.race`. The scores of a
-            routing are then the bounds, whoever was drawn.
+            routing are then still the bounds, whichever expert was drawn.
         risk_aversion: λ ≥ 0 of ``lcb``, in posterior standard deviations. 1 (default) is the paper's conservative posture.
         credible_level: probability, in (0, 1), that competence lies below the ``quantile`` score; default 0.05.
         temperature: > 0; weights are ``softmax(score / temperature)`` over the chosen. Competence lives in [0, 1], so the default
@@ -50,16 +50,16 @@ class PosteriorGate(TabledGate):
         threshold: None counts outcomes fractionally; τ in [0, 1] binarises them (the paper).
         exploration: share of tokens, in [0, 1), whose last slot goes to a random other expert, so that no expert is locked out
             for ever; default 0. To explore without touching the output, keep it 0 and ask :meth:`shadow`.
-        novelty: what a token farther than its cluster's radius is taken for. ``"off"`` (default): any other member. ``"discount"``: it
+        novelty: how a token outside its cluster's radius is treated. ``"off"`` (default): like any member. ``"discount"``: it
             relies less on the cluster's evidence and more on the experts' pooled record, see
             :func:`~moe_posterior.evidence.novelty_weight`, so that its scores fall and ``abstain`` fires. ``"class"``: all such tokens
-            form a class of their own, one more row of the belief, so that which experts cope with the unknown is learned at once.
+            form an outlier class, one more row of the belief, so that it is learned quickly which experts cope with the unknown.
         prior_alpha, prior_beta, half_life, shrinkage, surprise, pooling: of the belief, see :class:`BetaPosterior`.
         false_positive_rate, false_negative_rate: known error rates of the outcomes; counts are de-biased by them.
         lazy: where a change of the belief touches every cluster, as under ``shrinkage``, refresh a row of the tables when it is next
             needed: for many clusters and experts and few tokens at a time. Such a gate cannot be compiled to one graph.
         clusterings: M, how many k-means runs of ``num_clusters`` each speak for a token, from different draws; the pseudo-counts that
-            they give it are averaged. 1 (default) is the paper's. 4 move single accidents of a run out of the way: the scores rank
+            they give it are averaged. 1 (default) is the paper's. 4 average out the accidents of single runs: the scores rank
             better for abstention, at M times the rows and a slower single query.
         neighbours: H, how many of the nearest clusters of each run a token belongs to; 1 (default) is the nearest alone. With more,
             outcomes are shared among them, see :class:`~moe_posterior.memberships.SeveralClusters`. Neither goes with
@@ -188,17 +188,17 @@ class PosteriorGate(TabledGate):
 
     @property
     def knobs(self) -> dict[str, Any]:
-        """What :meth:`configure` changes, as it stands."""
+        """What :meth:`configure` changes, with its present values."""
         return {name: getattr(self, name) for name in KNOBS}
 
     @property
     def rule(self) -> Rule:
-        """How competence becomes a score, as the knobs stand; see :mod:`moe_posterior.gates.rules`."""
+        """How competence becomes a score with the present knobs; see :mod:`moe_posterior.gates.rules`."""
         return rule_of(self.score, self.risk_aversion, self.credible_level, self.seed)
 
     @property
     def num_configurations(self) -> int:
-        """The clusters: what this gate chooses depends on nothing else."""
+        """The number of clusters: the choice depends on nothing else."""
         return self.num_clusters
 
     def configurations(self, routing: Routing) -> Tensor:  # -> (N,) int64
@@ -230,7 +230,7 @@ class PosteriorGate(TabledGate):
 
     @property
     def draws_by_steps(self) -> bool:
-        """Whether draws depend on ``steps``, which whoever decides often between outcomes must count up."""
+        """Whether draws depend on ``steps``; a caller that decides repeatedly between outcomes must then increase it."""
         return self.score == "thompson" or self.exploration > 0
 
     @property
@@ -406,7 +406,7 @@ class PosteriorGate(TabledGate):
 
     @torch.no_grad()
     def estimates(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, E) float64
-        """Posterior mean competence of every expert on every token, as of now, whoever would be chosen."""
+        """Posterior mean competence of every expert on every token, as of now, chosen or not."""
         self.validate_hidden(hidden)
         return beta_functions.mean(*self.believed_of(*self.assign(hidden)))
 

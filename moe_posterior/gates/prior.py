@@ -28,7 +28,7 @@ class PriorGate(BeliefGate):
 
     is added to the learned logits: exactly 0 without evidence and for as long as an expert may be as good as it was, strongly
     negative once even its credible upper bound is below. The choice is then top-k of the sums, the weights their softmax over
-    the chosen, so that the learned weights stay trainable. Before :meth:`fit` this is a softmax gate and nothing else. The logits
+    the chosen, so that the learned weights stay trainable. Before :meth:`fit` this is a plain softmax gate. The logits
     are the router's own, rounded as its dtype rounds them; where a GPU's kernel computes them, they are not rounded below float32.
 
     Args:

@@ -21,7 +21,7 @@ class ExpertThresholdGate(SoftmaxGate, FixedPrecision):
 
     The threshold of an expert is an exponential moving average of the score that would let through its fair share of the
     traffic, k/E of the rows: an expert whose probability is high everywhere has a high bar. It learns from gate activations
-    alone, never from outcomes, so that an expert which is asked as ever and answers worse is not noticed; that is the point of
+    alone, never from outcomes, so that an expert which is asked as often but answers worse is not noticed; that is the point of
     comparing with it.
 
     ``forward`` reads the thresholds, :meth:`adapt` moves them: call it on every batch of the stream, after routing it.

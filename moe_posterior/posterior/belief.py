@@ -240,7 +240,7 @@ class Belief(FixedPrecision):
         self, expected: Tensor, strength: Tensor, successes: Tensor, failures: Tensor, trust: Tensor
     ) -> Tensor:  # 4 x (M, C), (M,) -> (7, M)
         total, centre = successes + failures, expected.mean(dim=1)
-        # The variance of log odds under a Beta of so many observations around a half; lost trust loosens it.
+        # The variance of log odds under a Beta worth that many observations around a half; lost trust loosens it.
         worth = strength.mean(dim=1).clamp(max=hierarchy.ALIKE).clamp(min=self.shrinkage or 0.0)
         own = 4 / (trust * worth)
         beyond = (strength - sum(self.initial_prior)).clamp(min=0.0).sum(dim=1)

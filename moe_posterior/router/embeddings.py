@@ -1,4 +1,4 @@
-"""Embeddings as they are brought: checked, in float32, and how many clusters they are good for."""
+"""Embeddings as users pass them, checked and in float32, and how many clusters suit them."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from moe_posterior.errors import InvalidArgumentError
 
 
 def clusters_for(rows: int) -> int:
-    """How many clusters to look for in so many embeddings: ``√(rows / 12)``, at most 64.
+    """How many clusters to fit to this many embeddings: ``√(rows / 12)``, at most 64.
 
     Outcomes are learned cluster by cluster, so a number that suits the embeddings better than the outcomes to come costs more than it
     brings: on 3,000 queries to nine language models 16 clusters beat 128.

@@ -24,7 +24,7 @@ from moe_posterior.router.embeddings import clusters_for, read_embeddings
 from moe_posterior.router.recorder import Audit, Recorder, require_audit
 from moe_posterior.router.state import load_with, options_of
 
-# What a router does that was not told otherwise: chosen on several streams, confirmed on others; see results/router.
+# A router's defaults: chosen on several streams, confirmed on others; see results/router.
 DEFAULTS: dict[str, Any] = {"score": "race", "pooling": "hierarchy", "surprise": 8.0}
 
 # cluster, distance, experts, scores, weights, alpha and beta, explored, members
@@ -118,7 +118,7 @@ class PosteriorRouter:
 
     @as_declared
     def fit(self, embeddings: ArrayLike, *, seed: int = 0) -> None:  # (N, D)
-        """Find the clusters by k-means and forget all evidence and all pending decisions: they spoke of other clusters.
+        """Find the clusters by k-means and drop all evidence and pending decisions, which belong to the old clusters.
 
         Without ``num_clusters`` their number follows from the rows, see :func:`clusters_for`, and ``gate`` is another one after.
         """
@@ -346,7 +346,7 @@ class PosteriorRouter:
         self._next_id = int(ids[-1]) + 1
 
     def skip_ids(self, reached: int) -> None:
-        """Give no id up to ``reached`` again: they may be out in the world, though this router does not know of them."""
+        """Never give an id up to ``reached`` again: callers may hold them, though this router does not know of them."""
         with self._lock:
             behind = reached - self._next_id
             if behind > 0:  # whole turns of the ring, so that new decisions overwrite the oldest pending ones first
@@ -359,7 +359,7 @@ class PosteriorRouter:
         return PosteriorGate(self.options["hidden_size"], num_experts, clusters, self.options["top_k"], **options)
 
     def _fit_own_number(self, rows: torch.Tensor, seed: int) -> None:  # (N, D)
-        """Fit a gate with as many clusters as the rows are good for, and take it in place of the present one."""
+        """Fit a gate with as many clusters as suit the rows, and put it in place of the present one."""
         wanted, old = clusters_for(len(rows)), self.gate
         if wanted > 1:
             wanted = min(wanted, len(rows.unique(dim=0)))

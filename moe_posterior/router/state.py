@@ -48,7 +48,7 @@ def options_of(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_sizes(options: Mapping[str, Any], gate: Mapping[str, torch.Tensor], tenure: torch.Tensor) -> None:
-    """Raise DamagedFileError for options that speak of larger tables than the state holds: they would be allocated first."""
+    """Raise DamagedFileError for options that describe larger tables than the state holds: they would be allocated first."""
     clusters, experts = gate["posterior.successes"].shape  # novelty="class" has one cluster more than the options say
     dimensions = gate["clusterer.centroids"].shape[1]
     held = {"num_clusters": clusters, "num_experts": experts, "hidden_size": dimensions, "top_k": experts}

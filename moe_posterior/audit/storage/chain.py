@@ -84,7 +84,7 @@ class Chain:
         self.newborn: int | None = None  # a segment without a first frame
         self.cut_bytes = 0  # of failed writes, behind what the next segment continues
         self._tails: set[int] = set()  # segments behind which a failed disk left something that could not be cut
-        self._frames_of_head = 0  # how many the segment has that the head speaks of
+        self._frames_of_head = 0  # frames in the segment that the head describes
 
     def __iter__(self) -> Iterator[Frame | Note]:
         removed, segments = self._list()

@@ -65,7 +65,7 @@ def _reached_in(frame: Frame) -> int:
 
 
 def _go_on_from(place: Place, chain: Chain) -> tuple[Start, int]:
-    """Make a walked log ready to be gone on with, and say where; with it, how many bytes of a torn end were cut off.
+    """Prepare a log that was read to its end for resuming: where it resumes, and how many bytes of a torn end were cut off.
 
     The head of a closed log is told first, and on the disk before anything else changes: a crash at any later moment then leaves a
     log that was open.

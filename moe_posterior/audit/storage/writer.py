@@ -157,7 +157,7 @@ class Writer:
                     self._ended = not isinstance(error, OSError)
                     self._progress.notify_all()
                 if self._ended:
-                    return  # a mistake of ours: whoever waits is told, and nothing more is taken in
+                    return  # a bug of ours: those who wait are told, and nothing more is accepted
             if stopping:
                 return
 

@@ -59,7 +59,7 @@ class FallTest:
         self._seen = np.zeros(count, dtype=np.int64)
 
     def after(self, before: "FallTest") -> "FallTest":
-        """This test of a pool with more experts, gone on with from the one before they came."""
+        """This test for a pool that has grown, continued from before the newcomers."""
         experts = before.groups.shape[1]
         old = self.groups[:, :experts].reshape(-1)
         places = np.arange(self.groups.size).reshape(self.groups.shape)[:, :experts].reshape(-1)

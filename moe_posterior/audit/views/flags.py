@@ -1,7 +1,7 @@
 """Who fell, from the log alone: flags on every cell and every expert, with the outcome that raised each.
 
-A flag goes up where :class:`~moe_posterior.audit.views.falls.FallTest` finds that outcomes got worse; whoever has always been bad
-has not fallen. One against the pool asks for more: that the expert then also stands two standard deviations below the others.
+A flag goes up where :class:`~moe_posterior.audit.views.falls.FallTest` finds that outcomes got worse; an expert that was always
+bad has not fallen. One against the pool asks for more: that the expert then also stands two standard deviations below the others.
 
 Dimensions: N decisions, C clusters, E experts, R posterior rows.
 """

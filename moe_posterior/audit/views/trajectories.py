@@ -28,7 +28,7 @@ class Samples(NamedTuple):
 
 
 class Sampler:
-    """Keeps at most so many samples of a belief, as the decisions of a log saw it, however long the log is.
+    """Samples of a belief as the decisions of a log saw it, at most a fixed number however long the log is.
 
     It samples every decision, until it has too many; then it drops every other sample and takes half as many from there on.
 
