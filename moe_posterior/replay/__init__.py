@@ -3,10 +3,10 @@
 >>> from moe_posterior.replay import record, replay, load_recording
 """
 
-from moe_posterior.replay.file import GateMark, Recording, load_recording, save_recording
 from moe_posterior.replay.find import find_gates
 from moe_posterior.replay.record import Trace, record
 from moe_posterior.replay.replay import Replay, Weights, recording_from_experts, replay
+from moe_posterior.replay.saving import GateMark, Recording, load_recording, save_recording
 
 __all__ = [
     "GateMark",

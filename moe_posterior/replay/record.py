@@ -16,8 +16,8 @@ from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
 from moe_posterior.replay.auxiliary import Apart
 from moe_posterior.replay.checkpointing import in_backward, may_run_again, signature
-from moe_posterior.replay.file import recording_of, save_recording
 from moe_posterior.replay.find import find_gates, hosting_router
+from moe_posterior.replay.saving import recording_of, save_recording
 
 
 class _Listener:

@@ -18,10 +18,10 @@ from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
 from moe_posterior.gates.host import GateHost
 from moe_posterior.replay.checkpointing import in_backward, may_run_again, signature
-from moe_posterior.replay.file import GateMark, Recording, load_recording, mark, recording_of
 from moe_posterior.replay.find import find_gates, hosting_router, outer_name
 from moe_posterior.replay.record import Trace
 from moe_posterior.replay.reweigh import ForcedChoice
+from moe_posterior.replay.saving import GateMark, Recording, load_recording, mark, recording_of
 
 Weights = Literal["recorded", "recomputed"]
 

@@ -14,7 +14,7 @@ from moe_posterior import BetaPosterior, InvalidArgumentError, PosteriorGate, Po
 from moe_posterior.evidence import ProxyNoise
 from moe_posterior.gates.base import Routing, SharedRouting
 from moe_posterior.memberships import Memberships, mixed
-from moe_posterior.replay.file import load_recording
+from moe_posterior.replay.saving import load_recording
 
 D, E, C = 6, 5, 7
 SEVERAL = [

@@ -12,7 +12,7 @@ from moe_posterior.files.tensorfile import load_tensors, save_tensors
 from moe_posterior.gates import FixedGate, Gate
 from moe_posterior.replay import recording_from_experts, replay
 from moe_posterior.replay.checkpointing import signature
-from moe_posterior.replay.file import load_recording
+from moe_posterior.replay.saving import load_recording
 
 D, E, C, K = 6, 5, 3, 2
 
