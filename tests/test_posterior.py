@@ -1,5 +1,6 @@
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -222,3 +223,18 @@ def test_indices_that_are_no_integers_are_refused() -> None:
     for clusters, experts in ((torch.tensor([True]), torch.tensor([[0]])), (torch.tensor([0]), torch.tensor([[0.0]]))):
         with pytest.raises(InvalidArgumentError, match="must be integers"):
             BetaPosterior(C, E).observe(clusters, torch.ones(1, 1), experts)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "moe_posterior.posterior BetaPosterior",
+        "moe_posterior.posterior _notify_after_load",
+        "moe_posterior.gates.posterior PosteriorGate",
+        "moe_posterior.router PosteriorRouter",
+        "moe_posterior.router Decision",
+        "moe_posterior.router Decisions",
+    ],
+)
+def test_what_an_earlier_version_pickled_is_found_under_its_name(name: str) -> None:
+    assert callable(pickle.loads("c{}\n{}\n.".format(*name.split()).encode()))
