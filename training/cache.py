@@ -17,7 +17,7 @@ from moe_posterior.escape import terminal
 from moe_posterior.files.reading import decoding, one_line
 from moe_posterior.training.data import manifest
 from moe_posterior.training.data.base import ClassificationData, Split
-from moe_posterior.training.own import folders_on_path
+from moe_posterior.training.own import folders_on_path, require_class_file
 from moe_posterior.training.runs import Run
 
 __all__ = ["cache"]
@@ -30,10 +30,13 @@ def cache(arguments: list[str]) -> int:
 
 
 def _cache(arguments: list[str]) -> int:
+    for option in ("--data", "--backbone"):
+        for path in _files_given(arguments, option):
+            require_class_file(path)
     parser = _parser()
     try:
         options = parser.parse_args(arguments)
-    except (argparse.ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
+    except (argparse.ArgumentError, TypeError, ValueError, ImportError, AttributeError, LookupError) as error:
         raise InvalidArgumentError(f"the options cannot be used: {one_line(error)}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)  # layers draw their first weights from the global generator
@@ -54,6 +57,15 @@ def _cache(arguments: list[str]) -> int:
         markup=False,
     )
     return 0
+
+
+def _files_given(arguments: list[str], option: str) -> Iterator[Path]:
+    """The values of an option that are paths and not names of classes."""
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        path = Path(value if equals else following)
+        if name == option and (path.suffix in (".yaml", ".yml", ".json") or path.exists()):
+            yield path
 
 
 def _parser() -> ArgumentParser:

@@ -141,9 +141,11 @@ def _classifier(module: lightning.LightningModule) -> MoEClassifier:
 def _pass_over(model: MoEClassifier, loader: Any) -> tuple[Tensor, Tensor]:  # (n, F), (n, E) float64
     """Features of all rows, and whether each expert's own top label is right."""
     hidden, correct = [], []
+    precision = model.trainer.precision_plugin
     for batch in loader:
-        with model.trainer.precision_plugin.forward_context():
-            features = model.features(batch["input"].to(model.device))
+        inputs = precision.convert_input(batch["input"].to(model.device))
+        with precision.forward_context():
+            features = model.features(inputs)
         expert_probs = model.moe.expert_outputs(features)
         hidden.append(features)
         correct.append(expert_probs.argmax(dim=-1) == batch["target"].to(model.device)[:, None])

@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.files.reading import one_line
@@ -19,6 +20,16 @@ from moe_posterior.training.module import MoEClassifier
 from moe_posterior.training.runs import Arm
 
 __all__ = ["ExperimentCLI"]
+
+
+REFUSED = (  # settings of the trainer, and what to set instead
+    (
+        "barebones",
+        True,
+        "leave it out; --trainer.enable_progress_bar false and --trainer.enable_model_summary false save time",
+    ),
+    ("enable_checkpointing", False, "leave it out"),
+)
 
 
 class _Progress(RichProgressBar):
@@ -81,6 +92,27 @@ class ExperimentCLI(LightningCLI):
         except (ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
             where = self.arm.config if self.arm.config.is_file() else shlex.join(args)
             raise InvalidArgumentError(f"{where} cannot be used: {one_line(error)}") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        """The trainer, without a progress bar where none is wanted.
+
+        Raises:
+            InvalidArgumentError: a setting that Lightning refuses, or with which the arm could be neither resumed nor evaluated.
+        """
+        config = self.config_init[self.subcommand] if self.subcommand else self.config_init
+        for name, refused, instead in REFUSED:
+            if config.trainer.get(name) == refused:
+                raise InvalidArgumentError(
+                    f"trainer.{name} must not be {str(refused).lower()}: fit resumes an arm, and evaluate reads it, from its last "
+                    f"checkpoint; {instead}"
+                )
+        if config.trainer.enable_progress_bar is False:
+            callbacks = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [one for one in callbacks if not isinstance(one, _Progress)]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            raise InvalidArgumentError(f"the trainer settings cannot be used: {one_line(error)}") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")

@@ -85,8 +85,10 @@ class MoEClassifier(lightning.LightningModule):
         return self.predict(inputs).probs
 
     def features(self, inputs: Tensor) -> Tensor:  # (N, ...) -> (N, F)
-        """What the gate and the experts see; float32 also under autocast."""
-        return self.backbone(inputs).float()
+        """What the gate and the experts see, in the experts' dtype: float32 also under autocast, half or double where the trainer's
+        precision says so.
+        """
+        return self.backbone(inputs).to(next(self.moe.experts.parameters()).dtype)
 
     def predict(self, inputs: Tensor) -> Prediction:  # (N, ...)
         """Aggregate, every expert's own probabilities, and the routing."""

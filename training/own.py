@@ -13,9 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
+from moe_posterior.files.reading import read_mapping
 
-__all__ = ["class_names", "folders_on_path", "own_classes", "require_importable", "without_folder"]
+__all__ = [
+    "class_names",
+    "folders_on_path",
+    "own_classes",
+    "require_class_file",
+    "require_importable",
+    "without_folder",
+]
 
+MOST_VALUES = 10_000  # of a class's arguments in a file
 CLASSES = (
     "data",
     "backbone",
@@ -101,6 +110,29 @@ def require_importable(config: Any, where: str | Path) -> None:
                 f"{where} names {name!r}, of a module that is not installed, and nothing was imported; if it is yours, say where it "
                 "is: --import-from FOLDER"
             )
+
+
+def require_class_file(path: Path) -> None:
+    """Refuse a YAML file that does not name one class and its arguments, before another library tries to make sense of it.
+
+    Raises:
+        MissingDataError: there is no such file. DamagedFileError: it is no plain file.
+        InvalidArgumentError: it is not YAML, or holds something other than ``class_path`` and ``init_args``, or too much.
+    """
+    advice = "it must hold class_path, and init_args with the arguments"
+    content = read_mapping(path, advice, InvalidArgumentError)
+    init_args = content.get("init_args", {})
+    if set(content) - {"class_path", "init_args"} or not isinstance(content.get("class_path"), str):
+        raise InvalidArgumentError(f"{path} must name a class by class_path; got the keys {list(content)}; {advice}")
+    if not isinstance(init_args, dict) or not all(isinstance(name, str) for name in init_args):
+        raise InvalidArgumentError(f"init_args in {path} must map names to values; got {type(init_args).__name__}")
+    seen, waiting = 0, [init_args]
+    while waiting:  # YAML's aliases let a few lines stand for billions of values, or contain themselves
+        value = waiting.pop()
+        seen += 1
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if seen + len(waiting) > MOST_VALUES:
+            raise InvalidArgumentError(f"init_args in {path} must hold at most {MOST_VALUES:,} values; got more")
 
 
 def _is_installed(root: str) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_posterior.cli import main
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.training.backbones import DigitsNet
 from moe_posterior.training.cache import cache
@@ -362,3 +363,39 @@ def test_help_teaches_with_an_example(capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     assert "moe-posterior cache --data Digits --backbone" in text
     assert "CachedFeatures" in text
+
+
+HOSTILE = {
+    "not YAML": "a: {",
+    "no text": b"\xff\xfe\x00",
+    "code": "!!python/object/apply:os.system ['true']",
+    "nested too deeply": "[" * 5000,
+    "nothing": "",
+    "a list": "- class_path",
+    "keys that are lists": "? [a, b]\n: c",
+    "a month too many": "class_path: 2001-99-99",
+    "a class that is a number": "class_path: 3",
+    "a class of many": "class_path: [Digits, PACS]",
+    "other keys": "class_path: Digits\nfolder: x",
+    "arguments in a list": "class_path: Digits\ninit_args: [1]",
+    "arguments that contain themselves": "class_path: Digits\ninit_args: &a {x: *a}",
+    "arguments that grow": "class_path: Digits\ninit_args:\n  a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+    + "".join(
+        f"  {new}: &{new} [{','.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+    ),
+    "no class of the kind": "class_path: os.system",
+    "a surrogate": 'class_path: "\\ud800"',
+}
+
+
+@pytest.mark.parametrize("option", ["--data", "--backbone"])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_class_file_that_is_none_is_one_sentence(tmp_path: Path, option: str, kind: str, capsys) -> None:
+    file, content = tmp_path / "own.yaml", HOSTILE[kind]
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    own = {"--data": "Digits", "--backbone": "moe_posterior.training.backbones.DigitsNet", option: str(file)}
+    words = [word for pair in own.items() for word in pair]
+    assert main(["cache", *words, "--out", str(tmp_path / "c")]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith("moe-posterior cache: ")
+    assert len(said) < 2000
