@@ -318,8 +318,8 @@ BARE = {
 }
 QUALIFIED = {"os.replace", "os.link", "os.symlink", "torch.save", "json.dump", "np.save", "yaml.dump"}
 STORAGE = {
-    "atomic.py": "is the one place",
-    "drafts.py": "is its other half",
+    "files/atomic.py": "is the one place",
+    "files/drafts.py": "is its other half",
     "audit/storage/files.py": "the log's own files, which grow",
     "audit/storage/compact.py": "through the log's own files",
     "audit/storage/upkeep.py": "through the log's own files",

@@ -20,12 +20,12 @@ from moe_posterior.benchmarks.routing.registry import GATES, TUNED
 from moe_posterior.benchmarks.routing.static import play_static
 from moe_posterior.benchmarks.routing.suite import Plan, cases_of, run
 from moe_posterior.benchmarks.routing.tables import tables_of
+from moe_posterior.benchmarks.show import show
 from moe_posterior.commands.benchmark import parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError, MissingDependencyError
 from moe_posterior.escape import terminal
-from moe_posterior.files.atomic import write_text
 from moe_posterior.files.reading import decoding, read_json
-from moe_posterior.results.tables import Table, print_tables, to_markdown
+from moe_posterior.results.tables import Table
 
 
 def benchmark(arguments: Sequence[str]) -> int:
@@ -49,35 +49,24 @@ def benchmark(arguments: Sequence[str]) -> int:
             raise InvalidArgumentError(
                 f"{asked.source} must hold records of benchmark {asked.benchmark!r}; it has none"
             )
-        return show(asked, Results(found, results.about))
+        return _show(asked, Results(found, results.about))
     for name in ("seeds", "experts", "queries", "batch"):
         if getattr(asked, name) < 1:
             raise InvalidArgumentError(f"--{name} must be at least 1; got {getattr(asked, name)}")
     if asked.tune is not None:
         return _tune(asked)
     if asked.benchmark == "latency":
-        return show(asked, _latency(asked, command))
+        return _show(asked, _latency(asked, command))
     if asked.benchmark == "audit":
-        return show(asked, _audit(asked, command))
+        return _show(asked, _audit(asked, command))
     if asked.benchmark == "router":
-        return show(asked, _router(asked, command))
-    return show(asked, _run(asked, command))
+        return _show(asked, _router(asked, command))
+    return _show(asked, _run(asked, command))
 
 
-def show(asked: argparse.Namespace, results: Results) -> int:
-    """Print tables and the reproducing command; write Markdown and figures where asked."""
-    tables = _tables(asked.benchmark, results.records)
-    print_tables(tables)
-    if asked.markdown:
-        write_text(asked.markdown, to_markdown(*tables))
-        print(f"tables: {terminal(asked.markdown)}")
-    if asked.figures and asked.benchmark not in ("latency", "audit", "router"):
-        for path in figures.draw(results.records, asked.figures):
-            print(f"figure: {terminal(path)}")
-    about = results.about
-    print(terminal(f"torch {about.get('torch')}, Python {about.get('python')}, {about.get('processors')} processors"))
-    print(f"again:  {terminal(about.get('command'))}")
-    return 0
+def _show(asked: argparse.Namespace, results: Results) -> int:
+    draw = None if asked.benchmark in ("latency", "audit", "router") else figures.draw
+    return show(asked, results, _tables(asked.benchmark, results.records), draw)
 
 
 def _tables(benchmark: str, records: list[Record]) -> list[Table]:
@@ -126,25 +115,20 @@ def _run(asked: argparse.Namespace, command: str) -> Results:
         asked.delay,
         _knobs(asked.knobs),
     )
-    kept = records.read(asked.out).records if asked.out and Path(asked.out).is_file() else []
-    found, done = list(kept), {record.case for record in kept}
-    about = _about(command)
-    if asked.out:
-        records.write(Results(found, about), asked.out)  # fail on an unwritable file before the work, not after it
+    kept = records.Resumed(asked.out, _about(command))
     static = range(asked.first_seed, asked.first_seed + (asked.seeds if "static" in names else 0))
     total = sum(1 for _ in cases_of(plan)) + len(static)
     with progress(total, asked.quiet) as advance:
 
         def report(new: list[Record]) -> None:
-            found.extend(new)
+            kept.add(new)
             advance()
-            if asked.out and new:
-                records.write(Results(found, about), asked.out)
 
+        done = kept.done
         for seed in static:
             report(play_static(seed, done))
         run(plan, done, report)
-    return Results([record for record in found if record.benchmark == asked.benchmark], about)
+    return kept.results(asked.benchmark)
 
 
 def _latency(asked: argparse.Namespace, command: str) -> Results:
@@ -161,17 +145,13 @@ def _latency(asked: argparse.Namespace, command: str) -> Results:
 
 def _router(asked: argparse.Namespace, command: str) -> Results:
     names, seeds = environments(asked), range(asked.first_seed, asked.first_seed + asked.seeds)
-    found = records.read(asked.out).records if asked.out and Path(asked.out).is_file() else []
-    about, done = _about(command), {record.case for record in found}
-    if asked.out:
-        records.write(Results(found, about), asked.out)  # fail on an unwritable file before the work, not after it
+    kept = records.Resumed(asked.out, _about(command))
+    done = kept.done
     with progress(len(names) * len(seeds) * (1 + len(router.POLICIES)) - len(done), asked.quiet) as advance:
         for new in router.measure(names, seeds, done):
-            found.extend(new)
+            kept.add(new)
             advance()
-            if asked.out:
-                records.write(Results(found, about), asked.out)
-    return Results([record for record in found if record.benchmark == asked.benchmark], about)
+    return kept.results(asked.benchmark)
 
 
 def _audit(asked: argparse.Namespace, command: str) -> Results:

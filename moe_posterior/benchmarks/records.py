@@ -80,6 +80,43 @@ def read(path: str | os.PathLike[str]) -> Results:
         return Results([_checked(Record(**record)) for record in content["records"]], content["about"])
 
 
+class Resumed:
+    """The records of a run that can be resumed: what the file holds already, then every addition, written at once.
+
+    Args:
+        path: the file of ``--out``; None keeps the records in memory.
+        about: how the records are made.
+
+    Raises:
+        InvalidArgumentError: the file cannot be written or holds something else; found before the work, not after it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, about: dict[str, Any]) -> None:
+        self.path, self.about = path, about
+        self.records = read(path).records if path and Path(path).is_file() else []
+        self._write()
+
+    @property
+    def done(self) -> set[str]:
+        """Keys of the runs that need not be repeated."""
+        return {record.case for record in self.records}
+
+    def add(self, new: Iterable[Record]) -> None:
+        """Append the records of a finished run."""
+        before = len(self.records)
+        self.records.extend(new)
+        if len(self.records) > before:
+            self._write()
+
+    def results(self, benchmark: str) -> Results:
+        """The records of one benchmark."""
+        return Results(select(self.records, benchmark=benchmark), self.about)
+
+    def _write(self) -> None:
+        if self.path:
+            write(Results(self.records, self.about), self.path)
+
+
 def _checked(record: Record) -> Record:
     names = (record.benchmark, record.environment, record.gate, record.metric)
     if not all(isinstance(name, str) for name in names) or not isinstance(record.options, dict):

@@ -13,12 +13,10 @@ from moe_posterior.benchmarks.lm.figures import draw
 from moe_posterior.benchmarks.lm.models import Recipe
 from moe_posterior.benchmarks.lm.stream import Plan
 from moe_posterior.benchmarks.lm.tables import tables_of
-from moe_posterior.benchmarks.records import Record, Results
+from moe_posterior.benchmarks.records import Results
+from moe_posterior.benchmarks.show import show
 from moe_posterior.commands.lm import parser
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.escape import code, markdown, terminal
-from moe_posterior.files.atomic import write_text
-from moe_posterior.results.tables import print_tables, to_markdown
 
 
 def lm(arguments: Sequence[str], about: dict[str, object]) -> int:
@@ -39,16 +37,8 @@ def lm(arguments: Sequence[str], about: dict[str, object]) -> int:
             raise InvalidArgumentError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(asked, name)}")
     if not asked.text:
         raise InvalidArgumentError("--text must name at least one file of plain text, or --from a file of records")
-    kept = records.read(asked.out).records if asked.out and Path(asked.out).is_file() else []
-    found = list(kept)
     about = {**about, "command": shlex.join(["moe-posterior", "benchmark", "lm", *arguments])}
-
-    def report(new: list[Record]) -> None:
-        found.extend(new)
-        if asked.out:
-            records.write(Results(found, about), asked.out)
-
-    report([])  # fail on an unwritable file before the work, not after it
+    kept = records.Resumed(asked.out, about)
     experiment = Experiment(
         asked.text,
         Path(asked.runs),
@@ -58,28 +48,15 @@ def lm(arguments: Sequence[str], about: dict[str, object]) -> int:
         asked.scratch_steps,
         replace(Plan(), healthy=asked.healthy),
         asked.tuning,
-        report,
+        kept.add,
         (lambda line: None) if asked.quiet else (lambda line: print(line, file=sys.stderr, flush=True)),
     )
-    run(experiment, {record.case for record in found})
-    return _show(asked, Results(found, about))
+    run(experiment, kept.done)
+    return _show(asked, Results(kept.records, about))
 
 
 def _show(asked: argparse.Namespace, results: Results) -> int:
     found = [record for record in results.records if record.benchmark == "lm"]
     if not found:
         raise InvalidArgumentError(f"{asked.source or asked.out} must hold records of benchmark 'lm'; it has none")
-    tables = tables_of(found)
-    print_tables(tables)
-    about = results.about
-    versions = f"torch {about.get('torch')}, Python {about.get('python')}, {about.get('processors')} processors"
-    if asked.markdown:
-        again = f"\n{code(about.get('command'))}\n\n{markdown(versions)}\n"
-        write_text(asked.markdown, to_markdown(*tables) + again)
-        print(f"tables: {terminal(asked.markdown)}")
-    if asked.figures:
-        for path in draw(found, asked.figures):
-            print(f"figure: {terminal(path)}")
-    print(terminal(versions))
-    print(f"again:  {terminal(about.get('command'))}")
-    return 0
+    return show(asked, Results(found, results.about), tables_of(found), draw, signed=True)
