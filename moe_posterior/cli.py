@@ -1,11 +1,11 @@
-"""The console script ``moe-posterior``: hands each subcommand to its part, importing only that part."""
+"""The console script ``moe-posterior``: runs a subcommand and imports only what it needs."""
 
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path:
     sys.path.pop(
         0
-    )  # `python -m` puts the working folder first; as under the console script, nothing in it may pass for a package
+    )  # `python -m` puts the working folder first; as with the console script, nothing in it may hide a package
 
 import importlib
 from collections.abc import Sequence
@@ -56,18 +56,18 @@ def usage() -> str:
         [
             "usage: moe-posterior COMMAND [options] | --version",
             "",
-            "Mixtures of experts that route by proven competence, and how well calibrated they are.",
+            "Train, evaluate and audit mixtures of experts that route by proven competence.",
             "",
             "commands:",
             *lines,
             "",
-            "moe-posterior COMMAND --help tells more. A first run: moe-posterior fit --config configs/demo.yaml",
+            "moe-posterior COMMAND --help says more. A first run: moe-posterior fit --config configs/demo.yaml",
         ]
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the console script; the exit status is 0 for success, 1 for an interruption, 2 for a mistake in what was asked."""
+    """Run the console script; the exit status is 0 on success, 1 when interrupted, 2 when the request was wrong."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -88,12 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"moe-posterior {name}: {lines(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"moe-posterior {name}: interrupted; the same command goes on where it can", file=sys.stderr)
+        print(f"moe-posterior {name}: interrupted; run the same command again to resume", file=sys.stderr)
         return 1
 
 
 def _help(name: str, rest: Sequence[str]) -> None:
-    """Answer a call for help and exit; return where the words were no such call."""
+    """Print the help and exit; return if the words do not ask for it."""
     if (name, *rest[:1]) == ("benchmark", "lm"):
         name, rest = "lm", rest[1:]
     importlib.import_module(f"moe_posterior.commands.{name}").parser().parse_known_args(rest)

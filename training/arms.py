@@ -25,7 +25,7 @@ def train(arm: Arm, console: Console, origin: Arm | None = None) -> None:
 
     Raises:
         InvalidArgumentError, DamagedFileError: the checkpoint to start from cannot be used. MissingDataError: the origin has none.
-        DivergedError: training ended with numbers that are not finite. KeyboardInterrupt: it was stopped before its end.
+        DivergedError: training ended with numbers that are not finite. KeyboardInterrupt: it was interrupted.
     """
     if arm.finished:
         console.print(terminal(f"{arm.folder} is trained already"), markup=False)

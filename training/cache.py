@@ -1,4 +1,4 @@
-"""``moe-posterior cache``: run a backbone once over a data module and keep its features."""
+"""``moe-posterior cache``: run a backbone once over a data module and store its features."""
 
 import argparse
 from collections.abc import Iterator
@@ -83,17 +83,17 @@ def _parser() -> ArgumentParser:
 
 
 def _settings(options: Namespace) -> dict[str, Any]:
-    """The backbone's options, which need not show in its weights or its structure."""
+    """The backbone's options, which may not be visible in its weights or structure."""
     return {"options": options.backbone.as_dict().get("init_args", {})}
 
 
 def load_weights(backbone: nn.Module, path: Path, prefix: str = "") -> None:
-    """Give the network the weights of a file, opened without running code from it.
+    """Load the network's weights from a file, without running code from it.
 
     Args:
         backbone: changed in place.
         path: a state_dict, or a checkpoint that holds one as "state_dict".
-        prefix: of the entries to take; it is cut off.
+        prefix: of the entries to read; it is removed from their names.
 
     Raises:
         MissingDataError: there is no such file.
@@ -121,7 +121,7 @@ def open_cache(
     """The manifest of a new cache, or of the one in the folder if it belongs to the same data and backbone.
 
     Raises:
-        InvalidArgumentError: the folder holds the features of something else and is not to be overwritten.
+        InvalidArgumentError: the folder holds the features of other data or another backbone, and overwrite is False.
     """
     wanted: manifest.Manifest = {
         "format": manifest.FORMAT,
@@ -161,7 +161,7 @@ def fill(
     shifts: tuple[tuple[str, ...], list[int]],
     console: Console,
 ) -> None:
-    """Compute and store the parts that the cache does not hold yet; finished ones are left as they are."""
+    """Compute and store the parts that are missing in the cache; finished ones are left as they are."""
     names, severities = shifts
     wanted = [*manifest.SPLITS, *(manifest.shift_part(name, severity) for name in names for severity in severities)]
     missing = [part for part in wanted if not manifest.is_stored(folder, stored, part)]

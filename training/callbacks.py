@@ -1,4 +1,4 @@
-"""What keeps a posterior gate's belief in step with the model that is being trained."""
+"""Callbacks of training: they keep a gate's belief in step with the model, and write checkpoints."""
 
 import os
 from pathlib import Path
@@ -22,20 +22,20 @@ EvidenceSplit = Literal["train", "val"]
 
 
 class CompetenceUpdates(lightning.Callback):
-    """Fit the clusters after a warm-up, refit them while the backbone moves, and observe each expert's own correctness.
+    """Fit the clusters after a warm-up, refit them while the backbone changes, and observe whether each expert is right.
 
-    After ``warmup_epochs`` epochs with all experts weighing the same, the features of the training rows are clustered, and the
-    evidence is counted by a pass over them: outcome 1 where an expert's own top label is right, for every expert on every row.
-    Evidence is never carried over to other clusters: a refit starts it anew. Gates without clusters are left alone.
+    After ``warmup_epochs`` epochs with equal weights for all experts, the features of the training rows are clustered, and a pass over
+    the rows counts the evidence: outcome 1 where an expert's own top label is right, for every expert on every row. A refit makes new
+    clusters and counts the evidence again from zero. Gates without a belief are left alone.
 
     Args:
         warmup_epochs: epochs before the first fit.
-        refit_every: epochs between refits; each costs a pass over the training rows without gradients.
+        refit_every: epochs between refits; each costs one pass over the training rows without gradients.
         fit_rows: at most this many rows, drawn with the run's seed, go into k-means; the evidence uses all.
-        evidence: rows that the pass counts. ``"train"`` (default) are many, and experts look better there than they are;
-            ``"val"`` are few and unseen.
-        observe_batches: also observe every training batch between refits. The belief then follows the experts more closely, and is
-            surer than it may be: it counts the same rows again every epoch. Off by default.
+        evidence: rows to count. ``"train"`` (default) has many rows, on which experts look better than they are; ``"val"`` has few,
+            unseen ones.
+        observe_batches: also observe every training batch between refits. The belief then follows the experts more closely but is
+            overconfident, since the same rows count again every epoch. Off by default.
         seed: of the draw and the k-means seeding, together with the epoch.
 
     Raises:
@@ -82,7 +82,7 @@ class CompetenceUpdates(lightning.Callback):
 
     @torch.no_grad()
     def refit(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Cluster the training rows' features anew and count the evidence again."""
+        """Cluster the features of the training rows and count the evidence, both from scratch."""
         model = _classifier(pl_module)
         gate = model.moe.gate
         if not isinstance(gate, BeliefGate):
@@ -102,7 +102,7 @@ class CompetenceUpdates(lightning.Callback):
 
 
 class WarmupCheckpoint(lightning.Callback):
-    """Keep the state at the end of the method's ERM warm-up, from which other methods of the same seed can branch.
+    """Save the state at the end of the ERM warm-up, from which other methods with the same seed can branch.
 
     Args:
         folder: where ``warmup.ckpt`` is written.
@@ -122,12 +122,12 @@ class WarmupCheckpoint(lightning.Callback):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that reach the disk before they take the place of the one before them, which Lightning's own do not."""
+    """Checkpoints that are on disk before they replace the previous one, unlike Lightning's own."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint to a folder of this machine, which is made if it does not exist."""
+        """Write a checkpoint to a local folder, which is created if needed."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_plain(path, checkpoint)
 
@@ -153,7 +153,7 @@ def _pass_over(model: MoEClassifier, loader: Any) -> tuple[Tensor, Tensor]:  # (
 
 
 def _gather(hidden: Tensor) -> Tensor:  # (n, F) -> (sum of n over ranks, F)
-    """Under distributed training every rank must find the same clusters, so every rank needs every row."""
+    """Under distributed training every rank must find the same clusters, so each needs all rows."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return hidden
     parts: list[Any] = [None] * torch.distributed.get_world_size()

@@ -54,7 +54,7 @@ def _fit(arguments: list[str]) -> int:
 
 
 def evaluate_command(run: Run, experiment: Experiment) -> str:
-    """The command that evaluates what is trained of a run, as it can be copied to a shell in this folder."""
+    """The command that evaluates the trained arms of a run, to be copied to a shell in this folder."""
     trained = [name for name in experiment.arms if run.arm(name).finished]
     words = ["moe-posterior", "evaluate", "--run", str(run.folder)]
     words += ["--arms", *trained] if len(trained) < len(experiment.arms) else []
@@ -64,7 +64,7 @@ def evaluate_command(run: Run, experiment: Experiment) -> str:
 
 
 def print_config(experiment: Experiment, arm_name: str) -> int:
-    """Print the complete configuration of an arm, every default filled in."""
+    """Print the complete configuration of an arm with all defaults."""
     with tempfile.TemporaryDirectory() as folder:
         arm = Arm(arm_name, Path(folder))
         write_text(arm.config, yaml.safe_dump(experiment.config(arm_name)))

@@ -1,4 +1,4 @@
-"""Training that has left the finite numbers is stopped, before its state is kept as if it were one."""
+"""Stop training when its numbers are no longer finite, before a checkpoint holds them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,17 +11,17 @@ from moe_posterior.errors import DivergedError
 __all__ = ["StopWhereDiverged", "require_finite"]
 
 ADVICE = "try a lower --model.lr, --trainer.gradient_clip_val 1.0 or --trainer.precision 32-true, with --overwrite or another --name"
-WATCHED = ("train/loss", "train/nll", "val/")  # how the names of figures begin that are always defined
+WATCHED = ("train/loss", "train/nll", "val/")  # prefixes of metrics that are always defined
 
 
 class StopWhereDiverged(lightning.Callback):
-    """Stop with an error at a loss, a parameter or a figure that is NaN or infinite, before a checkpoint holds it.
+    """Raise an error if a loss, a parameter or a metric is NaN or infinite, before a checkpoint holds it.
 
-    The loss is looked at after every batch on a CPU and every ``log_every_n_steps`` on other devices, where a look makes the
-    device wait; parameters and buffers once an epoch, and the figures after validation.
+    The loss is checked after every batch on a CPU and every ``log_every_n_steps`` batches on other devices, where a check makes the
+    device wait; parameters once an epoch, and metrics after validation.
 
     Args:
-        name: of what is trained, for the message.
+        name: of the model being trained, for the message.
     """
 
     def __init__(self, name: str) -> None:
@@ -63,7 +63,7 @@ def require_finite(values: Mapping[str, Tensor], name: str, epoch: int) -> None:
     """Raise unless every value is finite.
 
     Raises:
-        DivergedError: names what is trained, the epoch, the first value that is not, and what to try.
+        DivergedError: names the model, the epoch, the first value that is not finite, and what to try.
 
     >>> import torch
     >>> require_finite({"train/loss": torch.tensor([1.0])}, "arm 'a'", 3)

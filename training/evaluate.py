@@ -51,9 +51,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     run = Run(options.run)
     arms = [run.arm(name) for name in run.experiment().chosen(options.arms)]
     if unfinished := [str(arm.folder) for arm in arms if not arm.finished]:
-        raise MissingDataError(
-            f"{', '.join(unfinished)} has not been trained to its end; the same fit command resumes it"
-        )
+        raise MissingDataError(f"{', '.join(unfinished)} is not fully trained; run the same fit command to resume it")
     console = Console()
     data = _shared_data(arms)
     models = {arm.name: load_model(arm) for arm in arms}
@@ -85,7 +83,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _predictions(
     data: ClassificationData, models: Mapping[str, MoEClassifier], options: argparse.Namespace, progress: Progress
 ) -> Iterator[Prediction]:
-    """What every arm says of every evaluation set, one after the other."""
+    """The predictions of every arm on every evaluation set, one after the other."""
     shifts = data.default_shifts if options.shifts is None else options.shifts
     task = progress.add_task("evaluating", total=(1 + len(shifts) * len(options.severities)) * len(models))
     for item in data.evaluation_sets(options.shifts, options.severities):
@@ -99,7 +97,7 @@ def _predictions(
 
 
 def predict(model: MoEClassifier, arm: str, item: EvaluationSet) -> Prediction:
-    """What one arm says of one evaluation set."""
+    """The predictions of one arm on one evaluation set."""
     return replace(predict_split(model, item.loader), arm=arm, shift=item.shift, severity=item.severity)
 
 
@@ -134,7 +132,7 @@ def _progress(console: Console) -> Progress:
 def _write(
     folder: Path, report: Report, models: dict[str, MoEClassifier], calibrators: dict[str, dict[str, Calibrator]]
 ) -> Path:
-    """A whole report in place of an earlier one, or that one as it was: tables and figures belong together."""
+    """Write the whole report, or leave the earlier one as it was: tables and figures belong together."""
     with replacing_folder(folder) as draft:
         write_json(report, draft / "report.json")
         write_text(draft / "table.md", to_markdown(report).rstrip() + "\n")

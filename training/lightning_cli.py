@@ -1,4 +1,4 @@
-"""LightningCLI as the experiments use it: which classes a configuration is read into, and what every arm's trainer is given."""
+"""LightningCLI for the experiments: the classes a configuration is read into, and the trainer defaults of every arm."""
 
 import shlex
 import warnings
@@ -33,7 +33,7 @@ REFUSED = (  # settings of the trainer, and what to set instead
 
 
 class _Progress(RichProgressBar):
-    """Without the loggers' version number: the run's name says which run it is."""
+    """A progress bar without the logger's version number, which says nothing about the run."""
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
@@ -51,11 +51,11 @@ def _tensorboard(arm: Arm) -> dict[str, Any]:
 
 
 class ExperimentCLI(LightningCLI):
-    """LightningCLI with a MoEClassifier, any data module of this library's kind, and the competence updates."""
+    """LightningCLI with a MoEClassifier, any ClassificationData, and the competence updates."""
 
     def __init__(self, arm: Arm, args: list[str], *, run: bool) -> None:
         self.arm = arm
-        # LightningCLI suspects a mistake where it finds arguments on the command line as well; ours are read already.
+        # LightningCLI warns if the command line has arguments too; ours are parsed already.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         super().__init__(
             MoEClassifier,
@@ -82,10 +82,10 @@ class ExperimentCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Read the configuration, and say in one line what is wrong with it.
+        """Read the configuration; a mistake in it is reported in one line.
 
         Raises:
-            InvalidArgumentError: it is no configuration of a MoEClassifier, its data and its trainer.
+            InvalidArgumentError: it is not a configuration of a MoEClassifier, its data and its trainer.
         """
         try:
             super().parse_arguments(parser, args)

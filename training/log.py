@@ -1,4 +1,4 @@
-"""The figures of a run as ``metrics.csv``, which goes on where an interrupted run goes on: no epoch is lost, none stands twice."""
+"""The metrics of a run as ``metrics.csv``. When a run is resumed the file is too: no epoch is lost or written twice."""
 
 import csv
 import io
@@ -20,12 +20,12 @@ STEP = "step"
 
 
 class MetricsFile(Logger):
-    """A logger that appends each line at once, so that what a checkpoint has seen is on file before the checkpoint is.
+    """A logger that writes each line at once, so that metrics are on file before the checkpoint that follows them.
 
-    Lightning's own CSVLogger deletes the file of an earlier session, and holds back a hundred lines.
+    Lightning's own CSVLogger deletes the file of an earlier session and buffers a hundred lines.
 
     Args:
-        folder: of the file; made if it is not there.
+        folder: of the file; created if needed.
     """
 
     def __init__(self, folder: str) -> None:
@@ -35,12 +35,12 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """Nothing: the folder says it."""
+        """Empty: the folder is the name."""
         return ""
 
     @property
     def version(self) -> str:
-        """Nothing: a run has one file."""
+        """Empty: a run has one file."""
         return ""
 
     @property
@@ -49,11 +49,11 @@ class MetricsFile(Logger):
         return str(self.path.parent)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: ``config.yaml`` beside it holds them."""
+        """Does nothing: they are in ``config.yaml`` beside it."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a line; a figure that is new gets a column, empty in the lines before."""
+        """Append a line; a new metric gets a column, which is empty in earlier lines."""
         row = {STEP: step, **metrics}
         if self._columns is None:
             self._columns, _ = _read(self.path)
@@ -65,10 +65,10 @@ class MetricsFile(Logger):
         append(self.path, _text(self._columns, [row], header=False))
 
     def keep_before(self, step: int) -> None:
-        """Drop the lines from this step on, which will be written again, and a last one that a kill left unfinished.
+        """Drop the lines from this step on, which will be written again, and a last line that a kill left unfinished.
 
         Raises:
-            DamagedFileError: it is no file of this logger.
+            DamagedFileError: the file is not one of this logger's.
         """
         if not self.path.exists():
             return

@@ -1,4 +1,4 @@
-"""Training objectives, chosen in YAML by ``class_path``: what is minimised, given what the classifier says of a batch.
+"""Training objectives, chosen in YAML by ``class_path``: the quantity to minimise, given the classifier's prediction for a batch.
 
 Dimensions: N inputs of a batch, K classes, E experts, G groups or configurations.
 
@@ -35,11 +35,11 @@ __all__ = [
 
 
 class Terms(NamedTuple):
-    """What a method makes of a batch."""
+    """The objective's value on a batch."""
 
     loss: Tensor  # ()
-    logs: dict[str, Tensor]  # figures to log beside it
-    constraint: Tensor | None = None  # (), its gradient is what the loss's gradient must not conflict with
+    logs: dict[str, Tensor]  # further values to log
+    constraint: Tensor | None = None  # (), the loss's gradient must not conflict with this one's
 
 
 class Method(nn.Module, ABC):
@@ -62,7 +62,7 @@ class Method(nn.Module, ABC):
         """Learn the sizes of the model and the data before training; called once by the classifier."""
 
     def extend(self, inputs: Tensor, generator: torch.Generator) -> Tensor:  # (N, ...) -> (N + M, ...)
-        """The batch with further rows that the objective wants predictions of; none by default."""
+        """The batch with extra rows for which the objective needs predictions; none by default."""
         return inputs
 
     def terms(
@@ -75,7 +75,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def objective(self, prediction: Prediction, target: Tensor, gate: Gate, groups: Tensor | None) -> Terms:
-        """What is minimised after the warm-up."""
+        """The quantity to minimise after the warm-up."""
 
 
 def _require(name: str, value: object, fits: bool, wanted: str) -> None:
@@ -114,13 +114,13 @@ class Robust(Method):
 
 
 class RobustFiltered(Method):
-    """The mean loss, and once more the robust one over rows of high mixture regret or high expert disagreement.
+    """The mean loss plus the robust loss over rows with high mixture regret or high expert disagreement.
 
     Args:
         warmup_epochs, eta, detach_weights: as in :class:`Robust`.
-        regret_threshold, disagreement_threshold: absolute, as published. With the first nearly every row passes: see ``filtered``
-            in the log.
-        quantile: in [0, 1), in place of both: rows above this quantile of the batch. None (default) is as published.
+        regret_threshold, disagreement_threshold: absolute, as published. Nearly every row passes the first: see ``filtered`` in
+            the log.
+        quantile: in [0, 1), replaces both thresholds: rows above this quantile of the batch. None (default) is as published.
 
     Source: arXiv 2606.20544, Robust Filtered.
     """
@@ -155,15 +155,15 @@ class RobustFiltered(Method):
 class GroupDRO(Method):
     """An adversary over the data's known groups.
 
-    Under distributed training it moves by the rows of all ranks together, so that its weights are the same on each; every rank's
-    loss takes the groups' means over its own rows.
+    Under distributed training its weights are updated with the rows of all ranks, so that they agree; each rank's loss uses the
+    groups' means over its own rows.
 
     Args:
         warmup_epochs: see :class:`Method`.
         step: of the adversary's multiplicative weights.
 
     Raises:
-        InvalidArgumentError: while training, where the data know no groups.
+        InvalidArgumentError: while training, if the data have no groups.
 
     Source: Sagawa et al. 2020, *Distributionally Robust Neural Networks for Group Shifts*.
     """
@@ -235,9 +235,9 @@ Base = Literal["nll", "robust"]
 
 
 class FGR(Method):
-    """A loss on a batch partly low-pass filtered, its gradient kept from conflicting with that of a soft ECE on the clean batch.
+    """A loss on a partly low-pass filtered batch, with its gradient projected so as not to conflict with a soft ECE's on the clean one.
 
-    Inputs that are no images pass unfiltered; the gradient's projection remains.
+    Inputs that are not images are not filtered; the gradient is still projected.
 
     Args:
         warmup_epochs: see :class:`Method`.
@@ -278,15 +278,15 @@ class FGR(Method):
 class RobustConfiguration(Method):
     """Ours: an adversary over routing configurations, of which a cluster gate has finitely many.
 
-    The loss is ERM plus ``weight`` times the calibration gaps of the configurations, weighted by an adversary that seeks the worst:
-    by the theory, a shift that only changes how often configurations occur then keeps the aggregate calibrated. Under distributed
-    training every rank remembers the rows of all ranks, as one process would that sees them in one batch.
+    The loss is ERM plus ``weight`` times the calibration gaps of the configurations, weighted by an adversary that looks for the worst.
+    In theory the aggregate then stays calibrated under a shift that only changes how often configurations occur. Under distributed
+    training every rank updates with the rows of all ranks, as if they were one batch.
 
     Args:
         warmup_epochs: see :class:`Method`.
         weight: of the gaps.
         step: of the adversary's multiplicative weights.
-        robust: the robust loss with η = 2 in place of ERM.
+        robust: use the robust loss with η = 2 instead of ERM.
 
     Source: ours; the theory is in arXiv 2606.20544, group DRO in Sagawa et al. 2020.
     """
@@ -329,11 +329,11 @@ def _several_ranks() -> bool:
 
 
 def _of_all_ranks(rows: Tensor) -> Tensor:  # (N, ...) -> (sum of N over ranks, ...), the same on every rank
-    """A batch's rows together with those of the other ranks, in the order of ranks; a collective call."""
+    """The batch's rows of all ranks, in rank order; a collective call."""
     own = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(counts, own)
-    # Ranks may hold batches of unequal size, and a gather wants equal ones.
+    # Ranks may hold batches of different sizes, and all_gather needs equal ones.
     padded = rows.new_zeros(max(int(count) for count in counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]

@@ -1,4 +1,4 @@
-"""The classifier that the experiments train: a backbone, and on it a mixture of experts that predict class probabilities.
+"""The classifier that the experiments train: a backbone and, on top, a mixture of experts that predict class probabilities.
 
 Dimensions: N inputs, F features, E experts, K classes.
 """
@@ -29,22 +29,22 @@ class MoEClassifier(lightning.LightningModule):
     """Backbone + mixture of E linear probability experts; by default the loss is the negative log of the *aggregate* probability.
 
     The mixture is linear in probabilities: ``f(x) = Σ_e w_e(x) softmax(W_e φ(x))``. Until a gate that needs clusters is fitted
-    (see :class:`~moe_posterior.training.callbacks.CompetenceUpdates`) all experts weigh the same.
+    (see :class:`~moe_posterior.training.callbacks.CompetenceUpdates`), all experts have the same weight.
 
     Args:
-        backbone: maps an input batch to (N, F) and says F as ``out_features``.
+        backbone: maps an input batch to (N, F) and has F as its attribute ``out_features``.
         num_classes: K; the CLI takes it from the data module.
         num_experts: E; 4 as in the paper.
-        gate: from (hidden size, number of experts) to a gate; in YAML a ``class_path`` with the remaining ``init_args``.
+        gate: makes a gate from (hidden size, number of experts); in YAML a ``class_path`` with the remaining ``init_args``.
         method: the objective; in YAML a ``class_path`` from :mod:`moe_posterior.training.methods`. Default: ERM.
         num_groups: G of the data, for objectives over groups; the CLI takes it from the data module.
-        seed: of what the objective draws, together with epoch and batch.
+        seed: of the objective's random draws, together with epoch and batch.
         lr, weight_decay: of AdamW. The learning rate rises linearly over the first ``warmup_share`` of all steps and falls to zero
             by a cosine.
         warmup_share: in [0, 1).
 
     Raises:
-        InvalidArgumentError: the backbone does not say ``out_features``, or ``warmup_share`` is out of range.
+        InvalidArgumentError: the backbone has no ``out_features``, or ``warmup_share`` is out of range.
 
     Source: *Toward Calibrated Mixture-of-Experts Under Distribution Shift*, arXiv 2606.20544, model and defaults.
     """
@@ -66,7 +66,7 @@ class MoEClassifier(lightning.LightningModule):
         features = getattr(backbone, "out_features", None)
         if not isinstance(features, int):
             raise InvalidArgumentError(
-                f"backbone must say its width as out_features; {type(backbone).__name__} does not"
+                f"backbone must have an int attribute out_features, its width; {type(backbone).__name__} has none"
             )
         if not 0 <= warmup_share < 1:
             raise InvalidArgumentError(f"warmup_share must lie in [0, 1); got {warmup_share}")
@@ -93,7 +93,7 @@ class MoEClassifier(lightning.LightningModule):
     def predict(self, inputs: Tensor) -> Prediction:  # (N, ...)
         """Aggregate, every expert's own probabilities, and the routing."""
         hidden = self.features(inputs)
-        # E linear maps cost next to nothing beside the backbone, so all experts run: each one's own correctness is observed.
+        # E linear maps are cheap next to the backbone, so all experts run, and the correctness of each is observed.
         expert_probs = self.moe.expert_outputs(hidden)
         if not self.moe.gate.fitted:
             return Prediction(expert_probs.mean(dim=1), expert_probs)
@@ -123,7 +123,7 @@ class MoEClassifier(lightning.LightningModule):
         return {"loss": self._projected(terms), "routing": routing, "expert_correct": correct}
 
     def _projected(self, terms: Terms) -> Tensor:
-        """The loss, or where there is a constraint a stand-in whose gradient is the loss's without its conflict."""
+        """The loss; with a constraint, a stand-in whose gradient is the loss's without the part that conflicts with it."""
         if terms.constraint is None:
             return terms.loss
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -136,7 +136,7 @@ class MoEClassifier(lightning.LightningModule):
         return stand_in - stand_in.detach() + terms.loss.detach()
 
     def on_fit_start(self) -> None:
-        """Refuse a warm-up that leaves the objective no epoch: the run would be ERM under another name."""
+        """Refuse a warm-up as long as the training: the run would be plain ERM under another name."""
         epochs, warmup = self.trainer.max_epochs, self.method.warmup_epochs
         if warmup and epochs is not None and 0 <= epochs <= warmup and not isinstance(self.method, Vanilla):
             raise InvalidArgumentError(
@@ -144,11 +144,11 @@ class MoEClassifier(lightning.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say whose state this is."""
+        """Record which method the state belongs to."""
         checkpoint["method"] = type(self.method).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint of the warm-up may come from another method: what that one kept is no business of this one."""
+        """A warm-up checkpoint may come from another method, whose own state is then ignored."""
         if checkpoint.get("method") == type(self.method).__name__:
             return
         state, own = checkpoint["state_dict"], self.state_dict()
@@ -180,7 +180,7 @@ class MoEClassifier(lightning.LightningModule):
 
 
 def project(wanted: Sequence[Tensor], guard: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient ``wanted`` without its part against ``guard``: unchanged unless the two conflict over all parameters together.
+    """The gradient ``wanted`` without its component against ``guard``; unchanged unless the two conflict over all parameters together.
 
     Source: arXiv 2606.20544, FGR; Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*.
 

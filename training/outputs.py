@@ -1,4 +1,4 @@
-"""What a trained classifier says of a whole split: the fields that calibrators and reports read, on the CPU.
+"""The predictions of a trained classifier on a whole split, on the CPU, as calibrators and reports read them.
 
 Dimensions: n rows, E experts, K classes.
 """
@@ -21,14 +21,14 @@ __all__ = ["normalised", "numbered_configurations", "outputs_of", "predict_split
 
 
 def outputs_of(model: MoEClassifier, batches: Iterable[Batch]) -> tuple[Outputs, Tensor]:
-    """What calibrators read of the model's predictions on all batches, and the labels."""
+    """The model's outputs on all batches, as calibrators read them, and the labels."""
     prediction = predict_split(model, batches)
     return prediction.outputs, prediction.need("target")
 
 
 @torch.no_grad()
 def predict_split(model: MoEClassifier, batches: Iterable[Batch]) -> Prediction:
-    """What the model says of all batches, with their labels and groups (0 where the data have none); rows are numbered from 0.
+    """The model's predictions on all batches, with labels and groups (0 if the data have none); rows are numbered from 0.
 
     Raises:
         InvalidArgumentError: the gate was never fitted.

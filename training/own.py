@@ -1,9 +1,9 @@
-"""Classes of modules that are not installed: where they may come from, and which a configuration names.
+"""Classes of modules that are not installed: where they may be imported from, and which ones a configuration names.
 
-A configuration names classes by ``class_path``, and naming one imports its module, which runs its code, before its type can be
-checked. So a module is imported only from where the user said: ``fit`` and ``cache`` are given their classes on the command line and
-may take them from the current folder; ``evaluate`` is given a run, which may have come from elsewhere, and takes from no folder that
-``--import-from`` does not name. Either way these folders come last on the module path, so that nothing in them hides a package.
+A configuration names classes by ``class_path``. Resolving one imports its module, and so runs its code, before its type can be
+checked. Modules are therefore imported only from where the user allowed it: ``fit`` and ``cache`` get their classes from the command
+line and may use the current folder; ``evaluate`` gets a run, which may come from someone else, and uses only folders named by
+``--import-from``. These folders come last on the module path, so that nothing in them hides an installed package.
 """
 
 import sys
@@ -40,10 +40,10 @@ CLASSES = (
 
 @contextmanager
 def folders_on_path(folders: Sequence[str | Path]) -> Iterator[None]:
-    """Look for modules in these folders too, after all others.
+    """Also look for modules in these folders, after all others.
 
     Raises:
-        MissingDataError: one of them is no folder.
+        MissingDataError: one of them is not a folder.
     """
     wanted = []
     for place in map(Path, folders):
@@ -62,7 +62,7 @@ def folders_on_path(folders: Sequence[str | Path]) -> Iterator[None]:
 
 @contextmanager
 def without_folder(folder: str | Path) -> Iterator[None]:
-    """Look for no modules in this folder."""
+    """Do not look for modules in this folder."""
     before, unwanted = list(sys.path), str(Path(folder).resolve())
     sys.path[:] = [place for place in before if str(Path(place).resolve()) != unwanted]
     try:
@@ -72,7 +72,7 @@ def without_folder(folder: str | Path) -> Iterator[None]:
 
 
 def class_names(config: Any, key: str = "") -> Iterator[str]:
-    """Every class that a configuration names by module, in its order.
+    """Every class that a configuration names with its module, in order.
 
     >>> list(class_names({"data": {"class_path": "a.B", "init_args": {"backbone": "c.D", "file": "x.csv"}}, "name": "e.F"}))
     ['a.B', 'c.D']
@@ -88,16 +88,16 @@ def class_names(config: Any, key: str = "") -> Iterator[str]:
 
 
 def own_classes(config: Any) -> list[str]:
-    """The classes of a configuration whose modules are in no folder that Python looks in; nothing is imported to find out."""
+    """The classes of a configuration whose modules Python cannot find; nothing is imported to find out."""
     return [name for name in dict.fromkeys(class_names(config)) if not _is_installed(name.partition(".")[0])]
 
 
 def require_importable(config: Any, where: str | Path) -> None:
-    """Refuse a configuration before anything of it is imported, if it names a class that must not or cannot be.
+    """Refuse a configuration, before anything is imported, if it names a class that must not or cannot be imported.
 
     Raises:
-        InvalidArgumentError: a class of Python's own library, which holds nothing that a run consists of, or of a module that is not
-            installed and in no folder of ``--import-from``.
+        InvalidArgumentError: a class of Python's standard library, which no run needs, or of a module that is neither
+            installed nor in a folder of ``--import-from``.
     """
     for name in dict.fromkeys(class_names(config)):
         root = name.partition(".")[0]
@@ -107,7 +107,7 @@ def require_importable(config: Any, where: str | Path) -> None:
             )
         if not _is_installed(root):
             raise InvalidArgumentError(
-                f"{where} names {name!r}, of a module that is not installed, and nothing was imported; if it is yours, say where it "
+                f"{where} names {name!r}, whose module is not installed, and nothing was imported; if it is yours, say where it "
                 "is: --import-from FOLDER"
             )
 
@@ -116,7 +116,7 @@ def require_class_file(path: Path) -> None:
     """Refuse a YAML file that does not name one class and its arguments, before another library tries to make sense of it.
 
     Raises:
-        MissingDataError: there is no such file. DamagedFileError: it is no plain file.
+        MissingDataError: there is no such file. DamagedFileError: it is not a regular file.
         InvalidArgumentError: it is not YAML, or holds something other than ``class_path`` and ``init_args``, or too much.
     """
     advice = "it must hold class_path, and init_args with the arguments"
@@ -136,7 +136,7 @@ def require_class_file(path: Path) -> None:
 
 
 def _is_installed(root: str) -> bool:
-    """Whether there is such a module; one that is loaded is looked for all the same, since another run may have brought it."""
+    """Whether there is such a module. A loaded one is looked for too, since another run may have loaded it."""
     if root == __name__.partition(".")[0]:
         return True
     finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)

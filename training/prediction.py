@@ -1,4 +1,4 @@
-"""What a model says of some rows: one type from the classifier through objectives and calibrators to the report.
+"""The predictions of a model: one type from the classifier through objectives and calibrators to the report.
 
 Dimensions: N rows, E experts, K classes, k experts per row.
 """
@@ -19,7 +19,7 @@ __all__ = ["Prediction", "dense_weights", "joined"]
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model says of N rows, and how it came to it. Whoever reads it needs some of the fields; None is not known.
+    """What a model predicts for N rows, and how. Readers need only some of the fields; None means unknown.
 
     >>> one = Prediction(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), target=torch.tensor([0, 1]), arm="softmax")
     >>> one.rows(torch.tensor([False, True])).target
@@ -29,7 +29,7 @@ class Prediction:
     probs: Tensor  # (N, K) of the aggregate
     expert_probs: Tensor | None = None  # (N, E, K) each expert's own
     routing: Routing | None = (
-        None  # as the gate returned it, to observe outcomes by; rows joined from batches do not keep it
+        None  # the gate's decision, needed to observe outcomes; not kept when rows are selected or joined
     )
     routing_weights: Tensor | None = None  # (N, E), 0 for experts that were not chosen
     expert_indices: Tensor | None = None  # (N, k) int64, the chosen experts
@@ -44,7 +44,7 @@ class Prediction:
     row: Tensor | None = None  # (N,) int64, which row of the data it is: the same under every shift
     arm: str = "model"  # whose prediction it is: "softmax", "posterior"
     shift: str = "clean"  # or the name of the shift that the rows are under
-    severity: int = 0  # 0 for the stored test rows: "clean" ones, or all that there is of a shift without severities
+    severity: int = 0  # 0 for the stored test rows, else 1 (mild) to 5
 
     @property
     def outputs(self) -> Outputs:
@@ -60,10 +60,10 @@ class Prediction:
         )
 
     def need(self, name: str) -> Tensor:
-        """A field that the caller cannot do without.
+        """A field that the caller requires.
 
         Raises:
-            InvalidArgumentError: it is not known.
+            InvalidArgumentError: it is None.
         """
         field = getattr(self, name)
         if field is None:
@@ -77,7 +77,7 @@ class Prediction:
 
 
 def joined(parts: Sequence[Prediction]) -> Prediction:
-    """The rows of several predictions of one arm one after the other, with the fields that all of them know.
+    """The rows of several predictions of one arm in one, with the fields that all of them have.
 
     >>> one = Prediction(torch.tensor([[0.9, 0.1]]), target=torch.tensor([0]))
     >>> joined([one, one]).target
@@ -92,7 +92,7 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
 
 
 def _tensors(prediction: Prediction) -> dict[str, Tensor]:
-    """The fields that are known and hold a value a row."""
+    """The fields that hold one value per row."""
     values = {field.name: getattr(prediction, field.name) for field in fields(prediction)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 

@@ -1,4 +1,4 @@
-"""What a report says of its own making: the command, the software, the model's checkpoint and the data."""
+"""Where a report comes from: the command, the software, the model's checkpoint and the data."""
 
 import argparse
 import datetime
@@ -23,7 +23,7 @@ __all__ = ["evaluated_on", "identity_of", "provenance_of"]
 def provenance_of(
     run: Run, data: ClassificationData, models: Mapping[str, MoEClassifier], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """What made this report, so that it can be made again."""
+    """The command, configuration and software, with which the report can be made again."""
     experiment = run.experiment()
     command = ["moe-posterior", "evaluate", "--run", os.path.relpath(options.run)]
     command += ["--resamples", str(options.resamples), "--seed", str(options.seed)]
@@ -49,7 +49,7 @@ def provenance_of(
 def identity_of(
     arms: Sequence[Arm], data: ClassificationData, models: Mapping[str, MoEClassifier], shifts: Sequence[str]
 ) -> Identity:
-    """What a reader must know to say which model on which data this is."""
+    """Which model on which data this is."""
     checkpoints = {arm.name: hashlib.sha256(arm.checkpoint.read_bytes()).hexdigest()[:12] for arm in arms}
     backbone = type(next(iter(models.values())).backbone).__name__
     sizes = {part: len(data.split(part)) for part in ("train", "val", "test")}
@@ -71,6 +71,6 @@ def identity_of(
 
 
 def evaluated_on(data: ClassificationData, shifts: Sequence[str]) -> str:
-    """What the test rows are, and the shifts that they were evaluated under, if any."""
+    """How the test rows are distributed, and the shifts they were evaluated under."""
     stored = "distributed as the training rows" if data.test_shift is None else f"all under a shift: {data.test_shift}"
     return stored + (f"; also under {', '.join(shifts)}" if shifts else "; no further shift was evaluated")

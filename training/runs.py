@@ -1,7 +1,7 @@
-"""What a run is on disk: a folder with one sub-folder for each arm, and nobody else writing to it.
+"""A run on disk: a folder with one sub-folder for each arm, which one process at a time writes to.
 
-``runs/NAME/experiment.yaml`` is the configuration; ``runs/NAME/ARM/`` holds ``config.yaml`` (what LightningCLI is
-given), ``checkpoints/last.ckpt``, the logs, and, once trained to the end, ``finished.json``; ``runs/NAME/report/`` the evaluation.
+``runs/NAME/experiment.yaml`` is the configuration. ``runs/NAME/ARM/`` holds ``config.yaml`` (the input of LightningCLI),
+``checkpoints/last.ckpt``, the logs and, once the arm is trained, ``finished.json``. ``runs/NAME/report/`` holds the evaluation.
 """
 
 import copy
@@ -33,7 +33,7 @@ class Experiment:
     name: str
     arms: dict[str, dict[str, Any]]  # what each arm sets differently
     base: dict[str, Any]  # the LightningCLI configuration they share
-    branches: dict[str, str] = field(default_factory=dict)  # arm -> the arm whose warm-up it goes on from
+    branches: dict[str, str] = field(default_factory=dict)  # arm -> the arm whose warm-up it continues
 
     def config(self, arm: str) -> dict[str, Any]:
         """The LightningCLI configuration of one arm."""
@@ -62,12 +62,12 @@ def read_experiment(path: str | Path) -> Experiment:
 
     Besides what LightningCLI understands (``model``, ``data``, ``trainer``, ``seed_everything``, ``competence``) it has two keys:
     ``name`` (default: the file's name) and ``arms``, a mapping from arm names to what they set differently. Without ``arms`` the
-    configuration itself is the only arm, called "model". An arm that says ``branch_from: OTHER`` goes on from the state of an arm
-    before it at the end of the ERM warm-up, which the two share.
+    configuration itself is the only arm, called "model". An arm with ``branch_from: OTHER`` continues from an earlier arm's
+    state at the end of the ERM warm-up, which the two share.
 
     Raises:
-        MissingDataError: there is no such file. DamagedFileError: it is no plain file.
-        InvalidArgumentError: it is no mapping in YAML, or a name cannot be a folder.
+        MissingDataError: there is no such file. DamagedFileError: it is not a regular file.
+        InvalidArgumentError: it is not a YAML mapping, or a name cannot be a folder.
     """
     path = Path(path)
     content = read_mapping(path, "the shipped experiment files are in configs/", InvalidArgumentError)
@@ -95,8 +95,8 @@ def require_folder_name(word: Any, where: str) -> None:
 def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     """The base with the overlay's leaves on top.
 
-    Classes are mappings with ``class_path`` and ``init_args``: an overlay that names a ``class_path`` replaces the base's whole,
-    and one that does not sets arguments of the base's class, with or without saying ``init_args``.
+    Classes are mappings with ``class_path`` and ``init_args``. An overlay that names a ``class_path`` replaces the base's class and
+    arguments; one that does not sets arguments of the base's class, under ``init_args`` or directly.
 
     >>> base = {"gate": {"class_path": "A", "init_args": {"k": 2, "c": 3}}}
     >>> merge(base, {"gate": {"class_path": "B"}})
@@ -145,11 +145,11 @@ class Arm:
 
     @property
     def finished(self) -> bool:
-        """Whether training came to its end."""
+        """Whether training is complete."""
         return (self.folder / "finished.json").is_file()
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Mark the arm as trained to the end."""
+        """Mark the arm as fully trained."""
         write_text(self.folder / "finished.json", json.dumps(facts, indent=2) + "\n")
 
 
@@ -164,10 +164,10 @@ class Run:
         self.folder = Path(folder)
 
     def prepare(self, experiment: Experiment, *, overwrite: bool = False, arms: Sequence[str] | None = None) -> None:
-        """Lay out the folder, or check that what is there was made by the same experiment, so that it can be resumed.
+        """Lay out the folder, or check that it was made by the same experiment, so that the run can be resumed.
 
         Raises:
-            InvalidArgumentError: the folder holds a run with other settings, or something that is no run.
+            InvalidArgumentError: the folder holds a run with other settings, or something else.
         """
         file = self.folder / EXPERIMENT
         overlays = {
@@ -178,12 +178,12 @@ class Run:
         others = list(self.folder.glob("[!.]*")) if self.folder.is_dir() else []
         if others and not (self.folder / MARKER).is_file():
             raise InvalidArgumentError(
-                f"{self.folder} holds something else than a run; choose another --name or --run-dir"
+                f"{self.folder} holds something other than a run; choose another --name or --run-dir"
             )
         made = self.experiment().arms if file.is_file() else {}
         trained = any(self.arm(name).checkpoint.is_file() for name in made)
         if overwrite:
-            for name in (*(made if arms is None else arms), REPORT):  # what the run made, and nothing put beside it
+            for name in (*(made if arms is None else arms), REPORT):  # what the run made, not what was put beside it
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         if (not overwrite or arms is not None) and trained and read_text(file) != content:
             raise InvalidArgumentError(
@@ -212,10 +212,10 @@ class Run:
         return Arm(name, self.folder / name)
 
     def origin(self, experiment: Experiment, arm: str) -> Arm | None:
-        """The arm whose warm-up this one goes on from.
+        """The arm whose warm-up this one continues, if any.
 
         Raises:
-            InvalidArgumentError: the two differ in more than the method, or in how long they warm up, so that no warm-up is shared.
+            InvalidArgumentError: the two differ in more than the method, or warm up for different numbers of epochs.
         """
         if arm not in experiment.branches:
             return None
@@ -232,7 +232,7 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from writing to this run; the lock falls with the process, however it ends.
+        """Keep other processes from writing to this run; the lock is released when the process ends, however it ends.
 
         Raises:
             InvalidArgumentError: another process holds the lock.

@@ -15,7 +15,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     """``--a.b 1 --c=x`` as a nested mapping, values read as YAML.
 
     Raises:
-        InvalidArgumentError: something that is neither an option nor an option's value.
+        InvalidArgumentError: a word that is neither an option nor its value.
 
     >>> parse_settings(["--trainer.max_epochs", "3", "--model.lr=1e-2"])
     {'trainer': {'max_epochs': 3}, 'model': {'lr': '1e-2'}}
@@ -38,9 +38,9 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
 
 def class_help(arguments: list[str]) -> list[str] | None:
-    """The words of a call such as ``--data.help PACS`` or ``--model.method.help=Robust``; None where there is none.
+    """The arguments of a call such as ``--data.help PACS`` or ``--model.method.help=Robust``; None if there is no such call.
 
-    Without a class, and with an experiment file, the class is the one that the file names there.
+    If no class is named, it is the one that the experiment file names there.
 
     >>> class_help(["--name", "x", "--data.help", "PACS"]), class_help(["--name", "x"])
     (['--data.help', 'PACS'], None)
@@ -57,7 +57,7 @@ def class_help(arguments: list[str]) -> list[str] | None:
 
 
 def _configured(arguments: list[str], keys: list[str]) -> list[str]:
-    """The class that the experiment file given among the arguments names under these keys, if it does."""
+    """The class that the given experiment file names under these keys, if any."""
     options, _ = parser().parse_known_args(
         [*arguments, *([] if "--config" in " ".join(arguments) else ["--config", ""])]
     )

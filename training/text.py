@@ -22,7 +22,7 @@ class TextEncoder(nn.Module):
 
     Raises:
         MissingDependencyError: `transformers` is not installed.
-        MissingDataError: the model is nowhere.
+        MissingDataError: the model is not found.
 
     Source: [CLS] pooling of Devlin et al., *BERT*, 2019; DistilBERT as in *Toward Calibrated Mixture-of-Experts Under
     Distribution Shift*, 2026.

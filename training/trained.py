@@ -29,11 +29,11 @@ PARTS = {  # of a checkpoint that training resumes from, and their types
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of an arm, opened without running code from it.
+    """The checkpoint of an arm, read without running code from it.
 
     Raises:
         MissingDataError: there is none.
-        DamagedFileError, InvalidArgumentError: it is torn, or not a checkpoint that training or evaluation can go on from.
+        DamagedFileError, InvalidArgumentError: it is damaged, or not a checkpoint of an arm.
     """
     advice = "delete it, or train anew with --overwrite"
     with decoding(path, "a checkpoint that can be read", advice, InvalidArgumentError):
@@ -47,7 +47,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_config(arm: Arm) -> dict[str, Any]:
-    """What an arm was trained with.
+    """The configuration that an arm was trained with.
 
     Raises:
         MissingDataError: there is none. DamagedFileError: it cannot be read.

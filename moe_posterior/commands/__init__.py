@@ -1,1 +1,1 @@
-"""The command lines of ``moe-posterior``, each with its help, apart from what they run: help needs neither torch nor lightning."""
+"""The command lines of ``moe-posterior`` with their help, separate from the code they run: help needs neither torch nor lightning."""

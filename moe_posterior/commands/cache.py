@@ -6,8 +6,8 @@ HELP = """
 Run a backbone once over the training, validation and test rows of a data module and store its features in half precision, so that
 gates and experts train on them in seconds. Read them with the data module CachedFeatures.
 
-The folder's manifest.json says which data and which network the features belong to. The same command goes on where it was
-interrupted; with other data, another network or other weights it refuses the folder and names what differs.
+The folder's manifest.json records which data and which network the features come from. Run the same command again to resume after an
+interruption; with other data, another network or other weights the folder is refused, and the message says what differs.
 """
 EXAMPLES = """
 examples:
@@ -31,7 +31,7 @@ and then, in an experiment file:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line as its help shows it; what reads it also knows the options of the chosen classes."""
+    """The command line as its help shows it; the real parser also knows the options of the chosen classes."""
     made = argparse.ArgumentParser(
         "moe-posterior cache", description=HELP, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,11 +46,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
-    """The options beside the classes."""
+    """The options other than the classes."""
     made.add_argument("--out", required=True, metavar="FOLDER", help="where the features go")
     made.add_argument("--weights", metavar="FILE", help="state_dict or checkpoint of the backbone")
-    made.add_argument("--prefix", default="", help="of the backbone's entries in that checkpoint, such as 'backbone.'")
-    made.add_argument("--seed", type=int, default=42, help="of weights that no file gives (default: 42)")
+    made.add_argument(
+        "--prefix", default="", help="prefix of the backbone's entries in that checkpoint, such as 'backbone.'"
+    )
+    made.add_argument(
+        "--seed", type=int, default=42, help="seed of weights that are not read from a file (default: 42)"
+    )
     made.add_argument(
         "--shifts", type=str, nargs="*", metavar="SHIFT", help="also cache the test rows under these shifts"
     )

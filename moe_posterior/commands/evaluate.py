@@ -5,10 +5,10 @@ from pathlib import Path
 
 HELP = """
 Evaluate a run: accuracy, NLL, Brier score and expected calibration error of the routed aggregate, for every arm, on the stored
-test rows and under each shift at each severity, over all rows and over the hard and the easy ones, with bootstrap intervals.
+test rows and under each shift at each severity, on all rows and on the hard and easy ones, with 95 % intervals.
 
-Also, from validation rows: what six calibrators make of it, the threshold to act on, the error under reweighted routing
-configurations, and how fast the confidences recover as outcomes are delivered.
+With the help of validation rows it also reports six calibrators, a confidence threshold to act on, the error when routing
+configurations are reweighted, and how fast the confidences recover as outcomes arrive.
 
 Writes index.html (one page with everything, no network needed), report.json, table.md, model_card.md (a fragment for a model card),
 reliability.png, for each posterior gate competence-ARM.png, and calibrators-ARM.pt (the fitted calibrators' state) into RUN/report, and
@@ -21,10 +21,10 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "moe-posterior evaluate", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--run", required=True, metavar="DIR", help="folder of the run, as fit printed it")
+    made.add_argument("--run", required=True, metavar="DIR", help="folder of the run, as printed by fit")
     made.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms")
     made.add_argument(
-        "--shifts", nargs="*", metavar="SHIFT", help="only these shifts; none given: the stored test rows alone"
+        "--shifts", nargs="*", metavar="SHIFT", help="only these shifts; without a name: only the stored test rows"
     )
     made.add_argument(
         "--severities",
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FOLDER",
-        help="where modules of your own are that the run's classes come from; else only installed ones are imported",
+        help="folder of your own modules that define the run's classes; otherwise only installed modules are imported",
     )
     made.add_argument("--copy-to", type=Path, metavar="DIR", help="also copy the report there")
     return made

@@ -6,8 +6,8 @@ STUDIES = ("cifar10h", "comments", "pacs")
 HELP = """
 Compare all training methods, with the softmax and with the posterior gate, over seeds, on frozen features of one data set.
 
-Every cell is trained once (methods of one seed share their ERM warm-up), what it says of the validation and test rows is kept under
-runs/study-NAME, and all figures are computed from that. Run the same command again to go on where it stopped.
+Every cell is trained once (methods of one seed share their ERM warm-up). Its predictions on validation and test rows are kept under
+runs/study-NAME, and all figures are computed from them. Run the same command again to resume.
 """
 EXAMPLES = """
 examples:

@@ -85,7 +85,7 @@ def test_a_run_that_diverges_is_an_error_and_its_arm_is_not_trained(
     assert "Trained" not in said.out
     assert not list(tmp_path.rglob("finished.json"))
     assert main(["evaluate", "--run", str(tmp_path / "demo")]) == 2
-    assert "has not been trained to its end" in capsys.readouterr().err
+    assert "is not fully trained" in capsys.readouterr().err
 
 
 def test_an_error_of_divergence_is_one_of_ours() -> None:

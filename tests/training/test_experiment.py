@@ -132,7 +132,7 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path, refused) 
     (tmp_path / "demo" / "thesis.txt").write_text("years of work")
     (tmp_path / "demo" / "experiment.yaml").write_text("my: own")
     message = refused("fit", "--config", DEMO, "--run-dir", tmp_path, "--overwrite")
-    assert "holds something else than a run" in message
+    assert "holds something other than a run" in message
     assert (tmp_path / "demo" / "thesis.txt").exists()
 
 

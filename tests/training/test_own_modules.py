@@ -81,7 +81,7 @@ def test_evaluate_imports_no_module_of_the_working_folder_unless_it_is_told_to(
     (tmp_path / "my_data.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + MODULE)
     result = moe_posterior_in(tmp_path, "evaluate", "--run", "run", "--arms", "posterior")
     assert result.returncode == 2
-    assert "names 'my_data.HeldOut', of a module that is not installed, and nothing was imported" in result.stderr
+    assert "names 'my_data.HeldOut', whose module is not installed, and nothing was imported" in result.stderr
     assert "--import-from FOLDER" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "ran").exists()

@@ -1,4 +1,4 @@
-"""What every classification data set of this library is: in-memory splits, reproducible batches, and shifted copies of the test rows.
+"""The base of all classification data sets: in-memory splits, reproducible batches, and shifted copies of the test rows.
 
 Dimensions: N rows of a batch or split; an input row has any shape. The data are small, so a split is one tensor in its stored
 dtype and a batch is one indexing operation; no Python runs per row.
@@ -65,7 +65,7 @@ Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def generator_for(*parts: int | str) -> torch.Generator:
-    """A CPU generator whose stream depends on all the parts and on nothing else.
+    """A CPU generator seeded by all the parts and nothing else.
 
     Parts are hashed together, so that ("noise", 1, 23) and ("noise", 12, 3) share nothing; hash() would change between processes.
 
@@ -78,7 +78,7 @@ def generator_for(*parts: int | str) -> torch.Generator:
 
 
 def candidate_folders(subfolder: str, data_dir: str | Path | None = None) -> list[Path]:
-    """Folders in which a data set may lie, the most specific first; they need not exist.
+    """Folders in which a data set may be, the most specific first; they need not exist.
 
     These are `data_dir`, else the folder named by the environment variable MOE_POSTERIOR_DATA (its subfolder, then itself), else
     `../shared/data/<subfolder>` beside the project's root.

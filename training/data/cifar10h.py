@@ -58,7 +58,7 @@ class CIFAR10H(ClassificationData):
     Shapes: input (N, 3, 32, 32) float in [0, 1], not standardised.
 
     Raises:
-        MissingDataError: images or votes are nowhere.
+        MissingDataError: images or votes are not found.
         InvalidArgumentError: a fraction outside its range, a limit below 1, an unknown shift, or votes that belong to other rows.
 
     Source: Peterson et al., *Human Uncertainty Makes Classification More Robust*, 2019; subsets as in *Toward Calibrated
@@ -103,7 +103,7 @@ class CIFAR10H(ClassificationData):
         """The splits; images stay bytes.
 
         Raises:
-            MissingDataError: images are nowhere.
+            MissingDataError: images are not found.
         """
         images, labels = self._read("train")
         test_images, test_labels = self._read("test")
@@ -137,7 +137,7 @@ class CIFAR10H(ClassificationData):
         """Human votes for each class on each test image.
 
         Raises:
-            MissingDataError: the file of counts is nowhere.
+            MissingDataError: the file of counts is not found.
             InvalidArgumentError: its rows do not belong to the test images.
         """
         folders = candidate_folders("cifar10h", self.data_dir)

@@ -36,7 +36,7 @@ class Comments(NamedTuple):
 
 
 class CivilComments(ClassificationData):
-    """WILDS CivilComments: is a comment toxic, and is the answer as good where it mentions an identity?
+    """WILDS CivilComments: is a comment toxic, and is the model as good on comments that mention an identity?
 
     Reads `all_data_with_identities.csv` of WILDS: columns `id, comment_text, split` (train, val or test), `toxicity`, the eight
     identities and `identity_any`, each the share of annotators who said so; one half or more counts. Further columns are left unread.
@@ -61,7 +61,7 @@ class CivilComments(ClassificationData):
     Shapes: input (N, L) int32, or (N, D) float32.
 
     Raises:
-        MissingDataError: the file, the embeddings or the tokenizer are nowhere.
+        MissingDataError: the file, the embeddings or the tokenizer are not found.
         InvalidArgumentError: a column, a split or an embedding is missing, or an argument is out of range.
 
     Source: Koh et al., *WILDS*, 2021; Borkan et al., *Nuanced Metrics for Measuring Unintended Bias*, 2019; 50,000 training
@@ -106,7 +106,7 @@ class CivilComments(ClassificationData):
         """The splits of the file; the training rows are a draw from its own.
 
         Raises:
-            MissingDataError: a file is nowhere. InvalidArgumentError: a file lacks what it must have.
+            MissingDataError: a file is not found. InvalidArgumentError: a file lacks a required part.
         """
         if self.hub_name is None:
             origin = str(self._find(self.file_name, self.advice))
@@ -200,7 +200,7 @@ class CivilComments(ClassificationData):
 
 
 class CAD(CivilComments):
-    """The Contextual Abuse Dataset in the schema of CivilComments; a stand-in for it that is never to be taken for it.
+    """The Contextual Abuse Dataset in the schema of CivilComments; a stand-in, not the same data.
 
     Comments are from Reddit, "toxic" is any label of abuse (18.4 % of rows), and a group is "mentions one of a list of keywords",
     not what annotators saw. Reads `cad_reddit_wilds_schema.parquet`. Arguments are those of `CivilComments`; all 13,584 training rows

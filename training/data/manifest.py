@@ -1,4 +1,4 @@
-"""What a cache of features says of itself, and whether that still holds: ``manifest.json`` beside one file per part.
+"""The manifest of a feature cache, and whether it still holds: ``manifest.json`` beside one file per part.
 
 A part is a split ("train", "val", "test"), the test rows under a shift ("test-contrast-3"), or the masks of "subsets".
 """
@@ -97,9 +97,9 @@ def describe_sources(data: ClassificationData) -> list[dict[str, Any]]:
 
 
 def changed_sources(manifest: Manifest) -> list[str]:
-    """The source files that are no longer what they were; one that is gone is no reason to distrust its features.
+    """The source files that have changed; a missing one does not make the features invalid.
 
-    A file whose size and time are unchanged is not read.
+    A file with unchanged size and time is not read.
     """
     changed = []
     for source in manifest["sources"]:
@@ -114,7 +114,7 @@ def changed_sources(manifest: Manifest) -> list[str]:
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> list[str]:
-    """What two descriptions disagree on, in words.
+    """The differences of two descriptions, in words.
 
     >>> differences({"class": "A", "weights": "1f"}, {"class": "A", "weights": "2e"}, "backbone")
     ["backbone weights ('1f' in the cache, '2e' here)"]
@@ -151,7 +151,7 @@ def read(folder: Path) -> Manifest:
 
 
 def _check(manifest: Manifest) -> None:
-    """Raise some error unless everything is there that is read of a manifest."""
+    """Raise an error unless the manifest has everything that is read from it."""
     for name in ("data", "backbone", "settings", "parts"):
         if not isinstance(manifest[name], dict):
             raise TypeError(f"{name} must be a mapping")

@@ -68,7 +68,7 @@ class PACS(ClassificationData):
     Shapes: input (N, 3, size, size) float in [0, 1], or (N, 1280) float, (N, project) if projected.
 
     Raises:
-        MissingDataError: the files are nowhere.
+        MissingDataError: the files are not found.
         InvalidArgumentError: an unknown domain, class or kind of input, or a number out of its range.
 
     Source: Li et al., *Deeper, Broader and Artier Domain Generalization*, 2017; protocol as in *Toward Calibrated
@@ -119,7 +119,7 @@ class PACS(ClassificationData):
         """The splits; images stay bytes.
 
         Raises:
-            MissingDataError: the files are nowhere. InvalidArgumentError: they hold unknown domains or classes.
+            MissingDataError: the files are not found. InvalidArgumentError: they hold unknown domains or classes.
         """
         rows = self._read()
         kept = self._limited(rows)
@@ -159,7 +159,7 @@ class PACS(ClassificationData):
     def domains(self, part: str) -> Tensor:  # (n,) int64
         """The domain of each row of a split, a number into `domain_names`.
 
-        With it a shift can be simulated that the test domain has no part in: fit on two source domains, measure on the third.
+        It lets a shift be simulated without the test domain: fit on two source domains, measure on the third.
         """
         groups = self.split(part).groups
         assert groups is not None

@@ -22,7 +22,7 @@ __all__ = ["Evaluation", "reduced", "validate_arms", "validate_prediction"]
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A set of predictions reduced to what the report needs, so that the probabilities may be freed."""
+    """Predictions reduced to what the report needs, so that the probabilities can be freed."""
 
     target: Tensor  # (n,)
     answers: Answers  # (n,) each

@@ -1,4 +1,4 @@
-"""What an evaluation is called: which sets it holds, of which shifts and severities, and how many rows.
+"""Names of evaluations: which sets they hold, of which shifts and severities, and how many rows.
 
 The stored test rows are the set of severity 0. They are called "clean" where they are distributed as the training rows, and by the
 name of their shift where the data say that they are not. A mean over sets and a pool of their predictions are different numbers, so

@@ -1,4 +1,4 @@
-"""The parts of a report beyond each arm's own probabilities: calibrators, groups, a threshold to act on, outcomes trickling in.
+"""Further sections of a report: calibrators, groups, a threshold to act on, recalibration from arriving outcomes.
 
 Dimensions: n rows, K classes. Calibrators and the threshold are fitted on validation rows; everything is judged on test rows.
 """
@@ -187,7 +187,7 @@ def _action(arm: str, validation: Prediction, sets: Sequence[Scored]) -> list[di
 
 
 def scored(judged: Prediction) -> Scored:
-    """What of an arm's answers on one evaluation set the action threshold is judged by."""
+    """The confidences and correctness by which the action threshold is judged on one evaluation set."""
     answers = top_label(normalised(judged.probs), judged.need("target"))
     return Scored(judged.shift, judged.severity, *answers)
 

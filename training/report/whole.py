@@ -32,7 +32,7 @@ def report_of(
     Args:
         predictions: as for :func:`~moe_posterior.training.report.evaluate_predictions`, read once; only those of the stored test rows
             and of severe shifts are held in memory together.
-        validation: what each arm says of validation rows, on which the action threshold is chosen.
+        validation: each arm's predictions on validation rows, on which the action threshold is chosen.
         fitted: calibrators, fitted on the same rows.
         subsets: as for ``evaluate_predictions``; "overall" may be among them.
         sets: (shift, severity) of every evaluation set that ``predictions`` will cover, the stored test rows first.
