@@ -1,6 +1,7 @@
 """The latency benchmark measures; these tests check what it counts, never how long it took."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -55,8 +56,7 @@ def test_single_decisions_are_each_resolved() -> None:
 
 def test_records_render_as_two_tables(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(latency, "SIZES", (latency.Size(4, 5, 8), latency.Size(6, 7, 8)))
-    monkeypatch.setattr(latency, "LOADS", (500,))
-    monkeypatch.setattr(latency, "_measure", _short(latency._measure))
+    monkeypatch.setattr(latency, "measure", partial(latency.measure, seconds=0.1, loads=(500,)))
     out = tmp_path / "latency.json"
     assert benchmark(["latency", "--seeds", "1", "--out", str(out), "--quiet"]) == 0
     printed = capsys.readouterr().out
@@ -65,7 +65,3 @@ def test_records_render_as_two_tables(monkeypatch: pytest.MonkeyPatch, tmp_path,
     assert len(json.loads(out.read_text())["records"]) > 20
     assert benchmark(["latency", "--from", str(out)]) == 0
     assert "Open-loop load" in capsys.readouterr().out
-
-
-def _short(measure):
-    return lambda seed, seconds, loads, advance: measure(seed, 0.1, (500,), advance)

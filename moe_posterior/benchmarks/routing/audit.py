@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from moe_posterior.audit import AuditLog
 from moe_posterior.audit.rebuild import rebuild
@@ -22,7 +21,7 @@ from moe_posterior.audit.verify import verify
 from moe_posterior.benchmarks.cells import text_table
 from moe_posterior.benchmarks.records import Record
 from moe_posterior.benchmarks.routing.environments import synthetic
-from moe_posterior.benchmarks.routing.latency import SIZES, open_loop
+from moe_posterior.benchmarks.routing.latency import SIZES, one_thread, open_loop
 from moe_posterior.results.tables import Table
 from moe_posterior.router import PosteriorRouter
 
@@ -43,16 +42,12 @@ def parts(repeats: int) -> int:
 
 def measure(seeds: Iterable[int], advance: Callable[[], None] = lambda: None) -> Iterator[Record]:
     """Records of every repeat; the seed labels a repeat and draws its embeddings, outcomes and arrivals."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a decision is too small to gain from threads
-    try:
+    with one_thread():
         for seed in seeds:
             for part in (under_load, sustained, realistic):
                 for metric, value in part(seed).items():
                     yield Record("audit", _ENVIRONMENTS[part.__name__], "posterior", {}, seed, metric, value)
                 advance()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def under_load(seed: int) -> dict[str, float]:

@@ -19,7 +19,6 @@ from moe_posterior.gates import SoftmaxGate
 Benchmark = Literal["a", "b", "c"]
 
 NUM_QUERIES = 1000  # "1,000 evaluation queries"
-SHIFT_AT = 500  # "after 500 queries drawn from the training distribution"
 NUM_WARM = 2000
 HIDDEN_SIZE = 32
 NUM_CLASSES = 16  # M, of the training distribution

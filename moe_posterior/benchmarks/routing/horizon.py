@@ -33,7 +33,6 @@ from moe_posterior.results.tables import DASH, Table
 from moe_posterior.router import PosteriorRouter
 
 ENVIRONMENT = "horizon on synthetic B"
-SEEDS = 20
 PAPER = 20  # queries
 HEALTHY = 500  # queries before the failure, in the second design
 QUERIES = 500  # after it

@@ -9,6 +9,7 @@ a router that falls behind shows it. Embedding the query is not included; the pa
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,29 +67,32 @@ def measure(
         loads: arrivals per second.
         advance: called after each part, for a progress bar.
     """
+    with one_thread():
+        for size in SIZES:
+            for name, options in VARIANTS.items():
+                router, embeddings = _router(size, options, seed)
+                for metric, value in single_decisions(router, embeddings).items():
+                    yield _record(size, name, {"load": 1, **options}, seed, metric, value)
+                advance()
+        small = SIZES[0]
+        for load in loads:
+            for name, options in VARIANTS.items():
+                router, embeddings = _router(small, options, seed)
+                found = open_loop(router, embeddings, load, seconds, np.random.default_rng(seed))
+                for metric, value in found.items():
+                    yield _record(small, name, {"load": load, **options}, seed, metric, value)
+                advance()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: a decision is too small to gain from more."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a decision is too small to gain from threads
+    torch.set_num_threads(1)
     try:
-        yield from _measure(seed, seconds, loads, advance)
+        yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _measure(seed: int, seconds: float, loads: tuple[int, ...], advance: Callable[[], None]) -> Iterator[Record]:
-    for size in SIZES:
-        for name, options in VARIANTS.items():
-            router, embeddings = _router(size, options, seed)
-            for metric, value in single_decisions(router, embeddings).items():
-                yield _record(size, name, {"load": 1, **options}, seed, metric, value)
-            advance()
-    small = SIZES[0]
-    for load in loads:
-        for name, options in VARIANTS.items():
-            router, embeddings = _router(small, options, seed)
-            found = open_loop(router, embeddings, load, seconds, np.random.default_rng(seed))
-            for metric, value in found.items():
-                yield _record(small, name, {"load": load, **options}, seed, metric, value)
-            advance()
 
 
 def parts(loads: tuple[int, ...] = LOADS) -> int:
