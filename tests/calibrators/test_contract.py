@@ -34,6 +34,7 @@ MAKERS: dict[str, Callable[[], Calibrator]] = {
     "vector": VectorScaling,
     "isotonic": IsotonicCalibration,
     "histogram": HistogramBinning,
+    "expert, stopped": lambda: ExpertTemperature(steps=50),
     "domains": MultiDomainTemperature,
     "configuration": ConfigurationCalibrator,
     "shift": ShiftAwareTemperature,
