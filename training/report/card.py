@@ -1,18 +1,17 @@
 """The report as a fragment of a Hugging Face model card."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from moe_posterior.escape import markdown
 from moe_posterior.results.tables import Table, to_markdown
 from moe_posterior.training.report import promise, tables
 from moe_posterior.training.report.checklist import ABSENT, checklist, standard, tally
+from moe_posterior.training.report.schema import Report
 
 MOST_CONFIGURATIONS = 10
 
 
-def to_card(report: Mapping[str, Any]) -> str:
+def to_card(report: Report) -> str:
     """Render a report as Markdown to paste into a model card: whether the action threshold kept its promise, the governance standard,
     results, and each measured section.
 
@@ -31,10 +30,11 @@ def to_card(report: Mapping[str, Any]) -> str:
     | held | 0.050 | 0.100 | 0.600 | 0.800 |
     """
     metric = tables.metric_settings(report)
+    items = checklist(report)
     said = promise.sentence(tables.rows_of(report, "action"))
     parts = {
         "Action threshold": (f"{markdown(said)}\n\n" if said else "") + _section(tables.action(report, whole=True)),
-        "Governance standard": f"Held: {markdown(tally(checklist(report)))}.\n\n{_markdown(standard(report))}",
+        "Governance standard": f"Held: {markdown(tally(items))}.\n\n{_markdown(standard(items))}",
         "Results": _section(tables.main_rows(report)) + _note(report),
         "Shift scenarios": _section(tables.shifts(report))
         + (f"\n\n{_markdown(pools)}" if (pools := tables.pools(report)) else "")
@@ -59,7 +59,7 @@ def _section(content: Table | None) -> str:
     return _markdown(content) if content else f"{ABSENT[0].upper()}{ABSENT[1:]}."
 
 
-def _note(report: Mapping[str, Any]) -> str:
+def _note(report: Report) -> str:
     if not report.get("paired"):
         return ""
     return f"\n\n{tables.marked(report)}"

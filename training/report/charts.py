@@ -10,14 +10,14 @@ from typing import Any
 from moe_posterior.results.page import Axis, Series, figure, legend, line_chart, nice_ticks
 from moe_posterior.results.tables import Table, estimate
 from moe_posterior.training.report.places import ALL_SHIFTS, base_of, ece_text, sets_of, size
-from moe_posterior.training.report.schema import OVERALL
+from moe_posterior.training.report.schema import OVERALL, Report
 from moe_posterior.training.report.tables import rows_of
 
 FEW = 10  # predictions in a bin, below which its accuracy is drawn faint
 SHARE_TICKS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 
 
-def reliability(report: Mapping[str, Any]) -> str:
+def reliability(report: Report) -> str:
     """Accuracy against confidence with Wilson intervals, a panel per evaluation and subset, shares of predictions below."""
     curves = [one for one in rows_of(report, "reliability") if one.get("n")]
     if not curves:
@@ -43,10 +43,10 @@ def reliability(report: Mapping[str, Any]) -> str:
     return figure(drawings, caption, legend([(arm, i) for i, arm in enumerate(arms)]), Table(columns, rows))
 
 
-def severity(report: Mapping[str, Any]) -> str:
+def severity(report: Report) -> str:
     """Accuracy and ECE of all rows against severity, from the stored test rows to the hardest shift."""
     base = base_of(report)
-    wanted = [
+    wanted: list[Mapping[str, Any]] = [
         one
         for one in report.get("records") or []
         if one["subset"] == OVERALL and one["severity"] is not None and one["shift"] in (base, ALL_SHIFTS)
@@ -85,14 +85,14 @@ def severity(report: Mapping[str, Any]) -> str:
     return figure(drawings, caption, names, Table(["metric", "arm", "severity", "value"], rows))
 
 
-def risk_coverage(report: Mapping[str, Any]) -> str:
+def risk_coverage(report: Report) -> str:
     """Share of wrong answers against the share acted on, as the threshold falls."""
     caption = "Acting on the most confident answers first: the risk at each coverage. Lower is better."
     axis = ("coverage (share acted on)", "risk (share wrong)")
     return _curves(report, "risk_coverage", axis, caption, x_range=(0, 1))
 
 
-def rce(report: Mapping[str, Any]) -> str:
+def rce(report: Report) -> str:
     """Worst calibration error over reweightings of configurations, per calibrator."""
     caption = (
         "RCE(ρ): the largest calibration error under any reweighting of configurations within a KL divergence of ρ. Noise floor: its "
@@ -101,14 +101,14 @@ def rce(report: Mapping[str, Any]) -> str:
     return _curves(report, "rce", ("ρ (KL divergence, nats)", "calibration error"), caption)
 
 
-def online(report: Mapping[str, Any]) -> str:
+def online(report: Report) -> str:
     """Calibration error against the number of outcomes delivered."""
     caption = "Each prediction is made before its own outcome is delivered (prequential). Lower is better."
     return _curves(report, "online", ("outcomes delivered", "debiased ECE"), caption, log=True)
 
 
 def _curves(
-    report: Mapping[str, Any],
+    report: Report,
     key: str,
     labels: tuple[str, str],
     caption: str,

@@ -10,10 +10,10 @@ from typing import Any
 from moe_posterior.results.tables import Cell, Table, estimate, show
 from moe_posterior.training.report import promise, tables
 from moe_posterior.training.report.places import ALL_SHIFTS, CLEAN, place_name, sets_of
-from moe_posterior.training.report.schema import OVERALL
+from moe_posterior.training.report.schema import OVERALL, Report
 
 ABSENT = "not measured in this run"
-Finder = Callable[[Mapping[str, Any]], str | None]
+Finder = Callable[[Report], str | None]
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Item:
         return self.found is not None and not self.failed
 
 
-def standard(report: Mapping[str, Any]) -> Table:
+def standard(items: Sequence[Item]) -> Table:
     """The checklist as a table."""
     rows = []
-    for item in checklist(report):
+    for item in items:
         word = Cell(promise.FAILED, promise.FAILED, strong=True) if item.failed else "yes" if item.held else "no"
         rows.append([item.requirement, word, item.found or ABSENT])
     return Table(["item", "held", "value found"], rows)
@@ -52,7 +52,7 @@ def tally(items: Sequence[Item]) -> str:
     )
 
 
-def checklist(report: Mapping[str, Any]) -> list[Item]:
+def checklist(report: Report) -> list[Item]:
     """Every item of the standard, in its order; ``found`` is None where the report is silent.
 
     >>> report = {"action": {"threshold": 0.8, "risk": 0.05, "max_risk": 0.02}}
@@ -67,7 +67,7 @@ def checklist(report: Mapping[str, Any]) -> list[Item]:
     ]
 
 
-def _aggregate(report: Mapping[str, Any]) -> str | None:
+def _aggregate(report: Report) -> str | None:
     sets = sets_of(report)
     found = [
         f"{record['arm']}, {place_name(sets, record['shift'], record['severity'])}: "
@@ -87,7 +87,7 @@ def _with_floor(one: Mapping[str, Any]) -> str:
 
 
 def _identity(prefix: str) -> Finder:
-    def find(report: Mapping[str, Any]) -> str:
+    def find(report: Report) -> str:
         known = tables.identity_values(report)
         parts = [
             text if name == prefix else f"{name.removeprefix(f'{prefix}: ')}: {text}"
@@ -99,22 +99,22 @@ def _identity(prefix: str) -> Finder:
     return find
 
 
-def _shifts(report: Mapping[str, Any]) -> str:
+def _shifts(report: Report) -> str:
     content = tables.shifts(report)
     return ", ".join(show(row[0]) for row in content.rows if row[0] != CLEAN) if content else ""
 
 
-def _bins(report: Mapping[str, Any]) -> str:
+def _bins(report: Report) -> str:
     settings = report.get("metric") or {}
     rule = (tables.metric_settings(report) or "").partition(", ")[2]
     return rule if settings.get("binning") or not settings else ""
 
 
-def _metric_name(report: Mapping[str, Any]) -> str:
+def _metric_name(report: Report) -> str:
     return (tables.metric_settings(report) or "").partition(", ")[0]
 
 
-def _subgroups(report: Mapping[str, Any]) -> str:
+def _subgroups(report: Report) -> str:
     groups = list(dict.fromkeys(str(one.get("group")) for one in tables.rows_of(report, "subgroups")))
     worst = [one for one in tables.rows_of(report, "subgroups") if one.get("worst")]
     if groups:
@@ -124,11 +124,11 @@ def _subgroups(report: Mapping[str, Any]) -> str:
     return "subsets " + ", ".join(f"{name} (n = {show(n)})" for name, n in sizes.items()) if sizes else ""
 
 
-def _calibrators(report: Mapping[str, Any]) -> str:
+def _calibrators(report: Report) -> str:
     return ", ".join(dict.fromkeys(str(one.get("name")) for one in tables.rows_of(report, "calibrators")))
 
 
-def _action(report: Mapping[str, Any]) -> str:
+def _action(report: Report) -> str:
     """Per arm: the verdict on every evaluation, then the threshold and what it promised."""
     by_arm: dict[Any, list[Mapping[str, Any]]] = {}
     for one in promise.summary(tables.rows_of(report, "action")):
@@ -151,7 +151,7 @@ def _measured(one: Mapping[str, Any]) -> str:
     return ", ".join(part for part in (name, risk, coverage) if part)
 
 
-def _shared(report: Mapping[str, Any]) -> str:
+def _shared(report: Report) -> str:
     found = []
     for one in tables.rows_of(report, "shared_confidence"):
         name = ", ".join(str(one[key]) for key in ("arm", "panel") if one.get(key))
@@ -159,7 +159,7 @@ def _shared(report: Mapping[str, Any]) -> str:
     return "; ".join(found)
 
 
-def _monitoring(report: Mapping[str, Any]) -> str:
+def _monitoring(report: Report) -> str:
     rows = tables.rows_of(report, "configurations")
     gaps = [abs(found) for one in rows if (one.get("n") or 0) >= tables.FEW and (found := tables.gap(one)) is not None]
     if not rows:
@@ -172,8 +172,9 @@ def _monitoring(report: Mapping[str, Any]) -> str:
 
 
 def _operation(key: str) -> Finder:
-    def find(report: Mapping[str, Any]) -> str:
-        value = (report.get("operation") or {}).get(key) or ""
+    def find(report: Report) -> str:
+        operation: Mapping[str, Any] = report.get("operation") or {}
+        value = operation.get(key) or ""
         return value if isinstance(value, str) else "; ".join(map(str, value))
 
     return find

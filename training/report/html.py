@@ -10,11 +10,12 @@ from moe_posterior.results.page import Section, details, page, paragraph, table
 from moe_posterior.results.tables import Table
 from moe_posterior.training.report import charts, promise, tables
 from moe_posterior.training.report.checklist import ABSENT, checklist, standard, tally
+from moe_posterior.training.report.schema import Report
 
 TITLE = "Calibration report of the routed aggregate"
 
 
-def to_html(report: Mapping[str, Any]) -> str:
+def to_html(report: Report) -> str:
     """Render a report as a whole HTML document that needs no network.
 
     Args:
@@ -43,7 +44,7 @@ def to_html(report: Mapping[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def _promise(report: Mapping[str, Any]) -> Section:
+def _promise(report: Report) -> Section:
     said = promise.sentence(tables.rows_of(report, "action"))
     how = (
         "Held: the measured share of wrong answers is at most the promise. The threshold was chosen on validation rows. Risks have "
@@ -53,16 +54,16 @@ def _promise(report: Mapping[str, Any]) -> Section:
     return Section("promise", "Is the promise of the action threshold kept?", html or _absent("A promise"))
 
 
-def _standard(report: Mapping[str, Any]) -> Section:
-    held = tally(checklist(report))
+def _standard(report: Report) -> Section:
+    items = checklist(report)
     intro = (
-        f"What a calibration report of a consequential mixture of experts should name, and what this one holds: {held}. "
+        f"What a calibration report of a consequential mixture of experts should name, and what this one holds: {tally(items)}. "
         "The last five apply to soft routing and to how the model is used."
     )
-    return Section("standard", "Governance standard", paragraph(intro) + table(standard(report)))
+    return Section("standard", "Governance standard", paragraph(intro) + table(standard(items)))
 
 
-def _results(report: Mapping[str, Any]) -> Section:
+def _results(report: Report) -> Section:
     main = tables.main_rows(report)
     if main is None:
         return Section("results", "Accuracy and calibration", _absent())
@@ -77,7 +78,7 @@ def _results(report: Mapping[str, Any]) -> Section:
     return Section("results", "Accuracy and calibration", "".join(parts))
 
 
-def _shifts(report: Mapping[str, Any]) -> Section:
+def _shifts(report: Report) -> Section:
     metric = tables.metric_settings(report)
     text = paragraph(f"Metric: {metric}.") if metric else _absent("Metric and binning")
     html = text + _table(tables.shifts(report), "Shift scenarios")
@@ -86,10 +87,11 @@ def _shifts(report: Mapping[str, Any]) -> Section:
     return Section("shifts", "Shift scenarios and metric", html)
 
 
-def _configurations(report: Mapping[str, Any]) -> Section:
+def _configurations(report: Report) -> Section:
     few = f"The largest gap first; configurations with fewer than {tables.FEW} predictions come last."
-    html = _table(tables.configurations(report), "Routing configurations")
-    if tables.configurations(report):
+    found = tables.configurations(report)
+    html = _table(found, "Routing configurations")
+    if found:
         html = paragraph(few, "note") + html
     shared = _table(tables.shared_confidence(report), "Inputs that share a displayed confidence")
     return Section(
@@ -97,7 +99,7 @@ def _configurations(report: Mapping[str, Any]) -> Section:
     )
 
 
-def _calibrators(report: Mapping[str, Any]) -> Section:
+def _calibrators(report: Report) -> Section:
     reweighted = charts.rce(report) or _absent("The worst case under reweighting")
     online = charts.online(report) or _absent("Recalibration from delivered outcomes")
     html = _table(tables.calibrators(report), "Post-processing of the confidences")
@@ -105,10 +107,10 @@ def _calibrators(report: Mapping[str, Any]) -> Section:
     return Section("calibrators", "Calibrators", html)
 
 
-def _action(report: Mapping[str, Any]) -> Section:
+def _action(report: Report) -> Section:
     html = _table(tables.action(report), "An action threshold")
     html += charts.risk_coverage(report) or _absent("Risk against coverage")
-    operation = report.get("operation") or {}
+    operation: Mapping[str, Any] = report.get("operation") or {}
     labels = {"abstention": "Abstention", "routing_log": "Routing log", "conditions": "Operating conditions"}
     for key, label in labels.items():
         value = operation.get(key)

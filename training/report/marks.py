@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_posterior.training.report.places import ALL_SHIFTS
+from moe_posterior.training.report.schema import Report
 
 HIGHER_IS_BETTER = frozenset({"accuracy"})  # of every other metric less is better
 BETTER, WORSE = "better", "worse"
@@ -38,7 +39,7 @@ def verdict(pair: Mapping[str, Any]) -> str | None:
     return BETTER if (low > 0) == (pair["metric"] in HIGHER_IS_BETTER) else WORSE
 
 
-def marks_of(report: Mapping[str, Any]) -> dict[Key, str]:
+def marks_of(report: Report) -> dict[Key, str]:
     """The mark of every record that has one.
 
     An arm is better or worse than the baseline; the baseline is better where every other arm is worse.
@@ -61,7 +62,7 @@ def marks_of(report: Mapping[str, Any]) -> dict[Key, str]:
     return found | {key: BETTER for key, count in beaten.items() if count == others}
 
 
-def where_of(report: Mapping[str, Any]) -> str:
+def where_of(report: Report) -> str:
     """When a difference is marked, and of how many comparisons that is one.
 
     >>> print(where_of({"paired": [{"severity": 0, "comparisons": 8}]}))

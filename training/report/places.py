@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moe_posterior.results.tables import Cell
+from moe_posterior.training.report.schema import Report
 
 CLEAN = "clean"
 ALL_SHIFTS = "all shifts"
@@ -16,15 +17,19 @@ ALL_SHIFTS = "all shifts"
 Place = tuple[str, int | None]  # shift, severity; None: the mean over severities
 
 
-def base_of(report: Mapping[str, Any]) -> str:
+def base_of(report: Report) -> str:
     """The name of the stored test rows; "clean" where the report holds no records."""
     return next((one["shift"] for one in report.get("records") or [] if one["severity"] == 0), CLEAN)
 
 
-def sets_of(report: Mapping[str, Any]) -> list[tuple[str, int]]:
+def sets_of(report: Report) -> list[tuple[str, int]]:
     """The shifted sets behind the report's records, in their order."""
-    found = ((one["shift"], one["severity"]) for one in report.get("records") or [])
-    return list(dict.fromkeys(place for place in found if place[0] != ALL_SHIFTS and place[1]))
+    found = [
+        (one["shift"], one["severity"])
+        for one in report.get("records") or []
+        if one["shift"] != ALL_SHIFTS and one["severity"]
+    ]
+    return list(dict.fromkeys(found))
 
 
 def pool_name(sets: Sequence[tuple[str, int]]) -> str:

@@ -118,14 +118,14 @@ def _title(report: Report) -> str:
     return f"Routed aggregate: {report['n_bins']}-bin debiased ECE, 95 % intervals ({report['resamples']:,} resamples)"
 
 
-def _promises(report: Mapping[str, Any]) -> tuple[str, list[Mapping[str, Any]]]:
+def _promises(report: Report) -> tuple[str, list[Mapping[str, Any]]]:
     """What was promised and how often it held, and the rows that say where."""
     found = report.get("action") or []
     rows = [found] if isinstance(found, Mapping) else list(found)
     return promise.sentence(rows), [row for row in promise.summary(rows) if promise.verdict(row)]
 
 
-def _promise_lines(report: Mapping[str, Any]) -> Iterator[str]:
+def _promise_lines(report: Report) -> Iterator[str]:
     said, rows = _promises(report)
     if not said:
         return
@@ -147,7 +147,7 @@ def _promise_lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _promise_markdown(report: Mapping[str, Any]) -> Iterator[str]:
+def _promise_markdown(report: Report) -> Iterator[str]:
     said, rows = _promises(report)
     if not said:
         return

@@ -5,20 +5,20 @@ from typing import Any
 
 from moe_posterior.results.tables import Table
 from moe_posterior.training.report.places import ALL_SHIFTS, size
-from moe_posterior.training.report.schema import OVERALL, SCHEMA
+from moe_posterior.training.report.schema import OVERALL, SCHEMA, Report
 from moe_posterior.training.report.tables.cells import joined, rows_of, without_empty_columns
 
 __all__ = ["identity", "identity_values", "metric_settings", "pools", "shifts"]
 
 
-def identity(report: Mapping[str, Any]) -> Table | None:
+def identity(report: Report) -> Table | None:
     """What was evaluated: the report's identity, and its provenance where that is silent."""
     known = identity_values(report)
     rows = [[name, text] for name, text in known.items()]
     return Table(["what", "value"], rows) if rows else None
 
 
-def identity_values(report: Mapping[str, Any]) -> dict[str, str]:
+def identity_values(report: Report) -> dict[str, str]:
     """Name -> text of everything known about the model, the data and the run."""
     own, made = report.get("identity") or {}, report.get("provenance") or {}
     experiment = made.get("experiment") or {}
@@ -44,7 +44,7 @@ def identity_values(report: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def metric_settings(report: Mapping[str, Any]) -> str | None:
+def metric_settings(report: Report) -> str | None:
     """How calibration was measured, as a sentence."""
     settings = report.get("metric")
     if not settings and report.get("schema") == SCHEMA and "n_bins" in report:
@@ -60,11 +60,9 @@ def metric_settings(report: Mapping[str, Any]) -> str | None:
     return ", ".join(parts) or None
 
 
-def shifts(report: Mapping[str, Any]) -> Table | None:
+def shifts(report: Report) -> Table | None:
     """The scenarios that the model was evaluated under."""
-    listed = report.get("shifts")
-    if not listed:
-        listed = _shifts_of_records(report.get("records") or [])
+    listed: Sequence[Mapping[str, Any]] = report.get("shifts") or _shifts_of_records(report.get("records") or [])
     rows = [
         [one.get("name"), joined(", ", *(one.get("severities") or [])) or None, one.get("n"), one.get("description")]
         for one in listed
@@ -72,7 +70,7 @@ def shifts(report: Mapping[str, Any]) -> Table | None:
     return without_empty_columns(Table(["scenario", "severities", "predictions per arm", "description"], rows))
 
 
-def pools(report: Mapping[str, Any]) -> Table | None:
+def pools(report: Report) -> Table | None:
     """What the names of evaluations stand for that hold several sets."""
     rows = [
         [

@@ -8,7 +8,7 @@ from moe_posterior.results.tables import Cell, Table, estimate
 from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, Key, key_of, marks_of, where_of
 from moe_posterior.training.report.places import ALL_SHIFTS, members_of, place_name, sets_of, size
 from moe_posterior.training.report.render import TITLES
-from moe_posterior.training.report.schema import OVERALL
+from moe_posterior.training.report.schema import OVERALL, Report
 from moe_posterior.training.report.tables.cells import above_noise
 
 __all__ = ["every_row", "main_rows", "marked"]
@@ -17,7 +17,7 @@ SHOWN = ("ece", "accuracy", "nll", "brier")
 NOISE = "After an ECE: what noise alone shows, the mean plain ECE of a model that is right as often as these confidences say."
 
 
-def main_rows(report: Mapping[str, Any]) -> Table | None:
+def main_rows(report: Report) -> Table | None:
     """The stored test rows and the mean of all shifted sets for every subset, one line per arm; no column for the severity."""
     records = {key_of(record): record for record in report.get("records") or []}
     places = list(dict.fromkeys(key[1:4] for key in records))
@@ -27,13 +27,13 @@ def main_rows(report: Mapping[str, Any]) -> Table | None:
     return Table([columns[0], *columns[2:]], rows) if rows else None
 
 
-def marked(report: Mapping[str, Any]) -> str:
+def marked(report: Report) -> str:
     """What the marks in the tables mean, in this report."""
     marks = f"Bold: better; {MEANING}; {where_of(report)}."
     return f"{marks} {NOISE}" if any(one.get("floor") is not None for one in report.get("records") or []) else marks
 
 
-def every_row(report: Mapping[str, Any], most: int = 2000) -> Table | None:
+def every_row(report: Report, most: int = 2000) -> Table | None:
     """Every shift, severity, subset and arm; the first ``most`` of them."""
     records = {key_of(record): record for record in report.get("records") or []}
     places = list(dict.fromkeys(key[1:4] for key in records))
@@ -42,16 +42,16 @@ def every_row(report: Mapping[str, Any], most: int = 2000) -> Table | None:
     return Table(_metric_columns(report), rows[:most], caption) if rows else None
 
 
-def _metric_columns(report: Mapping[str, Any]) -> list[str]:
+def _metric_columns(report: Report) -> list[str]:
     titles = [TITLES[metric] for metric in SHOWN]
     return ["evaluation", "severity", "subset", "n", "arm", titles[0], *_difference_titles(report), *titles[1:]]
 
 
-def _difference_titles(report: Mapping[str, Any]) -> list[str]:
+def _difference_titles(report: Report) -> list[str]:
     return [f"ECE − ECE of {report['baseline']}"] if report.get("paired") and report.get("baseline") else []
 
 
-def _metric_rows(report: Mapping[str, Any], records: Mapping[Key, Mapping], places: Sequence[tuple]) -> Iterator[list]:
+def _metric_rows(report: Report, records: Mapping[Key, Mapping], places: Sequence[tuple]) -> Iterator[list]:
     """A row per place (shift, severity, subset) and arm, marked as :mod:`~moe_posterior.training.report.marks` decides."""
     paired = {key_of(record): record for record in report.get("paired") or []}
     marks, sets = marks_of(report), sets_of(report)
@@ -64,7 +64,7 @@ def _metric_rows(report: Mapping[str, Any], records: Mapping[Key, Mapping], plac
             cells = [_record_cell(one, marks.get(keys[metric])) for metric, one in found.items()]
             n = size(next(one["n"] for one in found.values() if one), len(members_of(sets, shift, severity)))
             level = "mean" if severity is None else severity or None
-            difference = [paired.get(keys["ece"], {}) for _ in _difference_titles(report)]
+            difference: list[Mapping[str, Any]] = [paired.get(keys["ece"], {}) for _ in _difference_titles(report)]
             cells[0] = above_noise(cells[0], found["ece"])
             cells[1:1] = [_record_cell(pair, marks.get(keys["ece"]) if pair else None) for pair in difference]
             yield [

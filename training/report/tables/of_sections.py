@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_posterior.results.tables import Cell, Table, estimate
 from moe_posterior.training.report import promise
+from moe_posterior.training.report.schema import Report
 from moe_posterior.training.report.tables.cells import above_noise, interval_of, rows_of, without_empty_columns
 
 __all__ = ["FEW", "action", "calibrators", "configurations", "gap", "of_arm", "shared_confidence", "subgroups", "worst"]
@@ -16,7 +17,7 @@ OF_MANY = (
 FEW = 30  # predictions, below which a configuration's gap is noise: such rows come last
 
 
-def subgroups(report: Mapping[str, Any]) -> Table | None:
+def subgroups(report: Report) -> Table | None:
     """Accuracy and ECE of each subgroup; the worst is marked."""
     rows = [
         [
@@ -54,7 +55,7 @@ def of_arm(one: Mapping[str, Any]) -> str:
     return f" of {one['arm']}" if one.get("arm") else ""
 
 
-def configurations(report: Mapping[str, Any], most: int = 300) -> Table | None:
+def configurations(report: Report, most: int = 300) -> Table | None:
     """Routing configurations, the largest gap between confidence and accuracy first, those with few predictions last."""
     found = sorted(
         rows_of(report, "configurations"), key=lambda one: ((one.get("n") or 0) < FEW, -abs(gap(one) or 0.0))
@@ -91,7 +92,7 @@ def gap(one: Mapping[str, Any]) -> float | None:
     return None if confidence is None or accuracy is None else confidence - accuracy
 
 
-def shared_confidence(report: Mapping[str, Any]) -> Table | None:
+def shared_confidence(report: Report) -> Table | None:
     """How many inputs display a confidence that another configuration displays too."""
     rows = [
         [
@@ -116,7 +117,7 @@ def shared_confidence(report: Mapping[str, Any]) -> Table | None:
     return without_empty_columns(Table([*columns, "widest difference in accuracy"], rows))
 
 
-def calibrators(report: Mapping[str, Any]) -> Table | None:
+def calibrators(report: Report) -> Table | None:
     """What each post-processing of the confidences reached."""
     rows = [
         [
@@ -132,7 +133,7 @@ def calibrators(report: Mapping[str, Any]) -> Table | None:
     return without_empty_columns(Table(["arm", "evaluation", "calibrator", "ECE", "NLL", "accuracy"], rows))
 
 
-def action(report: Mapping[str, Any], *, whole: bool = False) -> Table | None:
+def action(report: Report, *, whole: bool = False) -> Table | None:
     """The confidence above which the system acts, and whether its promise held; ``whole`` leaves out a shift's single severities."""
     found = rows_of(report, "action")
     rows = [
