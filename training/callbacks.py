@@ -33,7 +33,7 @@ class CompetenceUpdates(lightning.Callback):
         refit_every: epochs between refits; each costs one pass over the training rows without gradients.
         fit_rows: at most this many rows, drawn with the run's seed, go into k-means; the evidence uses all.
         evidence: rows to count. ``"train"`` (default) has many rows, on which experts look better than they are; ``"val"`` has few,
-            unseen ones.
+            unseen ones, and is what a gate gets whose ``counts_training_rows`` is False.
         observe_batches: also observe every training batch between refits. The belief then follows the experts more closely but is
             overconfident, since the same rows count again every epoch. Off by default.
         seed: of the draw and the k-means seeding, together with the epoch.
@@ -77,7 +77,8 @@ class CompetenceUpdates(lightning.Callback):
         batch_idx: int,
     ) -> None:
         gate, routing = _classifier(pl_module).moe.gate, outputs["routing"]
-        if self.observe_batches and routing is not None and isinstance(gate, BeliefGate):
+        counts = isinstance(gate, BeliefGate) and gate.counts_training_rows
+        if self.observe_batches and routing is not None and counts:
             gate.observe(routing, outputs["expert_correct"].double(), dense=True)
 
     @torch.no_grad()
@@ -95,7 +96,7 @@ class CompetenceUpdates(lightning.Callback):
         hidden_of_all = _gather(hidden)
         rows = torch.randperm(len(hidden_of_all), generator=generator)[: self.fit_rows]
         gate.fit(hidden_of_all[rows.to(hidden.device)], generator=generator)
-        if self.evidence == "val":
+        if self.evidence == "val" or not gate.counts_training_rows:
             hidden, correct = _pass_over(model, data.val_dataloader())
         gate.measure(hidden, correct)
         model.train(was_training)

@@ -47,6 +47,14 @@ class BeliefGate(Gate, FixedPrecision):
         """
 
     @property
+    def counts_training_rows(self) -> bool:
+        """Whether outcomes on rows that the model is being trained on may become evidence, or the reference of a prior.
+
+        True unless a gate says otherwise: one that learns a prior from those outcomes would count them twice.
+        """
+        return True
+
+    @property
     def num_clusters(self) -> int:
         """How many rows the belief has."""
         return self.posterior.num_clusters

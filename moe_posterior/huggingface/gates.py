@@ -92,7 +92,14 @@ class HostedPosteriorGate(HostedGate, PosteriorGate):
             )
 
     def forward(self, hidden: Tensor, choice: Choice | None = None) -> Routing:  # (T, D)
-        """This gate's choice in the host's dtype, its weights scaled to the sum of the host's weights for that token."""
+        """This gate's choice in the host's dtype, its weights scaled to the sum of the host's weights for that token.
+
+        Before :meth:`fit` it is the host's own choice, in cluster 0 at distance 0.
+        """
+        if choice is not None and not self.fitted:
+            ids = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+            far = _far(torch.zeros(len(hidden), device=hidden.device), choice.real)
+            return Routing(choice.indices, choice.weights, ids, choice.weights.detach(), far)
         routing = super().forward(hidden)
         if choice is None:
             return routing

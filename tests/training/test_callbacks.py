@@ -72,6 +72,19 @@ def test_evidence_from_validation_rows_counts_those_alone() -> None:
     assert (posterior.successes + posterior.failures).sum(dim=0).tolist() == [float(len(data.split("val")))] * 4
 
 
+class Careful(PosteriorGate):
+    @property
+    def counts_training_rows(self) -> bool:
+        return False
+
+
+def test_a_gate_that_forbids_training_rows_is_given_validation_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GATES, "careful", lambda size, experts: Careful(size, experts, 8, 2))
+    model, data, _ = trained("careful", 3, warmup_epochs=1, observe_batches=True)
+    posterior = model.moe.gate.posterior
+    assert (posterior.successes + posterior.failures).sum(dim=0).tolist() == [float(len(data.split("val")))] * 4
+
+
 def test_refits_happen_when_they_should() -> None:
     model, data, _ = trained("posterior", 5, warmup_epochs=1, refit_every=3)
     posterior = model.moe.gate.posterior
@@ -98,5 +111,5 @@ def test_wrong_options_are_named(options: dict) -> None:
 
 
 def test_a_backbone_without_a_width_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="Flatten does not"):
+    with pytest.raises(InvalidArgumentError, match="Flatten has none"):
         MoEClassifier(torch.nn.Flatten(), 10)
