@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from moe_posterior.evidence import Evidence, ProxyNoise
     from moe_posterior.experts import ExpertsFFN
-    from moe_posterior.gates import BeliefGate, Gate, PosteriorGate, PriorGate, Routing, SoftmaxGate
+    from moe_posterior.gates import BeliefGate, Gate, LearnedPrior, PosteriorGate, PriorGate, Routing, SoftmaxGate
     from moe_posterior.huggingface import restore_gates, swap_gates, token_outcomes
     from moe_posterior.layer import MixtureOfExperts, PosteriorMoE
     from moe_posterior.posterior import BetaPosterior
@@ -41,6 +41,7 @@ __all__ = [
     "ExpertsFFN",
     "Gate",
     "InvalidArgumentError",
+    "LearnedPrior",
     "MissingDataError",
     "MissingDependencyError",
     "MixtureOfExperts",
@@ -74,7 +75,7 @@ _HOMES = {  # part -> the names of the package that it defines
     ),
     "evidence": ("Evidence", "ProxyNoise"),
     "experts": ("ExpertsFFN",),
-    "gates": ("BeliefGate", "Gate", "PosteriorGate", "PriorGate", "Routing", "SoftmaxGate"),
+    "gates": ("BeliefGate", "Gate", "LearnedPrior", "PosteriorGate", "PriorGate", "Routing", "SoftmaxGate"),
     "huggingface": ("restore_gates", "swap_gates", "token_outcomes"),
     "layer": ("MixtureOfExperts", "PosteriorMoE"),
     "posterior": ("BetaPosterior",),

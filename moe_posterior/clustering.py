@@ -116,6 +116,13 @@ class Clusterer(FixedPrecision):
         """How many ids there are, C and one more with ``outliers``."""
         return self.num_clusters + self.outliers
 
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forget the centroids: as before the first fit."""
+        for name in ("centroids", "radius", "directions", "offsets", "rounded", "reach"):
+            getattr(self, name).fill_(torch.nan)
+        self._levels, self._fitted = None, False
+
     @property
     def fitted(self) -> bool:
         """Whether there are centroids, also ones that arrived by a broadcast of buffers."""

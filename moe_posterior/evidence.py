@@ -89,6 +89,8 @@ def pooled_odds(
     failures: Tensor,  # (E, C)
     expected: Tensor,  # (E, C) prior mean competence
     strength: Tensor | float,  # (E,), or one for all
+    foreseen: tuple[Tensor, Tensor]
+    | None = None,  # 2 x (E, C) successes and failures expected; None: by the prior means
 ) -> Tensor:  # (E,)
     """By what factor each expert's odds of success, over all clusters together, differ from what its prior means expect.
 
@@ -106,12 +108,10 @@ def pooled_odds(
     total, centre = successes + failures, expected.mean(dim=1)
     # A de-biased noisy signal can push counts below zero; odds stay positive.
     happened = [(strength * centre + successes.sum(1)), (strength * (1 - centre) + failures.sum(1))]
-    foreseen = [
-        strength * centre + (total * expected).sum(1),
-        strength * (1 - centre) + (total * (1 - expected)).sum(1),
-    ]
+    won, lost = (total * expected, total * (1 - expected)) if foreseen is None else foreseen
+    likely = [strength * centre + won.sum(1), strength * (1 - centre) + lost.sum(1)]
     tiny = torch.as_tensor(1e-6 * strength + 1e-12, dtype=centre.dtype, device=centre.device)
-    won, lost = (torch.maximum(h, tiny) / torch.maximum(f, tiny) for h, f in zip(happened, foreseen, strict=True))
+    won, lost = (torch.maximum(h, tiny) / torch.maximum(f, tiny) for h, f in zip(happened, likely, strict=True))
     return won / lost
 
 
@@ -181,6 +181,7 @@ class Observation(NamedTuple):
     cells: Tensor  # (M,) int64
     signal: Tensor  # (M,) float64 in [0, 1]
     weight: Tensor | None = None  # (M,) float64, the part of an observation that counts here; None: all of it
+    expected: Tensor | None = None  # (M,) float64 in [0, 1], prior mean of each; None where nobody counts it
 
 
 def read_outcomes(
@@ -277,10 +278,11 @@ def total_by_cell(
     seen: Observation,
     noise: ProxyNoise | None,
     fading: float | None,
-) -> tuple[Tensor, Tensor]:  # (U,) int64, (3, U) float64
+) -> tuple[Tensor, Tensor]:  # (U,) int64, (3, U) float64; (4, U) where outcomes come with what was expected of them
     """The cells a batch touches, and for each its successes, failures and number of observations, by weight.
 
-    With ``fading`` an observation is discounted for every later one of its cell in the batch.
+    The fourth row is the successes that were expected. With ``fading`` an observation is discounted for every later one of its cell in
+    the batch.
     """
     success, failure = seen.signal, 1 - seen.signal
     if noise is not None:
@@ -291,8 +293,11 @@ def total_by_cell(
         discount = discounts(seen.cells, fading, seen.weight)
         success, failure = success * discount, failure * discount
     cells, place = seen.cells.unique(return_inverse=True)
-    columns = torch.stack([success, failure, torch.ones_like(success) if seen.weight is None else seen.weight])
-    rows = torch.arange(3, device=columns.device)[:, None].expand_as(columns)
-    totals = columns.new_zeros(3, len(cells))
+    parts = [success, failure, torch.ones_like(success) if seen.weight is None else seen.weight]
+    if seen.expected is not None:
+        parts.append((success + failure) * seen.expected)
+    columns = torch.stack(parts)
+    rows = torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)
+    totals = columns.new_zeros(len(columns), len(cells))
     # Accumulating index_put_ counts duplicate cells and, unlike scatter_add_, sums in a fixed order on a GPU too.
     return cells, totals.index_put_((rows, place.expand_as(columns)), columns, accumulate=True)

@@ -10,6 +10,7 @@ from moe_posterior.gates import (
     ExpertThresholdGate,
     FixedGate,
     Gate,
+    LearnedPrior,
     NearestNeighbourGate,
     OracleGate,
     PosteriorGate,
@@ -52,6 +53,10 @@ GATES: dict[str, Callable[[int], Gate]] = {
         HIDDEN_SIZE, NUM_EXPERTS, 7, k, score="race", pooling="hierarchy", surprise=3.0
     ),
     "several clusters": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, clusterings=2, neighbours=3),
+    "learned prior": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, prior=LearnedPrior(width=9)),
+    "learned prior linear": lambda k: PosteriorGate(
+        HIDDEN_SIZE, NUM_EXPERTS, 7, k, prior=LearnedPrior(None, strength=5.0, shrinkage=None), pooling="hierarchy"
+    ),
     "prior": lambda k: PriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k),
     "prior with amnesty": lambda k: PriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, amnesty=50.0, pooling=None),
     "expert threshold": lambda k: ExpertThresholdGate(HIDDEN_SIZE, NUM_EXPERTS, k),

@@ -225,6 +225,12 @@ def gate_calls() -> Iterator[Call]:
     yield Call(
         "PosteriorGate.add_expert", lambda **f: fitted_gate().add_expert(**f), {"prior_from": {0: 1.0}, "strength": 4.0}
     )
+    strength = {"strength": 3.0, "shrinkage": 9.0, "weight": 1.0, "draws": 3.0}
+    yield _call(mp.LearnedPrior, width=4, **strength, warmup_epochs=1)
+    learned = fitted_gate(prior=mp.LearnedPrior(4))
+    rows = {"hidden": HIDDEN, "outcome": _random(N, E)}
+    yield Call("PosteriorGate.learn_prior", learned.learn_prior, {**rows, "strength": 3.0, "sync": False})
+    yield Call("PosteriorGate.loss", learned.loss, rows)
     yield Call("PosteriorGate.remove_expert", lambda **f: fitted_gate().remove_expert(**f), {"expert": 1})
 
 
@@ -233,9 +239,12 @@ def belief_calls() -> Iterator[Call]:
     knobs = {"prior_alpha": 1.0, "prior_beta": 1.0, "half_life": 10.0, "shrinkage": 2.0, "surprise": 4.0}
     yield _call(
         mp.BetaPosterior, num_clusters=C, num_experts=E, **knobs, noise=mp.ProxyNoise(0.1, 0.1), clusterings=1,
-        pooling="odds",
+        pooling="odds", foresees=False,
     )  # fmt: skip
     belief = mp.BetaPosterior(C, E)
+    foreseeing = mp.BetaPosterior(C, E, foresees=True)
+    both = {"cluster_ids": CLUSTERS, "outcome": _random(N, E), "expected": _random(N, E)}
+    yield Call("BetaPosterior.observe", foreseeing.observe, both)
     seen = {"cluster_ids": CLUSTERS, "expert_indices": CHOSEN, "outcome": CONFIDENCE[:, None]}
     yield Call("BetaPosterior.observe", belief.observe, seen)
     yield Call("BetaPosterior.warm_start", belief.warm_start, {"cluster_ids": CLUSTERS, "outcome": _random(N, E)})

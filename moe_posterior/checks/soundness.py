@@ -32,6 +32,7 @@ RULES = {
     "beta": _POSITIVE,
     "successes": _COUNT,
     "failures": _COUNT,
+    "foreseen": _COUNT,
     "trust": _SHARE,
     "suspicion": _COUNT,
     "relief": _COUNT,

@@ -5,6 +5,7 @@ from moe_posterior.gates.base import Gate, Routing
 from moe_posterior.gates.baselines import SoftmaxGate
 from moe_posterior.gates.belief import BeliefGate
 from moe_posterior.gates.fixed import FixedGate, OracleGate
+from moe_posterior.gates.learned import LearnedPrior
 from moe_posterior.gates.neighbours import NearestNeighbourGate
 from moe_posterior.gates.posterior import PosteriorGate
 from moe_posterior.gates.prior import PriorGate
@@ -18,6 +19,7 @@ __all__ = [
     "ExpertThresholdGate",
     "FixedGate",
     "Gate",
+    "LearnedPrior",
     "Mean",
     "NearestNeighbourGate",
     "OracleGate",

@@ -33,6 +33,11 @@ class Routing(NamedTuple):
         """The clusters of tokens that belong to several, of which ``cluster_ids`` is one; None where each has that one alone."""
         return None
 
+    @property
+    def expected(self) -> Tensor | None:  # (N, E)
+        """What a learned prior expected of every expert on each token; None where the cluster decides what is expected."""
+        return None
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Routing":
         """The routing with every tensor changed alike, as moved to a device or reduced to some rows."""
         return Routing(*(change(part) for part in self))
@@ -70,6 +75,33 @@ class SharedRouting(Routing):
     def _replace(self, **changes: Any) -> Routing:  # type: ignore[override]
         replaced = Routing(*self)._replace(**changes)
         return replaced if self.members is None else SharedRouting.of(replaced, self.members)
+
+
+class ForeseenRouting(Routing):
+    """A :class:`Routing` by a learned prior. The five fields are the same; what the prior expected of every expert comes beside them.
+
+    It goes with :meth:`Routing.map`, ``_replace``, copies and pickles. A routing put together from the five fields alone, as a compiled
+    graph returns, has lost it: its outcomes are then held against the prior's mean in the token's cluster.
+    """
+
+    @property
+    def expected(self) -> Tensor | None:
+        return self.__dict__.get("_expected")
+
+    @staticmethod
+    def of(routing: Routing, expected: Tensor) -> "ForeseenRouting":  # (N, E)
+        """The routing with what was expected."""
+        foreseen = ForeseenRouting(*routing)
+        foreseen.__dict__["_expected"] = expected
+        return foreseen
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Routing:
+        mapped = Routing(*self).map(change)
+        return mapped if self.expected is None else ForeseenRouting.of(mapped, change(self.expected))
+
+    def _replace(self, **changes: Any) -> Routing:  # type: ignore[override]
+        replaced = Routing(*self)._replace(**changes)
+        return replaced if self.expected is None else ForeseenRouting.of(replaced, self.expected)
 
 
 class Gate(nn.Module, ABC):
@@ -160,6 +192,13 @@ class Gate(nn.Module, ABC):
 
     def adapt(self, hidden: Tensor) -> None:  # (N, D)
         """Learn from the inputs just routed, without outcomes; only gates that follow the traffic do anything here."""
+
+    def loss(self, hidden: Tensor, outcome: Tensor) -> Tensor | None:  # (N, D), (N, E) -> ()
+        """What a training loss must add so that the gate learns from its experts' own outcomes; None for a gate that does not so."""
+        return None
+
+    def begin_step(self, step: int, epoch: int) -> None:
+        """Hear from the trainer which step of the training begins, in which epoch; only gates with a schedule or draws do anything."""
 
     def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
         """The gate's estimate, as of now, of each chosen expert's outcome: what its calibration is measured on.

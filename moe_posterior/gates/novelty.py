@@ -20,15 +20,17 @@ def discounted(
     assignment: Assignment,  # of N tokens
     radius: Tensor,  # (C,)
     near: tuple[Tensor, Tensor] | None = None,  # 2 x (N, E)
+    worth: Tensor | float = 2.0,  # (N, E), or one for all
 ) -> tuple[Tensor, Tensor]:  # 2 x (N, E)
     """Alpha and beta for each token: a far one keeps part of its cluster's, and takes the expert's pooled record for the rest.
 
-    That record counts as two observations. ``near`` is what the token's clusters say where it has several; None: its one cluster's.
+    That record counts as ``worth`` observations, two by default. ``near`` is what is believed of the token at home, where that is not
+    just its cluster's: of several clusters, or by a prior of its own.
     """
     alpha, beta = belief.parameters_of()
     ids = assignment.cluster_ids
     weight = novelty_weight(assignment.distance, radius[ids]).to(alpha.dtype)[:, None]
-    pooled = 2 * beta_functions.mean(alpha.sum(dim=0), beta.sum(dim=0))  # (E,)
-    far = 1 - weight
     near = (alpha[ids], beta[ids]) if near is None else near
-    return weight * near[0] + far * pooled, weight * near[1] + far * (2 - pooled)
+    pooled = worth * beta_functions.mean(alpha.sum(dim=0), beta.sum(dim=0))  # (E,) or (N, E)
+    far = 1 - weight
+    return weight * near[0] + far * pooled, weight * near[1] + far * (worth - pooled)

@@ -16,10 +16,12 @@ from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import ProxyNoise
 from moe_posterior.gates import exploration as exploring
 from moe_posterior.gates import race
-from moe_posterior.gates.base import Routing, SharedRouting, refuse_export
+from moe_posterior.gates.base import ForeseenRouting, Routing, SharedRouting, refuse_export
+from moe_posterior.gates.learned import LearnedPrior, read_prior
+from moe_posterior.gates.learner import PriorLearner
 from moe_posterior.gates.novelty import Novelty, discounted
-from moe_posterior.gates.rules import KNOBS, Rule, Score, require_knobs, rule_of
-from moe_posterior.gates.tables import TabledGate, counts_at
+from moe_posterior.gates.rules import KNOBS, Mean, Rule, Score, require_knobs, rule_of
+from moe_posterior.gates.tables import counts_at
 from moe_posterior.kernels import dispatch, reference
 from moe_posterior.memberships import Memberships, SeveralClusters, mixed, mixed_at
 from moe_posterior.posterior import BetaPosterior, Pooling
@@ -27,13 +29,17 @@ from moe_posterior.posterior import BetaPosterior, Pooling
 _ROW_BITS = 32  # of a draw's number, for the row of the batch; the rest counts observe calls
 
 
-class PosteriorGate(TabledGate):
+class PosteriorGate(PriorLearner):
     """Route by proven competence: the k experts with the highest lower confidence bound in the token's cluster.
 
     The gate reads its :class:`BetaPosterior` and keeps no counts of its own. Where score, choice and weights depend on the cluster
     alone, they stand in tables ``topk_indices``, ``topk_weights``, ``topk_scores`` (C, k), see :mod:`moe_posterior.gates.tables`.
     Thompson draws, exploration and novelty make the choice depend on the token, and take the slower per-token path. Exact ties go
     to the lowest ``(e - c) mod E``.
+
+    With a learned ``prior`` what is expected of an expert before any outcome depends on the token, and the map behind it is trained
+    with the model: the gate routes from the map alone until :meth:`fit` and :meth:`learn_prior` give it clusters, in which outcomes
+    then overrule the map. Its decisions take the per-token path in plain torch, also on a GPU.
 
     Args:
         hidden_size, num_experts, num_clusters, top_k: D, E, C, k.
@@ -50,8 +56,11 @@ class PosteriorGate(TabledGate):
         threshold: None counts outcomes fractionally; τ in [0, 1] binarises them (the paper).
         exploration: share of tokens, in [0, 1), whose last slot goes to a random other expert, so that no expert is locked out
             for ever; default 0. To explore without touching the output, keep it 0 and ask :meth:`shadow`.
-        novelty: how a token outside its cluster's radius is treated. ``"off"`` (default): like any member. ``"discount"``: it
-            relies less on the cluster's evidence and more on the experts' pooled record, see
+        prior: None (default) expects the same of an expert everywhere, ``prior_alpha / (prior_alpha + prior_beta)``, or what
+            :meth:`warm_start` counted in the cluster. ``"learned"`` is ``LearnedPrior()``, see :class:`LearnedPrior`: what is expected
+            is a function of the token, learned in training. It does not go with ``clusterings`` or ``neighbours`` above 1.
+        novelty: how a token outside its cluster's radius is treated. ``"off"``: like any member; the default without a ``prior``.
+            ``"discount"``, the default with one: it relies less on the cluster's evidence and more on the experts' pooled record, see
             :func:`~moe_posterior.evidence.novelty_weight`, so that its scores fall and ``abstain`` fires. ``"class"``: all such tokens
             form an outlier class, one more row of the belief, so that it is learned quickly which experts cope with the unknown.
         prior_alpha, prior_beta, half_life, shrinkage, surprise, pooling: of the belief, see :class:`BetaPosterior`.
@@ -101,13 +110,14 @@ class PosteriorGate(TabledGate):
         top_k: int = 2,
         *,
         rule: Rule | None = None,
+        prior: LearnedPrior | Literal["learned"] | None = None,
         score: Score = "lcb",
         risk_aversion: float = 1.0,
         credible_level: float = 0.05,
         temperature: float = 0.1,
         threshold: float | None = None,
         exploration: float = 0.0,
-        novelty: Novelty = "off",
+        novelty: Novelty | None = None,
         prior_alpha: float = 1.0,
         prior_beta: float = 1.0,
         half_life: float | None = None,
@@ -128,6 +138,9 @@ class PosteriorGate(TabledGate):
         named: dict[str, Any] = {"score": score, "risk_aversion": risk_aversion, "credible_level": credible_level}
         if rule is not None:
             named |= rule.options
+        learned = read_prior(prior)
+        if novelty is None:
+            novelty = "off" if learned is None else "discount"
         if novelty not in get_args(Novelty):
             raise InvalidArgumentError(f"novelty must be one of {list(get_args(Novelty))}; got {novelty!r}")
         self.clusterer = Clusterer(num_clusters, hidden_size, outliers=novelty == "class", levels=levels)
@@ -137,6 +150,17 @@ class PosteriorGate(TabledGate):
             raise InvalidArgumentError(
                 f"clusterings and neighbours must be 1 with novelty='class' or levels=2; got {clusterings} and {neighbours}"
             )
+        if self.members is not None and learned is not None:
+            raise InvalidArgumentError(
+                f"clusterings and neighbours must be 1 with a learned prior; got {clusterings} and {neighbours}"
+            )
+        if learned is not None:
+            learned.bind(self.hidden_size, self.num_experts)
+            shrinkage = learned.shrinkage if shrinkage is None else shrinkage
+            if learned.strength is not None:
+                share = prior_alpha / (prior_alpha + prior_beta)
+                prior_alpha, prior_beta = learned.strength * share, learned.strength * (1 - share)
+        self.prior = learned
         noisy = false_positive_rate != 0 or false_negative_rate != 0
         self.posterior = BetaPosterior(
             clusterings * self.clusterer.num_classes,
@@ -149,6 +173,7 @@ class PosteriorGate(TabledGate):
             pooling=pooling,
             noise=ProxyNoise(false_positive_rate, false_negative_rate) if noisy else None,
             clusterings=clusterings,
+            foresees=learned is not None,
         )
         if threshold is not None and not 0.0 <= threshold <= 1.0:
             raise InvalidArgumentError(f"threshold must lie in [0, 1] or be None; got {threshold}")
@@ -193,23 +218,28 @@ class PosteriorGate(TabledGate):
 
     @property
     def rule(self) -> Rule:
-        """How competence becomes a score with the present knobs; see :mod:`moe_posterior.gates.rules`."""
+        """How competence becomes a score with the present knobs; see :mod:`moe_posterior.gates.rules`.
+
+        The mean as long as a learned prior is all there is: nothing is known yet of how sure it is.
+        """
+        if self.from_map_alone:
+            return Mean()
         return rule_of(self.score, self.risk_aversion, self.credible_level, self.seed)
 
     @property
     def num_configurations(self) -> int:
-        """The number of clusters: the choice depends on nothing else."""
-        return self.num_clusters
+        """The number of clusters: the choice depends on nothing else. With a learned prior, as of any gate."""
+        return self.num_clusters if self.prior is None else super().num_configurations
 
     def configurations(self, routing: Routing) -> Tensor:  # -> (N,) int64
-        """The cluster of every token."""
-        return routing.cluster_ids
+        """The cluster of every token; with a learned prior, as of any gate."""
+        return routing.cluster_ids if self.prior is None else super().configurations(routing)
 
     @property
     def recorded_options(self) -> dict[str, Any]:
         """As :attr:`BeliefGate.recorded_options`."""
         several = {} if self.members is None else {n: getattr(self.members, n) for n in ("clusterings", "neighbours")}
-        return {"novelty": self.novelty, **several}
+        return {"novelty": self.novelty, **several, **({} if self.prior is None else {"prior": "learned"})}
 
     @property
     def reads_other_clusters(self) -> bool:
@@ -219,13 +249,17 @@ class PosteriorGate(TabledGate):
     @property
     def chooses_per_token(self) -> bool:
         """Whether a choice depends on more than the cluster, so that the tables cannot answer it."""
-        drawn = self.score in ("thompson", "race") or self.exploration > 0
-        return drawn or self.novelty == "discount" or self.members is not None
+        own = self.members is not None or self.prior is not None
+        return own or self._draws or self.novelty == "discount"
+
+    @property
+    def _draws(self) -> bool:
+        return self.score in ("thompson", "race") or self.exploration > 0
 
     @property
     def races_by_table(self) -> bool:
         """Whether the tables answer for clusters whose race is over, see ``unsettled``."""
-        alone = self.exploration == 0 and self.novelty != "discount" and self.members is None
+        alone = self.exploration == 0 and self.novelty != "discount" and self.members is None and self.prior is None
         return self.score == "race" and alone
 
     @property
@@ -235,7 +269,9 @@ class PosteriorGate(TabledGate):
 
     @property
     def fitted(self) -> bool:
-        """Whether there are centroids."""
+        """Whether it can decide: there are centroids, or a learned prior that is not in its warm-up."""
+        if self.prior is not None:
+            return self.clusterer.fitted or not (self.training and self.prior.warming_up)
         return self.clusterer.fitted and (self.members is None or self.members.fitted)
 
     @as_declared
@@ -254,7 +290,13 @@ class PosteriorGate(TabledGate):
         *,
         strength: float | None = None,
     ) -> None:
-        """Turn held-out outcomes of all experts into the prior; NaN = not observed. See :meth:`BetaPosterior.warm_start`."""
+        """Turn held-out outcomes of all experts into the prior; NaN = not observed. See :meth:`BetaPosterior.warm_start`.
+
+        With a learned prior this is :meth:`learn_prior`, alone on this rank.
+        """
+        if self.prior is not None:
+            self.learn_prior(hidden, outcome, strength=strength, sync=False)
+            return
         self.validate_hidden(hidden)
         assignment, members = self.assign(hidden)
         ids, shares = (assignment.cluster_ids, None) if members is None else members
@@ -273,6 +315,8 @@ class PosteriorGate(TabledGate):
         By default they are the ``observe`` calls so far and the row, so that a forward run twice draws the same.
         """
         self.validate_hidden(hidden)
+        if self.prior is not None:
+            return self._route_by_prior(hidden, numbers, self.prior)
         self.clusterer.require_fitted()
         return self._route_per_token(hidden, numbers) if self.chooses_per_token else self._route_by_tables(hidden)
 
@@ -282,6 +326,20 @@ class PosteriorGate(TabledGate):
         alpha, beta = self.believed_of(assignment, members)
         routing = self.decide(alpha, beta, assignment, numbers)
         return routing if members is None else SharedRouting.of(routing, members)
+
+    def _route_by_prior(self, hidden: Tensor, numbers: Tensor | None, prior: LearnedPrior) -> Routing:
+        expected = prior(hidden)
+        assignment, _ = self.assign(hidden)
+        alpha, beta = self.believed_of(assignment, None, expected)
+        if self.training and prior.draws is not None and self.from_map_alone:
+            refuse_export()
+            ranks = prior.drawn(expected, self.seed).masked_fill(~self.posterior.active, -torch.inf)
+            drawn = reference.select(ranks, assignment.cluster_ids, self.top_k).expert_indices
+            routing = self._routed(*self._among(self.scores(alpha, beta), drawn, assignment), assignment)
+        else:
+            routing = self.decide(alpha, beta, assignment, numbers)
+        # A graph's outputs have no place for what comes beside the five fields.
+        return routing if torch.compiler.is_compiling() else ForeseenRouting.of(routing, expected.detach())
 
     def decide(
         self,
@@ -297,14 +355,19 @@ class PosteriorGate(TabledGate):
         generator = self._generator(alpha.device, "route") if self.draws_by_steps else None
         scores = self.scores(alpha, beta, generator)
         indices, chosen = reference.select(scores, assignment.cluster_ids, self.top_k)
-        if self.score == "race":
-            raced = self._raced(alpha, beta, indices, numbers)
-            beside = torch.ones_like(scores, dtype=torch.bool).scatter_(1, raced, False)
-            only = scores.masked_fill(beside, -torch.inf)
-            indices, chosen = reference.select(only, assignment.cluster_ids, self.top_k)
+        if self.score == "race" and not self.from_map_alone:
+            indices, chosen = self._among(scores, self._raced(alpha, beta, indices, numbers), assignment)
         if generator is not None and self.exploration > 0 and int(self.posterior.active.sum()) > self.top_k:
             indices = exploring.explored(indices, self.posterior.active, self.exploration, generator)
             chosen = scores.gather(1, indices)
+        return self._routed(indices, chosen, assignment)
+
+    def _among(self, scores: Tensor, drawn: Tensor, assignment: reference.Assignment) -> reference.Selection:
+        """The experts that were drawn, (N, k) in no order, as a selection by score."""
+        beside = torch.ones_like(scores, dtype=torch.bool).scatter_(1, drawn, False)
+        return reference.select(scores.masked_fill(beside, -torch.inf), assignment.cluster_ids, self.top_k)
+
+    def _routed(self, indices: Tensor, chosen: Tensor, assignment: reference.Assignment) -> Routing:  # 2 x (N, k)
         weights = reference.weigh(chosen, self.temperature).float()
         return Routing(indices, weights, assignment.cluster_ids, chosen.float(), assignment.distance)
 
@@ -312,11 +375,17 @@ class PosteriorGate(TabledGate):
         """Add the outcomes to the belief and refresh the tables of the touched clusters."""
         members = self._members_of(routing)
         ids, shares = (routing.cluster_ids, None) if members is None else members
-        self.posterior.observe(ids, outcome, slots, shares=shares, threshold=self.threshold)
+        expected = self.expected_of(routing)
+        if expected is not None and slots is not None:
+            expected = expected.gather(1, slots)
+        self.posterior.observe(ids, outcome, slots, shares=shares, threshold=self.threshold, expected=expected)
         self.steps.add_(1)
 
     def measure(self, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
-        """Count how every expert did on these rows as evidence."""
+        """Count how every expert did on these rows as evidence; with a learned prior, :meth:`learn_prior` from them."""
+        if self.prior is not None:
+            self.learn_prior(hidden, outcome)
+            return
         self.observe(self(hidden), outcome, dense=True)
 
     @torch.no_grad()
@@ -340,6 +409,7 @@ class PosteriorGate(TabledGate):
         """One more expert; returns its index. Append its module to the layer's experts yourself. See BetaPosterior."""
         index = self.posterior.add_expert(prior_from, strength=strength)
         self.num_experts += 1
+        self.put_prior(index, prior_from)
         return index
 
     def extra_repr(self) -> str:
@@ -354,12 +424,17 @@ class PosteriorGate(TabledGate):
 
     @property
     def reweighs(self) -> bool:
-        return not self.chooses_per_token
+        return not self._draws if self.prior is not None else not self.chooses_per_token
 
     def reweigh(self, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:  # (N, D), _, (N, k)
         if not self.reweighs:
             return super().reweigh(hidden, routing, expert_indices)
-        chosen = self.competence_scores(routing.cluster_ids).gather(1, expert_indices)
+        if self.prior is None:
+            scores = self.competence_scores(routing.cluster_ids)
+        else:
+            assignment = reference.Assignment(routing.cluster_ids, routing.distance)
+            scores = self.scores(*self.believed_of(assignment, None, self.prior(hidden)))
+        chosen = scores.gather(1, expert_indices)
         weights = reference.weigh(chosen, self.temperature).float()
         return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen.float())
 
@@ -380,7 +455,13 @@ class PosteriorGate(TabledGate):
         return torch.from_numpy(chosen).to(leaders.device)
 
     def assign(self, hidden: Tensor) -> tuple[reference.Assignment, Memberships | None]:  # (N, D)
-        """Cluster and distance of each token, and its memberships where it has several."""
+        """Cluster and distance of each token, and its memberships where it has several.
+
+        Cluster 0 at distance 0 where a learned prior decides alone: clusters mean nothing yet.
+        """
+        if self.from_map_alone:
+            ids = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+            return reference.Assignment(ids, torch.zeros(hidden.shape[0], device=hidden.device)), None
         if self.members is None:
             return self.clusterer(hidden), None
         return self.members(self.clusterer, hidden)
@@ -400,6 +481,9 @@ class PosteriorGate(TabledGate):
     def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
         """Posterior mean competence of the chosen experts as of now."""
         members = self._members_of(routing)
+        if self.prior is not None:
+            counts = self.counts_of(routing)
+            return beta_functions.mean(counts[:, 0], counts[:, 1]).float()
         if members is not None:
             return beta_functions.mean(*mixed_at(self.posterior, members, routing.expert_indices)).float()
         return super().expected_outcome(routing)
@@ -408,7 +492,8 @@ class PosteriorGate(TabledGate):
     def estimates(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, E) float64
         """Posterior mean competence of every expert on every token, as of now, chosen or not."""
         self.validate_hidden(hidden)
-        return beta_functions.mean(*self.believed_of(*self.assign(hidden)))
+        expected = None if self.prior is None else self.prior(hidden)
+        return beta_functions.mean(*self.believed_of(*self.assign(hidden), expected))
 
     @torch.no_grad()
     def counts_of(self, routing: Routing) -> Tensor:  # -> (N, 2, k) float64
@@ -417,8 +502,9 @@ class PosteriorGate(TabledGate):
         With ``novelty="discount"`` those that the token was given, far from its cluster fewer than the cluster has.
         """
         members = self._members_of(routing)
-        if self.novelty == "discount":
-            believed = self.believed_of(reference.Assignment(routing.cluster_ids, routing.distance), members)
+        if self.novelty == "discount" or self.prior is not None:
+            assignment = reference.Assignment(routing.cluster_ids, routing.distance)
+            believed = self.believed_of(assignment, members, self.expected_of(routing))
             return counts_at(*believed, routing.expert_indices)
         if members is not None:
             return torch.stack(mixed_at(self.posterior, members, routing.expert_indices), dim=1)
@@ -427,19 +513,27 @@ class PosteriorGate(TabledGate):
     def greedy(self, routing: Routing) -> Tensor:  # -> (N, k) int64
         """The experts that the belief, as of now, would choose for these tokens without drawing."""
         members = self._members_of(routing)
-        if members is None:
+        if members is None and self.prior is None:
             if self.lazy:
                 self.refresh_rows(routing.cluster_ids)
             return self.topk_indices[routing.cluster_ids]
         assignment = reference.Assignment(routing.cluster_ids, routing.distance)
-        scores = self.scores(*self.believed_of(assignment, members))
+        scores = self.scores(*self.believed_of(assignment, members, self.expected_of(routing)))
         return reference.select(scores, routing.cluster_ids, self.top_k).expert_indices
 
     def believed_of(
-        self, assignment: reference.Assignment, members: Memberships | None
-    ) -> tuple[Tensor, Tensor]:  # -> 2 x (N, E)
-        """Alpha and beta of every expert, for each token: what :meth:`decide` routes by."""
+        self,
+        assignment: reference.Assignment,
+        members: Memberships | None,
+        expected: Tensor | None = None,  # (N, E)
+    ) -> tuple[Tensor, Tensor]:  # 2 x (N, E)
+        """Alpha and beta of every expert, for each token: what :meth:`decide` routes by. ``expected`` is a learned prior's mean."""
         near = None if members is None else mixed(self.posterior, members)
-        if self.novelty == "discount":
-            return discounted(self.posterior, assignment, self.clusterer.radius, near)
+        if self.prior is not None:
+            near = self.posterior.parameters_of(assignment.cluster_ids, expected)
+        if self.novelty == "discount" and not self.from_map_alone:
+            if self.prior is None or near is None:
+                return discounted(self.posterior, assignment, self.clusterer.radius, near)
+            worth = (near[0] + near[1]).detach().clamp(max=2)  # a novel token is never surer than one at home
+            return discounted(self.posterior, assignment, self.clusterer.radius, near, worth)
         return self.posterior.parameters_of(assignment.cluster_ids) if near is None else near

@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_posterior.gates import race
 from moe_posterior.gates.base import Routing
 from moe_posterior.gates.belief import BeliefGate
+from moe_posterior.gates.learned import LearnedPrior
 from moe_posterior.kernels import cpu, dispatch, reference
 from moe_posterior.memberships import SeveralClusters
 
@@ -39,6 +40,7 @@ class TabledGate(BeliefGate):
     unsettled: Tensor  # (C,) bool, clusters in which score="race" still draws
     stale: Tensor  # (C,) bool, rows that a lazy gate must rewrite before use
     members: SeveralClusters | None
+    prior: LearnedPrior | None
     score: str
     risk_aversion: float
     temperature: float
@@ -87,8 +89,8 @@ class TabledGate(BeliefGate):
     def refresh(self, cluster_ids: Tensor | None) -> None:
         """Rewrite the tables of the given clusters (None: of all, or, if lazy, mark all to be rewritten)."""
         device = self.posterior.successes.device
-        if device.type == "meta" or self.members is not None:  # a token of several clusters has no row of its own
-            return
+        if device.type == "meta" or self.members is not None or self.prior is not None:
+            return  # a token of several clusters, or with a prior of its own, has no row
         if self.topk_indices.device != device:  # a load with assign=True leaves derived buffers where they were
             for name in _DERIVED:
                 setattr(self, name, torch.zeros_like(getattr(self, name), device=device))

@@ -90,6 +90,10 @@ class HostedPosteriorGate(HostedGate, PosteriorGate):
             raise InvalidArgumentError(
                 "clusterings and neighbours must be 1 for a gate inside a router: fit and warm_start count each token in one cluster"
             )
+        if self.prior is not None:
+            raise InvalidArgumentError(
+                "prior must be None for a gate inside a router: the router's own weights are what it has learned; see mode='prior'"
+            )
 
     def forward(self, hidden: Tensor, choice: Choice | None = None) -> Routing:  # (T, D)
         """This gate's choice in the host's dtype, its weights scaled to the sum of the host's weights for that token.

@@ -32,6 +32,7 @@ class Belief(FixedPrecision):
     trust: Tensor  # (E,) float64, share of its prior strength an expert still has
     suspicion: Tensor  # (E,) float64, the CUSUM of surprise, in nats
     active: Tensor  # (E,) bool, False once an expert was removed
+    foreseen: Tensor  # (C, E) float64, with foresees=True alone: what was expected of the outcomes observed, summed
     odds: Tensor  # (E,) float64, derived: how the pooled record moves an expert's prior odds
     # With pooling="hierarchy" alone:
     relief: Tensor  # (E,) float64, the CUSUM of recovery of an expert that fell, in nats
@@ -39,6 +40,7 @@ class Belief(FixedPrecision):
     record: Tensor  # (7, E) float64, derived: a hierarchy.Record
     deviations: Tensor  # (4, E) float64, derived: hierarchy.Deviations
     _muted = False
+    foresees = False
 
     @as_declared
     def __init__(
@@ -54,6 +56,7 @@ class Belief(FixedPrecision):
         noise: ProxyNoise | None = None,
         clusterings: int = 1,
         pooling: Pooling = "odds",
+        foresees: bool = False,
     ) -> None:
         super().__init__()
         num_clusters = validation.count("num_clusters", num_clusters)
@@ -75,11 +78,14 @@ class Belief(FixedPrecision):
         self.half_life, self.shrinkage, self.surprise, self.noise = half_life, shrinkage, surprise, noise
         self.clusterings = clusterings
         self.pooling: Pooling = pooling
+        self.foresees = foresees
         cells, experts = (num_clusters, num_experts), (num_experts,)
         self.register_buffer("prior_alpha", torch.full(cells, prior_alpha, dtype=torch.float64))
         self.register_buffer("prior_beta", torch.full(cells, prior_beta, dtype=torch.float64))
         self.register_buffer("successes", torch.zeros(cells, dtype=torch.float64))
         self.register_buffer("failures", torch.zeros(cells, dtype=torch.float64))
+        if foresees:
+            self.register_buffer("foreseen", torch.zeros(cells, dtype=torch.float64))
         self.register_buffer("trust", torch.ones(experts, dtype=torch.float64))
         self.register_buffer("suspicion", torch.zeros(experts, dtype=torch.float64))
         self.register_buffer("active", torch.ones(experts, dtype=torch.bool))
@@ -104,17 +110,37 @@ class Belief(FixedPrecision):
         """Pseudo-failures of prior and evidence together."""
         return self.parameters_of()[1]
 
-    def parameters_of(self, cluster_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:  # (M,) -> 2 x (M, E)
-        """Alpha and beta in the given clusters (None: in all C), with pooling and lost trust taken into account."""
+    @property
+    def evidence(self) -> tuple[Tensor, ...]:  # 2 or 3 x (C, E) float64
+        """The tables that count: successes, failures and, with ``foresees``, what was expected of those outcomes."""
+        return (self.successes, self.failures, *((self.foreseen,) if self.foresees else ()))
+
+    @property
+    def strength(self) -> Tensor:  # (C, E) float64
+        """Pseudo-observations that the prior of each cell is worth, before any trust is lost."""
+        return self.prior_alpha + self.prior_beta
+
+    def parameters_of(
+        self,
+        cluster_ids: Tensor | None = None,  # (M,)
+        expected: Tensor | None = None,  # (M, E)
+    ) -> tuple[Tensor, Tensor]:  # 2 x (M, E)
+        """Alpha and beta in the given clusters (None: in all C), with pooling and lost trust taken into account.
+
+        ``expected`` are prior means of the rows' own, in (0, 1), in place of their clusters', worth as much; the result is
+        differentiable in them.
+        """
         rows = slice(None) if cluster_ids is None else _as_index(cluster_ids)
         cells = [table[rows] for table in (self.prior_alpha, self.prior_beta, self.successes, self.failures)]
-        return self._combined(cells, slice(None))
+        return self._combined(with_means(cells, expected), slice(None))
 
-    def parameters_at(self, cluster_ids: Tensor, expert_indices: Tensor) -> tuple[Tensor, Tensor]:  # -> 2 x their shape
-        """Alpha and beta of single cells; the two index tensors broadcast. The same bits as :meth:`parameters_of` has there."""
+    def parameters_at(
+        self, cluster_ids: Tensor, expert_indices: Tensor, expected: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # -> 2 x their shape
+        """Alpha and beta of single cells; the index tensors broadcast. The same bits as :meth:`parameters_of` has there."""
         tables = (self.prior_alpha, self.prior_beta, self.successes, self.failures)
         cells = [table[cluster_ids, expert_indices] for table in tables]
-        return self._combined(cells, expert_indices)
+        return self._combined(with_means(cells, expected), expert_indices)
 
     def mean(self) -> Tensor:  # (C, E)
         """Posterior mean competence."""
@@ -213,14 +239,19 @@ class Belief(FixedPrecision):
         # One contiguous row an expert: a sum then takes the same steps however many experts are brought up to date.
         alpha, beta, successes, failures = (table.T[columns].contiguous() for table in tables)
         expected = beta_functions.mean(alpha, beta)
+        foreseen = None
+        if self.foresees:
+            won = self.foreseen.T[columns].contiguous()
+            foreseen = won, successes + failures - won
         if self.pooling == "hierarchy":
-            self.record[:, columns] = self._record_of(expected, alpha + beta, successes, failures, self.trust[columns])
+            counts = (successes, failures, foreseen)
+            self.record[:, columns] = self._record_of(expected, alpha + beta, counts, self.trust[columns])
             self._deviate()
             return
         # An expert whose prior has lost its weight is judged by its record sooner, by as much.
         # Each clustering has seen everything: what they have seen in all is M times what happened.
         strength = (self.shrinkage or 1.0) * self.trust[columns] * self.clusterings
-        self.odds[columns] = evidence_functions.pooled_odds(successes, failures, expected, strength)
+        self.odds[columns] = evidence_functions.pooled_odds(successes, failures, expected, strength, foreseen)
 
     def _register_hierarchy(self) -> None:
         nothing = torch.zeros_like(self.trust)
@@ -237,15 +268,21 @@ class Belief(FixedPrecision):
         self.deviations.copy_(torch.from_numpy(found))
 
     def _record_of(
-        self, expected: Tensor, strength: Tensor, successes: Tensor, failures: Tensor, trust: Tensor
-    ) -> Tensor:  # 4 x (M, C), (M,) -> (7, M)
+        self,
+        expected: Tensor,  # (M, C)
+        strength: Tensor,  # (M, C)
+        counts: tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None],  # 4 x (M, C)
+        trust: Tensor,  # (M,)
+    ) -> Tensor:  # (7, M)
+        successes, failures, foreseen = counts
         total, centre = successes + failures, expected.mean(dim=1)
+        won, lost = (total * expected, total * (1 - expected)) if foreseen is None else foreseen
         # The variance of log odds under a Beta worth that many observations around a half; lost trust loosens it.
         worth = strength.mean(dim=1).clamp(max=hierarchy.ALIKE).clamp(min=self.shrinkage or 0.0)
         own = 4 / (trust * worth)
         beyond = (strength - sum(self.initial_prior)).clamp(min=0.0).sum(dim=1)
         known = beyond * trust * centre * (1 - centre)
-        tables = (successes, failures, total * expected, total * (1 - expected))
+        tables = (successes, failures, won, lost)
         seen = [table.sum(dim=1) / self.clusterings for table in tables]  # each clustering has seen everything
         return torch.stack([*seen, centre, own, known / self.clusterings])
 
@@ -256,6 +293,15 @@ class Belief(FixedPrecision):
     def _notify(self, cluster_ids: Tensor | None) -> None:
         for listener in () if self._muted else self._listeners:
             listener(cluster_ids)
+
+
+def with_means(cells: list[Tensor], expected: Tensor | None) -> list[Tensor]:
+    """Prior alpha and beta, successes and failures of cells, with the prior at these means and of the same strength."""
+    if expected is None:
+        return cells
+    strength = cells[0] + cells[1]
+    expected = expected.to(strength)
+    return [strength * expected, strength * (1 - expected), *cells[2:]]
 
 
 def _as_index(cluster_ids: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evidence import Evidence, Observation
 from moe_posterior.forgetting import retention
 from moe_posterior.posterior import inheritance, ranks, surprise
-from moe_posterior.posterior.belief import Belief
+from moe_posterior.posterior.belief import Belief, with_means
 
 
 class BetaPosterior(Belief):
@@ -49,6 +49,8 @@ class BetaPosterior(Belief):
         noise: known error rates of the competence signal; counts are de-biased by them.
         clusterings: M, if the C rows are M equal parts, each of which sees every observation whole: the clusters of M k-means runs
             one after the other. 1 (default) is the paper's.
+        foresees: also sum what was expected of the outcomes observed, in ``foreseen``: for prior means that differ within a cluster,
+            as a learned prior's do. Pooled records are then held against that sum. Off by default.
 
     Raises:
         InvalidArgumentError: sizes below one, a prior that is not positive and finite, an option out of range.
@@ -73,6 +75,7 @@ class BetaPosterior(Belief):
         threshold: float | None = None,
         keep: Tensor | None = None,  # ()
         sync: bool = True,
+        expected: Tensor | None = None,  # as outcome
     ) -> None:
         """Add observed outcomes to the evidence; every (cluster, expert) pair counts as often as it occurs.
 
@@ -88,6 +91,7 @@ class BetaPosterior(Belief):
             keep: share in [0, 1] of all evidence so far, of untouched cells too, to keep; alike on all ranks. None keeps it all.
             sync: where torch.distributed is initialised, sum the new evidence over all ranks, so that every rank holds the
                 same belief. This is then a collective call: a rank without tokens calls it with an empty batch.
+            expected: with ``foresees``, the prior mean of each outcome, in [0, 1]; None takes those of the cells.
 
         With a half-life, a batch equals its observations one after the other, row by row; over several ranks it is their sum.
 
@@ -99,7 +103,7 @@ class BetaPosterior(Belief):
         mistake: InvalidArgumentError | None = None
         try:
             self.require_precision()
-            seen = self._observations(cluster_ids, outcome, expert_indices, threshold, shares)
+            seen = self._observations(cluster_ids, outcome, expert_indices, threshold, shares, expected)
             if keep is not None:
                 validation.number("keep", keep, least=0.0, most=1.0)
         except InvalidArgumentError as error:
@@ -109,7 +113,7 @@ class BetaPosterior(Belief):
         if mistake is not None:
             raise mistake
         fading = None if self.half_life is None else retention(self.half_life)
-        cells, sums = evidence_functions.total_by_cell(seen, self.noise, fading)  # (U,), (3, U)
+        cells, sums = evidence_functions.total_by_cell(seen, self.noise, fading)  # (U,), (3 or 4, U)
         alarm = self._alarm(seen) if self.surprise is not None else None
         touched: Tensor | None = validation.integers("cluster_ids", cluster_ids).reshape(-1)
         if together:
@@ -118,13 +122,14 @@ class BetaPosterior(Belief):
                 torch.distributed.all_reduce(alarm)
             touched = None  # other ranks touched other clusters
         if keep is not None:
-            self.successes *= keep
-            self.failures *= keep
+            for counts in self.evidence:
+                counts *= keep
             touched = None
         fired = alarm is not None and self._suspect(alarm)  # before the new evidence, which is not stale
         kept = 1.0 if fading is None else fading ** sums[2]
-        for counts, added in ((self.successes.view(-1), sums[0]), (self.failures.view(-1), sums[1])):
-            counts[cells] = counts[cells] * kept + added
+        for counts, added in zip(self.evidence, (*sums[:2], *sums[3:]), strict=True):
+            flat = counts.view(-1)
+            flat[cells] = flat[cells] * kept + added
         if self.pools:
             self._pool(None if fired or keep is not None else (cells % self.num_experts).unique())
             touched = None  # an expert's pooled record speaks in every cluster
@@ -146,6 +151,12 @@ class BetaPosterior(Belief):
         given = {"successes": other.successes, "failures": other.failures}
         require_sound(given, signed=self.signed_counts, of="other.")
         with torch.no_grad():
+            if self.foresees:
+                foreseen = getattr(other, "foreseen", None)
+                if foreseen is None:  # as these cells' own priors would have it
+                    total = other.successes.to(self.successes) + other.failures.to(self.failures)
+                    foreseen = total * beta_functions.mean(self.prior_alpha, self.prior_beta)
+                self.foreseen += foreseen.to(self.foreseen)
             self.successes += other.successes.to(self.successes)
             self.failures += other.failures.to(self.failures)
         self._changed()
@@ -208,8 +219,8 @@ class BetaPosterior(Belief):
     @torch.no_grad()
     def reset(self, *, prior: bool = False) -> None:
         """Forget all evidence and suspicion; with ``prior=True`` also any warm start."""
-        self.successes.zero_()
-        self.failures.zero_()
+        for counts in self.evidence:
+            counts.zero_()
         self.suspicion.zero_()
         self.trust.fill_(1.0)
         if self.pooling == "hierarchy":
@@ -231,8 +242,8 @@ class BetaPosterior(Belief):
         """
         keep = validation.number("keep", keep, least=0.0, most=1.0)
         columns = slice(None) if experts is None else self._columns(experts)
-        self.successes[:, columns] *= keep
-        self.failures[:, columns] *= keep
+        for counts in self.evidence:
+            counts[:, columns] *= keep
         self._changed()
 
     def _columns(self, experts: Tensor) -> Tensor:
@@ -262,6 +273,7 @@ class BetaPosterior(Belief):
         alpha, beta = self._inherited(prior_from, strength)
         nothing = torch.zeros_like(alpha)
         columns = {"prior_alpha": alpha, "prior_beta": beta, "successes": nothing, "failures": nothing}
+        columns |= {"foreseen": nothing} if self.foresees else {}
         for name, column in columns.items():
             setattr(self, name, torch.cat([getattr(self, name), column[:, None]], dim=1))
         for name, start in self._starts().items():
@@ -293,7 +305,8 @@ class BetaPosterior(Belief):
         expert = self._require_active(expert)
         alpha, beta = self._inherited(prior_from, strength)
         self.prior_alpha[:, expert], self.prior_beta[:, expert] = alpha, beta
-        self.successes[:, expert], self.failures[:, expert] = 0.0, 0.0
+        for counts in self.evidence:
+            counts[:, expert] = 0.0
         for name, start in self._starts().items():
             getattr(self, name)[..., expert] = start
         self._changed()
@@ -305,6 +318,7 @@ class BetaPosterior(Belief):
         expert_indices: Tensor | None,
         threshold: float | None,
         shares: Tensor | None,
+        expected: Tensor | None = None,
     ) -> Observation:
         device = self.successes.device
         ids = validation.tensor("cluster_ids", cluster_ids).to(device)
@@ -313,27 +327,51 @@ class BetaPosterior(Belief):
         if expert_indices is not None:
             experts = validation.tensor("expert_indices", expert_indices).to(device)
         shape = (self.num_clusters, self.num_experts)
+        if expected is not None and (not self.foresees or shares is not None):
+            raise InvalidArgumentError("expected must be None for a belief without foresees=True, and with shares")
         if shares is None:
-            return evidence_functions.read_outcomes(ids, signal, experts, shape, threshold)
+            seen = evidence_functions.read_outcomes(ids, signal, experts, shape, threshold)
+            return self._with_expected(seen, signal, expected) if self.foresees else seen
+        if self.foresees:
+            raise InvalidArgumentError("shares must be None for a belief with foresees=True")
         weights = validation.floats("shares", shares).to(device)
         return evidence_functions.shared_outcomes(ids, weights, signal, experts, shape, threshold)
 
+    def _with_expected(self, seen: Observation, signal: Tensor, expected: Tensor | None) -> Observation:
+        if expected is None:
+            cells = (table.reshape(-1)[seen.cells] for table in (self.prior_alpha, self.prior_beta))
+            return seen._replace(expected=beta_functions.mean(*cells))
+        means = validation.outcomes("expected", expected).to(self.successes)
+        if means.shape != signal.shape:
+            raise InvalidArgumentError(
+                f"expected must have the shape of outcome, {tuple(signal.shape)}; got {tuple(means.shape)}"
+            )
+        means = means[~torch.isnan(signal)]
+        if bool(torch.isnan(means).any()):
+            raise InvalidArgumentError("expected must be a number wherever an outcome was observed; got NaN")
+        return seen._replace(expected=means)
+
     def _alarm(self, seen: Observation) -> Tensor:  # -> (1, E), or (2, E) with pooling="hierarchy"
         clusters, experts = seen.cells // self.num_experts, seen.cells % self.num_experts
-        believed = beta_functions.mean(*self._believed_of(clusters, experts))
+        believed = beta_functions.mean(*self._believed_of(clusters, experts, seen.expected))
         before = None
         if self.pooling == "hierarchy":
-            prior = beta_functions.mean(self.prior_alpha[clusters, experts], self.prior_beta[clusters, experts])
+            prior = seen.expected
+            if prior is None:
+                prior = beta_functions.mean(self.prior_alpha[clusters, experts], self.prior_beta[clusters, experts])
             before = evidence_functions.shift_odds(prior, torch.exp(self.deviations[3, experts]))
         steps = surprise.steps(seen, believed, before, self.noise, self.clusterings)
         return surprise.by_expert(steps, experts, self.num_experts)
 
-    def _believed_of(self, clusters: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:  # 2 x (M,) -> 2 x (M,)
+    def _believed_of(
+        self, clusters: Tensor, experts: Tensor, expected: Tensor | None
+    ) -> tuple[Tensor, Tensor]:  # 3 x (M,) -> 2 x (M,)
         """Alpha and beta that outcomes are judged by: with a hierarchy as far as the pool's drift is known from other experts."""
         if self.pooling != "hierarchy":
-            return self.parameters_at(clusters, experts)
+            return self.parameters_at(clusters, experts, expected)
         tables = (self.prior_alpha, self.prior_beta, self.successes, self.failures)
-        return self._combined([table[clusters, experts] for table in tables], experts, self.deviations[1])
+        cells = with_means([table[clusters, experts] for table in tables], expected)
+        return self._combined(cells, experts, self.deviations[1])
 
     def _suspect(self, alarm: Tensor) -> bool:  # (1, E) or (2, E)
         relief = self.relief if len(alarm) > 1 else None
@@ -344,8 +382,8 @@ class BetaPosterior(Belief):
         if found.kept is None:
             return False
         self.trust.copy_(found.trust)
-        self.successes *= found.kept
-        self.failures *= found.kept
+        for counts in self.evidence:
+            counts *= found.kept
         return True
 
     def _starts(self) -> dict[str, float]:

@@ -22,9 +22,9 @@ def agree(mistake: InvalidArgumentError | None, device: torch.device) -> None:
 
 def summed(
     cells: Tensor, sums: Tensor, num_cells: int
-) -> tuple[Tensor, Tensor]:  # (U,), (3, U) -> the same of all ranks
+) -> tuple[Tensor, Tensor]:  # (U,), (3 or 4, U) -> the same of all ranks
     """The cells that any rank observed, and what all ranks together observed there."""
-    dense = sums.new_zeros(3, num_cells)
+    dense = sums.new_zeros(len(sums), num_cells)
     dense[:, cells] = sums
     torch.distributed.all_reduce(dense)
     cells = (dense[2] > 0).nonzero().flatten()

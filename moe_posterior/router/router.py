@@ -85,6 +85,10 @@ class PosteriorRouter:
             rule := gate_options.get("rule"), Rule
         ):  # as plain options: they are saved, and written to the log
             gate_options = {name: value for name, value in gate_options.items() if name != "rule"} | rule.options
+        if gate_options.get("prior") is not None:
+            raise InvalidArgumentError(
+                "prior must be None for a router: its pending decisions do not hold what a learned prior expected"
+            )
         if "score" not in gate_options:
             gate_options = {**DEFAULTS, **gate_options}
         self.options = {

@@ -158,7 +158,7 @@ def test_low_precision_hidden_states_are_routed(name: str) -> None:
     assert_valid(gate(data(20).to(torch.bfloat16)), 20, 2)
 
 
-@pytest.mark.parametrize("name", [name for name in GATES if name.startswith(("softmax", "posterior"))])
+@pytest.mark.parametrize("name", [name for name in GATES if name.startswith(("softmax", "posterior", "learned"))])
 def test_a_gate_built_on_the_meta_device_loads_and_routes_alike(name: str) -> None:
     gate = fitted(name)
     gate.observe(gate(data(30)), torch.ones(30, 2))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from moe_posterior import MixtureOfExperts, PosteriorGate
+from moe_posterior import LearnedPrior, MixtureOfExperts, PosteriorGate
 from moe_posterior.gates import Routing
 from moe_posterior.metrics import ClasswiseCalibrationError, GroupedCalibrationError
 from moe_posterior.training import methods
@@ -182,6 +182,18 @@ def sharded_layer(rank: int | None) -> dict[str, Any]:
     return {"output": output, "split": split, "belief": dict(moe.gate.posterior.named_buffers())}
 
 
+def learned_prior(rank: int | None) -> dict[str, Tensor]:
+    """What a prior is found to be worth, and then what it expected of the outcomes observed."""
+    torch.manual_seed(0)
+    gate = PosteriorGate(2, EXPERTS, CLUSTERS, 2, prior=LearnedPrior(8))
+    gate.clusterer.set_centroids(torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]))
+    for seed, learn in ((0, gate.learn_prior), (1, lambda h, o: gate.observe(gate(h), o, dense=True))):
+        hidden = torch.randn(ROWS, 2, generator=generator(seed))
+        outcome = (torch.rand(ROWS, EXPERTS, generator=generator(10 + seed)) < 0.6).double()
+        learn(hidden[own(rank)], outcome[own(rank)])
+    return {name: getattr(gate.posterior, name) for name in ("prior_alpha", "successes", "foreseen", "odds")}
+
+
 def one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}  # as a launcher tells Lightning
@@ -190,6 +202,7 @@ def one_of_two(rank: int, folder: str) -> None:
     results: dict[str, Any] = {
         "evidence": evidence(rank),
         "metrics": metrics(rank),
+        "learned prior": learned_prior(rank),
         "adversaries": adversaries(rank),
         "RobustConfiguration": ddp("RobustConfiguration"),
         "GroupDRO": ddp("GroupDRO"),
@@ -220,6 +233,13 @@ def test_evidence_summed_over_ranks_is_that_of_one_process_exactly(ranks: list[d
     assert alone["successes"].sum() > ROWS
     for rank in ranks:
         assert_identical(rank["evidence"], alone)
+
+
+def test_a_learned_prior_is_worth_and_foresees_on_all_ranks_what_it_does_on_one(ranks: list[dict[str, Any]]) -> None:
+    alone = learned_prior(None)
+    assert alone["foreseen"].sum() > ROWS
+    assert_identical(ranks[0]["learned prior"], ranks[1]["learned prior"])
+    torch.testing.assert_close(ranks[0]["learned prior"], alone, rtol=1e-9, atol=1e-9)
 
 
 def test_metrics_over_ranks_are_those_of_one_process(ranks: list[dict[str, Any]]) -> None:

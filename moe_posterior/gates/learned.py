@@ -1,0 +1,172 @@
+"""A prior that depends on the token: what a small map of the hidden state expects of every expert, before any outcome.
+
+Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_posterior import beta as beta_functions
+from moe_posterior.checks import validation
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.gates.baselines import MOST_WIDTH
+from moe_posterior.gates.exploration import generator_for
+
+_EDGE = 1e-6  # m stays this far from 0 and 1, where a Beta has no spread
+
+
+class LearnedPrior(nn.Module):
+    """The prior mean of each expert's competence on a token, ``m(h) = sigmoid(map(h))``, for :class:`~moe_posterior.PosteriorGate`.
+
+    A gate with such a prior believes, of expert e on a token x in cluster c, ``Beta(κ m_e(x) + S[c, e], κ (1 - m_e(x)) + F[c, e])``:
+    the map says what to expect, the evidence S, F since then overrules it. The map learns from the experts' own outcomes, by
+    :meth:`PosteriorGate.loss`, and end to end through the routing weights; κ, how many observations it is worth, is set by
+    :meth:`PosteriorGate.learn_prior` on rows that the map was not trained on.
+
+    Args:
+        width: ReLU units of the hidden layer; 128 (default) is the router of *Toward Calibrated MoE Under Distribution Shift*. None is
+            one linear map.
+        strength: κ > 0 in observations. None (default) lets ``learn_prior`` set it; until then it is the gate's
+            ``prior_alpha + prior_beta``.
+        shrinkage: the gate's option of that name, where the gate has none: after so many observations of an expert, its record of
+            observed against expected outcomes moves its prior on every token half-way. None keeps clusters apart. Default 10: a
+            broken expert is left after a few outcomes, in clusters too where it was not seen.
+        weight: ≥ 0, of the log score in a training loss; default 1.
+        draws: > 0. While the map is trained (before clusters are fitted, in training mode) the k experts are those with the highest
+            draws from ``Beta(draws · m, draws · (1 - m))``, so that all experts are tried; weights and scores stay those of m. None
+            (default) takes the highest m.
+        warmup_epochs: ≥ 0; so many epochs all experts weigh the same while the map learns from their outcomes alone. Default 0.
+
+    Raises:
+        InvalidArgumentError: an argument out of range, or the prior already belongs to a gate.
+
+    Source: the competence prior of *Bayesian Posterior Routing in Multi-Agent Systems*, made a function of the token.
+
+    >>> from moe_posterior import PosteriorGate
+    >>> gate = PosteriorGate(hidden_size=8, num_experts=4, prior=LearnedPrior(width=None))
+    >>> gate(torch.ones(3, 8)).expert_indices.shape  # it routes from the map alone, before clusters are fitted
+    torch.Size([3, 2])
+    """
+
+    map: nn.Sequential
+
+    @as_declared
+    def __init__(
+        self,
+        width: int | None = 128,
+        strength: float | None = None,
+        *,
+        shrinkage: float | None = 10.0,
+        weight: float = 1.0,
+        draws: float | None = None,
+        warmup_epochs: int = 0,
+    ) -> None:
+        super().__init__()
+        self.width = None if width is None else validation.count("width", width, most=MOST_WIDTH)
+        for name, value in (("strength", strength), ("shrinkage", shrinkage), ("draws", draws)):
+            if value is not None and not 0.0 < value < float("inf"):
+                raise InvalidArgumentError(f"{name} must be positive and finite, or None; got {value}")
+        if not 0.0 <= weight < float("inf"):
+            raise InvalidArgumentError(f"weight must be at least 0 and finite; got {weight}")
+        if warmup_epochs < 0:
+            raise InvalidArgumentError(f"warmup_epochs must be at least 0; got {warmup_epochs}")
+        self.strength, self.shrinkage, self.weight = strength, shrinkage, weight
+        self.draws, self.warmup_epochs = draws, warmup_epochs
+        self.epoch, self.step = 0, 0  # of the training, as the trainer says
+
+    def bind(self, hidden_size: int, num_experts: int) -> None:
+        """Make the map; called once, by the gate."""
+        if "map" in self._modules:
+            raise InvalidArgumentError(
+                "prior must be a LearnedPrior of the gate's own; this one belongs to a gate already"
+            )
+        with torch.inference_mode(False):  # weights that are to be trained outlive the block that they were made in
+            if self.width is None:
+                self.map = nn.Sequential(nn.Linear(hidden_size, num_experts))
+            else:
+                self.map = nn.Sequential(
+                    nn.Linear(hidden_size, self.width), nn.ReLU(), nn.Linear(self.width, num_experts)
+                )
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the training is still in the epochs in which all experts weigh the same."""
+        return self.epoch < self.warmup_epochs
+
+    def logits(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, E) float32
+        """Log odds of m; 0 for a row that holds NaN."""
+        weight = self._output.weight
+        logits = self.map(hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)).float()
+        return torch.where(torch.isnan(logits), 0.0, logits)
+
+    def forward(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, E) float64
+        """m, the expected competence of every expert; differentiable."""
+        return torch.sigmoid(self.logits(hidden).double()).clamp(_EDGE, 1 - _EDGE)
+
+    def loss(self, hidden: Tensor, outcome: Tensor) -> Tensor:  # (N, D), (N, E) -> ()
+        """The log score of m on observed outcomes, a mean over those; NaN is not observed. No gradient reaches ``hidden``.
+
+        Proper: its expectation is lowest where m is the rate of success.
+        """
+        logits = self.logits(hidden.detach())
+        wanted = validation.outcomes("outcome", outcome, tuple(logits.shape)).detach().to(logits)
+        seen = ~torch.isnan(wanted)
+        score = functional.binary_cross_entropy_with_logits(logits, wanted.nan_to_num(0.0), reduction="none")
+        return torch.where(seen, score, 0.0).sum() / seen.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def drawn(self, mean: Tensor, seed: int) -> Tensor:  # (N, E) -> (N, E)
+        """A draw of competence around m, to rank by while the map is trained; from (seed, training step) alone."""
+        assert self.draws is not None
+        step = torch.tensor(self.step)
+        generator = generator_for(mean.device, seed, step, "route")
+        centre = mean.clamp(1e-3, 1 - 1e-3)
+        return beta_functions.thompson(self.draws * centre, self.draws * (1 - centre), generator)
+
+    @torch.no_grad()
+    def put_expert(self, place: int, mean: float, prior_from: Mapping[int, float] | None) -> None:
+        """Give the expert at ``place``, which may be one more, a row of the map: its donors', averaged in log odds, or a constant.
+
+        The parameters are new ones where the map grew: give them to the optimizer.
+        """
+        last = self._output
+        weight, bias = last.weight.new_zeros(last.in_features), torch.logit(last.bias.new_tensor(mean))
+        if prior_from is not None:
+            donors = [int(donor) for donor in prior_from]
+            shares = last.weight.new_tensor([float(share) for share in prior_from.values()])
+            shares = shares / shares.sum()
+            weight, bias = shares @ last.weight[donors], shares @ last.bias[donors]
+        if place == last.out_features:
+            last.weight = nn.Parameter(torch.cat([last.weight, weight[None]]), last.weight.requires_grad)
+            last.bias = nn.Parameter(torch.cat([last.bias, bias[None]]), last.bias.requires_grad)
+            last.out_features += 1
+        else:
+            last.weight[place], last.bias[place] = weight, bias
+
+    @property
+    def _output(self) -> nn.Linear:
+        last = self.map[-1]
+        assert isinstance(last, nn.Linear)
+        return last
+
+    def extra_repr(self) -> str:
+        given = "" if self.strength is None else f", strength={self.strength:g}"
+        given += "" if self.draws is None else f", draws={self.draws:g}"
+        return f"width={self.width}{given}"
+
+
+def read_prior(prior: object) -> LearnedPrior | None:
+    """A gate's ``prior`` argument as a module of its own.
+
+    Raises:
+        InvalidArgumentError: anything but None, "learned" or a LearnedPrior.
+    """
+    if prior is None or isinstance(prior, LearnedPrior):
+        return prior
+    if isinstance(prior, str) and prior == "learned":
+        return LearnedPrior()
+    raise InvalidArgumentError(f"prior must be None, 'learned' or a LearnedPrior; got {validation.described(prior)}")

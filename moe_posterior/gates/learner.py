@@ -1,0 +1,134 @@
+"""What a gate with a learned prior has beside its decisions: how the prior is trained, and when evidence begins.
+
+Dimensions: N tokens, D hidden size, E experts, k experts per token.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_posterior.checks import validation
+from moe_posterior.checks.declared import as_declared
+from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.gates.base import Routing
+from moe_posterior.gates.learned import LearnedPrior
+from moe_posterior.gates.strength import levelled_means, safe_strength
+from moe_posterior.gates.tables import TabledGate
+from moe_posterior.posterior import BetaPosterior
+
+
+class PriorLearner(TabledGate):
+    """A gate that may have a :class:`~moe_posterior.LearnedPrior`; with ``prior=None`` nothing here has any effect.
+
+    First the map alone decides, and :meth:`loss` trains it. Then :meth:`fit` finds clusters and :meth:`learn_prior` says, by rows held
+    out from the training, what the map is worth. From there on outcomes count as evidence.
+    """
+
+    prior: LearnedPrior | None
+
+    @property
+    def from_map_alone(self) -> bool:
+        """Whether the gate has a learned prior and no clusters yet, in which evidence could speak beside it."""
+        return self.prior is not None and not self.clusterer.fitted
+
+    @property
+    def counts_training_rows(self) -> bool:
+        return self.prior is None
+
+    def loss(self, hidden: Tensor, outcome: Tensor) -> Tensor | None:  # (N, D), (N, E) -> ()
+        """The log score of a learned prior on the experts' own outcomes, by its weight; its gradient reaches the map alone.
+
+        Outcomes are binarised at ``threshold`` as evidence is; NaN is not observed.
+        """
+        if self.prior is None:
+            return None
+        self.validate_hidden(hidden)
+        if self.threshold is not None:
+            outcome = torch.where(outcome.isnan(), torch.nan, (outcome >= self.threshold).to(outcome.dtype))
+        return self.prior.weight * self.prior.loss(hidden, outcome)
+
+    def begin_step(self, step: int, epoch: int) -> None:
+        if self.prior is not None:
+            self.prior.step, self.prior.epoch = step, epoch
+
+    @torch.no_grad()
+    @as_declared
+    def learn_prior(
+        self,
+        hidden: Tensor,  # (N, D)
+        outcome: Tensor,  # (N, E)
+        *,
+        strength: float | None = None,
+        sync: bool = True,
+    ) -> float:
+        """Find how many observations the trained prior is worth, on rows it was not trained on, and start without evidence.
+
+        κ is cautious, see :func:`~moe_posterior.gates.strength.safe_strength`; a ``strength`` of the prior's own stays. The prior of a
+        cluster, which is shown of it and pooled for what lies far from all clusters, becomes the map's mean over the cluster's
+        rows, at the level that the outcomes put each expert. Evidence counts from here on: nothing is counted in both.
+
+        Args:
+            hidden, outcome: held-out rows and how every expert did on them, in [0, 1]; NaN is not observed.
+            strength: κ is at most this; None sets no limit.
+            sync: where torch.distributed is initialised, use the rows of all ranks together; a collective call.
+
+        Returns:
+            κ.
+
+        Raises:
+            NotFittedError: before :meth:`fit`. InvalidArgumentError: the gate has no learned prior, or as :meth:`observe`.
+        """
+        if self.prior is None:
+            raise InvalidArgumentError("prior must be 'learned' or a LearnedPrior for learn_prior; this gate has none")
+        self.validate_hidden(hidden)
+        self.clusterer.require_fitted()
+        rows = self.clusterer(hidden)
+        broken = ~torch.isfinite(rows.distance).to(outcome.device)
+        counts = BetaPosterior(self.num_clusters, self.num_experts, foresees=True).to(hidden.device)
+        if outcome.shape == (len(hidden), self.num_experts):  # else the count refuses it, on all ranks together
+            outcome = torch.where(broken[:, None], torch.nan, outcome)
+        counts.observe(rows.cluster_ids, outcome, threshold=self.threshold, sync=sync, expected=self.prior(hidden))
+        won, lost, foreseen = counts.evidence
+        found = self.prior.strength or safe_strength(won, lost, foreseen)
+        if strength is not None:
+            found = min(found, validation.number("strength", strength, above=0.0))
+        mean = levelled_means(won, lost, foreseen)
+        self.posterior.prior_alpha.copy_(found * mean)
+        self.posterior.prior_beta.copy_(found * (1 - mean))
+        self.posterior.reset()
+        return found
+
+    def relearn(self) -> None:
+        """Go on training a learned prior: clusters, κ and evidence are dropped, and the map alone decides until the next fit."""
+        if self.prior is None:
+            raise InvalidArgumentError("prior must be 'learned' or a LearnedPrior for relearn; this gate has none")
+        self.clusterer.clear()
+        self.posterior.reset(prior=True)
+
+    def require_observable(self) -> None:
+        if self.from_map_alone:
+            self.clusterer.require_fitted()
+
+    def replace_expert(
+        self, expert: int, prior_from: Mapping[int, float] | None = None, *, strength: float = 4.0
+    ) -> None:
+        super().replace_expert(expert, prior_from, strength=strength)
+        self.put_prior(expert, prior_from)
+
+    def put_prior(self, expert: int, prior_from: Mapping[int, float] | None) -> None:
+        """Let the map expect of a newcomer what it expects of its donors, or the same everywhere."""
+        if self.prior is not None:
+            alpha, beta = self.posterior.initial_prior
+            self.prior.put_expert(expert, alpha / (alpha + beta), prior_from)
+
+    def expected_of(self, routing: Routing) -> Tensor | None:  # -> (N, E)
+        """What the learned prior expected of these tokens; None where the routing has lost it, or is from before an expert joined."""
+        known = routing.expected
+        return known if known is not None and known.shape[1] == self.num_experts else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "prior" not in self._modules:  # pickled by a version without learned priors
+            self.__dict__.setdefault("prior", None)
