@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_posterior.errors import InvalidArgumentError
 
-__all__ = ["DigitsNet", "ResNet", "paper_resnet", "reduced_resnet"]
+__all__ = ["DigitsNet", "ResNet", "Trunk", "paper_resnet", "reduced_resnet"]
 
 
 def _require_images(images: Tensor, channels: int, size: int | None = None) -> None:
@@ -52,6 +52,32 @@ class DigitsNet(nn.Module):
         hidden = F.relu(self.conv1(images))
         hidden = F.max_pool2d(F.relu(self.conv2(hidden)), 2)
         return F.relu(self.project(hidden.flatten(1)))
+
+
+class Trunk(nn.Module):
+    """A linear layer, batch norm and ReLU on cached features: the trainable part below the heads of a mixture.
+
+    Args:
+        in_features: width of the cached features.
+        out_features: F; 128 as in the paper's heads.
+
+    Shapes: (N, in_features) -> (N, F), non-negative.
+
+    Source: *Toward Calibrated Mixture-of-Experts Under Distribution Shift*, 2026, PACS.
+
+    >>> Trunk(1280)(torch.rand(4, 1280)).shape
+    torch.Size([4, 128])
+    """
+
+    def __init__(self, in_features: int, out_features: int = 128) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.linear = nn.Linear(in_features, out_features)
+        self.norm = nn.BatchNorm1d(out_features)
+
+    def forward(self, features: Tensor) -> Tensor:  # (N, in) -> (N, F)
+        """The trained features."""
+        return F.relu(self.norm(self.linear(features)))
 
 
 class BasicBlock(nn.Module):

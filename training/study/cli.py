@@ -26,11 +26,13 @@ from moe_posterior.training.study import measure
 from moe_posterior.training.study.figures import online_figure
 from moe_posterior.training.study.measure import figures_of_cell, figures_of_simulation
 from moe_posterior.training.study.plan import STUDIES, Cell, Study, cells_of, settings_of, simulations_of
-from moe_posterior.training.study.sources import SIMULATED_SPLIT
+from moe_posterior.training.study.sources import CORRUPTED_SPLIT, SIMULATED_SPLIT
 from moe_posterior.training.study.tables import tables_of, to_markdown
 from moe_posterior.training.study.train import load_outputs, save_outputs, train_cell
 
 __all__ = ["study"]
+
+JUDGED_SPLITS = ("val", "test", CORRUPTED_SPLIT, SIMULATED_SPLIT)
 
 
 def study(arguments: list[str]) -> int:
@@ -151,7 +153,7 @@ def _train(plan: Study, cells: list[Cell], folder: Path, console: Console) -> No
         for number, cell in enumerate(missing):
             bar.update(task, description=f"{cell.setting} {cell.gate}, {cell.method}, seed {cell.seed}")
             model, data = train_cell(cell, plan, folder)
-            parts = ("val", "test") if cell.inner is None else ("val", SIMULATED_SPLIT)
+            parts = [part for part in JUDGED_SPLITS if part in data.splits and (part != "test" or cell.inner is None)]
             said = {part: outputs_of(model, data.loader(data.split(part))) for part in parts}
             save_outputs(_file(folder, cell), said)
             bar.advance(task)

@@ -1,29 +1,25 @@
-"""The study's data: features of frozen backbones, with groups for the objectives that want them, and rows left out to simulate a shift.
+"""The study's data: images or cached features, groups for the objectives that use them, and rows left out to simulate a shift.
 
 Dimensions: n rows, D hidden size.
 """
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.training.data import CAD, PACS, CachedFeatures, ClassificationData
-from moe_posterior.training.data.base import Split
+from moe_posterior.training.data import CAD, CIFAR10H, PACS, ClassificationData
+from moe_posterior.training.data.base import Split, generator_for
 
-__all__ = ["SIMULATED_SPLIT", "SOURCES", "Source", "cifar10h_folder"]
+__all__ = ["CORRUPTED_SPLIT", "SIMULATED_SPLIT", "SOURCES", "Source"]
 
 SIMULATED_SPLIT = "simulated"
-BATCH_SIZE = 256  # twice the paper's, at three times its learning rate: half the steps
-PROJECTED = 256  # principal axes of PACS features: a fifth of their width, and of the time
-
-
-def cifar10h_folder(seed: int) -> Path:
-    """Where the cached features of the seed's CIFAR-10 network lie; ``make cifar10h-features`` makes them."""
-    return Path("runs") / f"cifar10h-features-{seed}"
+CORRUPTED_SPLIT = "corrupted"
+BATCH_SIZE = 128  # as in the paper
+TRAIN_FRACTION = 0.4  # of CIFAR-10's 50,000 training images: 18,000 to train on, 2,000 for validation
+CORRUPTED_ROWS, SEVERITY = 2000, 3  # test images under each corruption
 
 
 class Source(ClassificationData):
@@ -79,7 +75,7 @@ def _rows(split: Split, mask: Tensor) -> Split:
 
 @lru_cache(maxsize=2)  # the cells of one setting and seed share their rows
 def _pacs(setting: str, seed: int, inner: str | None) -> ClassificationData:
-    data = PACS(held_out=setting, project=PROJECTED, batch_size=BATCH_SIZE, seed=seed)
+    data = PACS(held_out=setting, batch_size=BATCH_SIZE, seed=seed)
     left_out = None
     if inner is not None:
         number = data.domain_names.index(inner)
@@ -109,10 +105,33 @@ def _comments(setting: str, seed: int, inner: str | None) -> ClassificationData:
     return Source(data, groups, names, left_out)
 
 
+class _Images(CIFAR10H):
+    """CIFAR-10H whose groups are its labels, with test images under each default corruption as one more split."""
+
+    @property
+    def group_names(self) -> tuple[str, ...]:  # type: ignore[override]  # no groups but the labels are known
+        """The classes."""
+        return self.class_names
+
+    def load(self) -> Mapping[str, Split]:
+        """Train, val, test, and the corrupted images."""
+        splits = super().load()
+        rows = torch.randperm(len(splits["test"]), generator=generator_for("corrupted", self.seed))[:CORRUPTED_ROWS]
+        test = Split(splits["test"].inputs[rows], splits["test"].targets[rows], scale=255)
+        parts = [self.shifted(test, shift, SEVERITY) for shift in self.default_shifts]
+        corrupted = Split(
+            torch.cat([part.inputs for part in parts]), torch.cat([part.targets for part in parts]), scale=255
+        )
+        with_groups = {**splits, CORRUPTED_SPLIT: corrupted}
+        return {
+            name: Split(split.inputs, split.targets, split.scale, groups=split.targets)
+            for name, split in with_groups.items()
+        }
+
+
 @lru_cache(maxsize=2)
 def _cifar10h(setting: str, seed: int, inner: str | None) -> ClassificationData:
-    data = CachedFeatures(str(cifar10h_folder(seed)), batch_size=BATCH_SIZE, seed=seed)
-    return Source(data, lambda part: data.split(part).targets, data.class_names)  # no other groups are known
+    return _Images(batch_size=BATCH_SIZE, seed=seed, train_fraction=TRAIN_FRACTION)
 
 
 SOURCES: dict[str, Callable[[str, int, str | None], ClassificationData]] = {

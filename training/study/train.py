@@ -18,26 +18,26 @@ from moe_posterior.files.reading import decoding
 from moe_posterior.files.torchfile import load_plain, read_plain_file
 from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint
 from moe_posterior.training.data import ClassificationData
-from moe_posterior.training.data.features import PassThrough
 from moe_posterior.training.divergence import StopWhereDiverged
 from moe_posterior.training.module import MoEClassifier
-from moe_posterior.training.study.plan import LR, WEIGHT_DECAY, Cell, Study
+from moe_posterior.training.study.plan import Cell, Study
 
 __all__ = ["load_outputs", "save_outputs", "train_cell"]
 
 
 def train_cell(cell: Cell, study: Study, folder: Path) -> tuple[MoEClassifier, ClassificationData]:
-    """Train a cell's heads, from the shared warm-up if an earlier cell of the same seed, gate and data has left one in the folder."""
+    """Train a cell, from the shared warm-up if an earlier cell of the same seed, gate and data has left one in the folder."""
     data = cell.data()
-    width = data.split("train").inputs.shape[1]
+    shape = tuple(data.split("train").inputs.shape[1:])
     lightning.seed_everything(cell.seed, verbose=False)
     model = MoEClassifier(
-        PassThrough(width),
+        study.backbone(shape),
         data.num_classes,
         cell.num_experts,
         cell.gate_factory(),
-        LR,
-        WEIGHT_DECAY,
+        study.lr,
+        study.weight_decay,
+        study.warmup_share,
         method=cell.objective(study.warmup_epochs),
         num_groups=data.num_groups,
         seed=cell.seed,
@@ -52,18 +52,19 @@ def train_cell(cell: Cell, study: Study, folder: Path) -> tuple[MoEClassifier, C
         StopWhereDiverged(f"cell {cell.key}"),
         CompetenceUpdates(warmup_epochs=1, refit_every=3, fit_rows=4000, seed=cell.seed),
     ]
-    trainer = _trainer(study.epochs, [*callbacks, *([] if branches else [warmup])])
+    trainer = _trainer(study, [*callbacks, *([] if branches else [warmup])])
     trainer.fit(model, datamodule=data, ckpt_path=warmup.path if branches else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     return model.eval(), data
 
 
-def _trainer(epochs: int, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+def _trainer(study: Study, callbacks: list[lightning.Callback]) -> lightning.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     return lightning.Trainer(
-        max_epochs=epochs,
+        max_epochs=study.epochs,
+        precision=study.precision,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
