@@ -55,7 +55,7 @@ cifar10h-features: $(INSTALLED)  ## train three small ResNets by ERM and keep th
 	    --prefix backbone. --out runs/cifar10h-features-$$seed || exit 1; \
 	done
 
-tables: $(INSTALLED)  ## compare methods and calibrators over seeds on PACS, comments, and CIFAR-10H (from its kept features) (an hour), resumable
+tables: $(INSTALLED)  ## methods, calibrators and seeds on PACS, comments and CIFAR-10H (about 3 hours of one core), resumable
 	mkdir -p results/calibration
 	$(BIN)/moe-posterior study pacs --out results/calibration/pacs.parquet --markdown results/calibration/pacs.md --figure results/calibration/pacs.png
 	$(BIN)/moe-posterior study comments --out results/calibration/comments.parquet --markdown results/calibration/comments.md --figure results/calibration/comments.png

@@ -12,6 +12,7 @@ from moe_posterior.calibrators import Outputs, TemperatureScaling
 from moe_posterior.errors import MissingDataError
 from moe_posterior.metrics import calibration_error
 from moe_posterior.training.data.base import ClassificationData, Split
+from moe_posterior.training.data.features import PassThrough
 from moe_posterior.training.study import cli, measure, plan, sources, tables, train
 
 
@@ -51,10 +52,12 @@ def toy(setting: str, seed: int, inner: str | None) -> ClassificationData:
 def small(monkeypatch: pytest.MonkeyPatch):
     """The study "comments" on the toy world, with three methods."""
     monkeypatch.setitem(sources.SOURCES, "comments", toy)
-    kept = ("vanilla", "robust filtered", "robust configuration")
-    monkeypatch.setattr(plan, "METHODS", {name: plan.METHODS[name] for name in kept})
-    monkeypatch.setattr(plan, "SIMULATED", ("robust filtered",))
-    study = plan.Study("comments", ("toy",), 2, 3, 2, {"toy": ("y",)})
+    arms = [("softmax", "single"), ("average", "ensemble"), ("softmax", "vanilla"), ("softmax", "robust filtered")]
+    monkeypatch.setattr(plan, "ARMS", (*arms, ("posterior", "vanilla"), ("posterior", "robust filtered")))
+    monkeypatch.setattr(plan, "OURS", ("vanilla", "robust filtered"))
+    monkeypatch.setattr(measure, "OUTSIDE", {})
+    monkeypatch.setattr(tables, "OURS", ("vanilla", "posterior", "expert temperature"))
+    study = plan.Study("comments", ("toy",), 2, 3, 2, {"toy": ("y",)}, lambda shape, members: PassThrough(shape[0]))
     monkeypatch.setitem(plan.STUDIES, "comments", study)
     return study
 
@@ -75,7 +78,7 @@ def test_a_study_trains_measures_and_goes_on_where_it_stopped(small, tmp_path, m
         cli.study(arguments)
     monkeypatch.setattr(cli, "train_cell", lambda *a: (trained.append(a[0].key), original(*a))[1])
     assert cli.study([*arguments, "--out", str(out), "--markdown", str(tmp_path / "c.md")]) == 0
-    expected = 2 * (1 + 2 * 3 + 2 * 1)  # per seed: single, three methods and one simulation with each gate
+    expected = 2 * (2 + 2 * 2 + 2 * 2)  # per seed: single, ensemble, two methods and two simulations with each gate
     assert len(trained) == len(set(trained)) == expected
     records = cli.one_by_one(json.loads(out.read_text())["records"])
     assert {record["seed"] for record in records} == {42, 43}
@@ -91,6 +94,31 @@ def test_a_study_trains_measures_and_goes_on_where_it_stopped(small, tmp_path, m
     assert cli.study(["comments", "--from", str(out), "--figure", str(figure)]) == 0
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert "CAD (keyword groups): methods, 2 seeds" in capsys.readouterr().out
+
+
+def test_members_of_an_ensemble_learn_from_their_own_errors_alone() -> None:
+    cell, study = plan.Cell("pacs", "sketch", "average", "ensemble", 0), plan.STUDIES["pacs"]
+    model = cell.model(study, (10,), 7, 1)
+    prediction = model.predict(torch.rand(6, 10))
+    experts = prediction.need("expert_probs")
+    assert torch.allclose(prediction.probs, experts.mean(dim=1), atol=1e-6)
+    experts[:, 1].square().sum().backward()
+    moved = [
+        any(p.grad is not None and p.grad.abs().sum() > 0 for p in member.parameters())
+        for member in model.backbone.members
+    ]
+    assert moved == [False, True, False, False]
+
+
+def test_combinations_are_ranked_on_simulated_shift_and_within_a_point_of_the_best_accuracy() -> None:
+    rows = [("a", 0.80, 0.05), ("b", 0.795, 0.03), ("c", 0.70, 0.01)]
+    records = [
+        record(subset="simulated", method=method, metric=metric, value=value)
+        for method, *values in rows
+        for metric, value in zip(("accuracy", "ece_debiased"), values, strict=True)
+    ]
+    table = next(t for t in tables.tables_of(records) if "simulated" in t.title)
+    assert [(row[0], row[-1]) for row in table.rows] == [("b", "yes"), ("a", "yes"), ("c", "no")]
 
 
 def test_what_is_left_out_is_trained_on_nowhere_and_judged_whole() -> None:
@@ -126,6 +154,7 @@ def overconfident(rows: int, seed: int) -> tuple[Outputs, torch.Tensor]:
 
 def test_calibrators_are_fitted_on_validation_rows_alone(monkeypatch) -> None:
     monkeypatch.setitem(sources.SOURCES, "comments", toy)
+    monkeypatch.setattr(measure, "OUTSIDE", {})
     cell = plan.Cell("comments", "toy", "softmax", "vanilla", 0)
     validation, test = overconfident(500, 1), overconfident(700, 2)
     found = measure.figures_of_cell(cell, {"val": validation, "test": test})

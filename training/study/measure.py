@@ -3,7 +3,9 @@
 Dimensions: n rows, K classes. Calibrators see validation rows alone, the shift-aware one also those of simulated shifts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +17,15 @@ from moe_posterior.calibrators import (
     ExpertTemperature,
     HistogramBinning,
     IsotonicCalibration,
+    Multicalibration,
     MultiDomainTemperature,
     OnlineConfigurationCalibrator,
     Outputs,
     ShiftAwareTemperature,
+    StructuredMatrixScaling,
     TemperatureScaling,
     VectorScaling,
+    VennAbers,
 )
 from moe_posterior.metrics import (
     brier_score,
@@ -34,19 +39,31 @@ from moe_posterior.training.data import CIFAR10H
 from moe_posterior.training.data.base import generator_for
 from moe_posterior.training.outputs import normalised, numbered_configurations
 from moe_posterior.training.study.plan import Cell
+from moe_posterior.training.study.sources import CORRUPTED_SPLIT, SIMULATED_SPLIT
 
 __all__ = ["DELIVERED", "RHOS", "figures_of_cell", "figures_of_simulation"]
 
 Parts = Mapping[str, tuple[Outputs, Tensor]]
-STATIC: dict[str, type[Calibrator]] = {
+STATIC: dict[str, Callable[[], Calibrator]] = {
     "temperature": TemperatureScaling,
     "expert temperature": ExpertTemperature,
+    "expert temperature, stopped": partial(ExpertTemperature, steps=50),
     "vector": VectorScaling,
     "isotonic": IsotonicCalibration,
     "histogram": HistogramBinning,
     "multi-domain temperature": MultiDomainTemperature,
     "configuration": ConfigurationCalibrator,
 }
+OUTSIDE: dict[str, Callable[[], Calibrator]] = {
+    name: kind
+    for name, library, kind in (
+        ("matrix scaling", "probmetrics", StructuredMatrixScaling),
+        ("Venn-Abers", "venn_abers", VennAbers),
+        ("multicalibration", "mcgrad", Multicalibration),
+    )
+    if importlib.util.find_spec(library)  # extras: tables leave out what is not installed
+}
+PLAIN = ("single", "ensemble", "vanilla")  # what calibrators of other libraries are fitted on
 RHOS = (0.0, 0.1, 0.5, 1.0)
 DELIVERED = (0, 10, 20, 50, 100, 500)
 JUDGED = 200  # rows that must be left to judge the online calibrator by
@@ -57,9 +74,10 @@ ORDERS = 5  # random orders of the outcomes
 def figures_of_cell(cell: Cell, parts: Parts) -> list[dict[str, Any]]:
     """All figures that need no simulated shift, as records of one value each."""
     parts = {part: (_without_labels(cell, outputs), target) for part, (outputs, target) in parts.items()}
-    calibrators = fit_static(*parts["val"])
+    calibrators = fit_static(*parts["val"], STATIC | OUTSIDE if cell.method in PLAIN else STATIC)
     found = [*_records(cell, "none", "validation", *parts["val"])]
-    for subset, (outputs, target) in _subsets(cell, parts["test"]):
+    corrupted = [(CORRUPTED_SPLIT, parts[CORRUPTED_SPLIT])] if CORRUPTED_SPLIT in parts else []
+    for subset, (outputs, target) in [*_subsets(cell, parts["test"]), *corrupted]:
         found += _records(cell, "none", subset, outputs, target)
         for name, calibrator in calibrators.items():
             found += _records(cell, name, subset, outputs._replace(probs=calibrator(outputs)), target)
@@ -68,12 +86,14 @@ def figures_of_cell(cell: Cell, parts: Parts) -> list[dict[str, Any]]:
     return [*found, *_human(cell, parts, calibrators), *_reweighted(cell, parts, calibrators)]
 
 
-def fit_static(outputs: Outputs, target: Tensor) -> dict[str, Calibrator]:
-    """Every static calibrator that these rows allow: the one over domains wants at least two of them."""
+def fit_static(
+    outputs: Outputs, target: Tensor, kinds: Mapping[str, Callable[[], Calibrator]] = STATIC
+) -> dict[str, Calibrator]:
+    """Every calibrator that these rows allow: the one over domains wants at least two of them."""
     several = outputs.domain is not None and len(outputs.domain.unique()) > 1
     return {
         name: kind().fit(outputs, target)
-        for name, kind in STATIC.items()
+        for name, kind in kinds.items()
         if several or name != "multi-domain temperature"
     }
 
@@ -99,7 +119,7 @@ def figures_of_simulation(cell: Cell, parts: Parts, simulated: Sequence[Parts]) 
     outputs, target = _joined(near + far, [0] * len(near) + list(range(1, len(far) + 1)))
     shift_aware = ShiftAwareTemperature().fit(outputs, target)
     assumed = TemperatureScaling().fit(*_joined(far, list(range(len(far)))))
-    found: list[dict[str, Any]] = []
+    found = [*_choice(cell, simulated)]
     for subset, (rows, labels) in _subsets(cell, parts["test"]):
         for name, calibrated in (
             ("simulated temperature", assumed(rows)),
@@ -108,6 +128,24 @@ def figures_of_simulation(cell: Cell, parts: Parts, simulated: Sequence[Parts]) 
         ):
             found += _records(cell, name, subset, rows._replace(probs=calibrated), labels)
     return found
+
+
+def _choice(cell: Cell, simulated: Sequence[Parts]) -> Iterator[dict[str, Any]]:
+    """What every calibrator would have done under the simulated shifts, the mean over them: what combinations are chosen by."""
+    totals: dict[tuple[str, str], float] = {}
+    for world in simulated:
+        parts = {part: (_without_labels(cell, outputs), target) for part, (outputs, target) in world.items()}
+        outputs, target = parts[SIMULATED_SPLIT]
+        for name, calibrator in [("none", None), *fit_static(*parts["val"]).items()]:
+            probs = normalised(outputs.probs if calibrator is None else calibrator(outputs))
+            accuracy = (probs.argmax(dim=1) == target).double().mean()
+            for metric, value in (
+                ("accuracy", accuracy),
+                ("ece_debiased", calibration_error(probs, target, debias=True)),
+            ):
+                totals[name, metric] = totals.get((name, metric), 0.0) + float(value) / len(simulated)
+    for (name, metric), total in totals.items():
+        yield _record(cell, name, SIMULATED_SPLIT, metric, total)
 
 
 def _joined(worlds: Sequence[tuple[Outputs, Tensor]], domains: Sequence[int]) -> tuple[Outputs, Tensor]:

@@ -16,15 +16,19 @@ from moe_posterior.training import methods
 from moe_posterior.training.backbones import ResNet, Trunk
 from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.methods import Method
+from moe_posterior.training.module import MoEClassifier
+from moe_posterior.training.study.ensemble import Members, MembersApart, average_gate, into_ensemble
 from moe_posterior.training.study.sources import BATCH_SIZE, SOURCES, TRAIN_FRACTION
 
 __all__ = ["GATES", "METHODS", "STUDIES", "Cell", "Study", "cells_of", "settings_of", "simulations_of"]
 
 NUM_EXPERTS = 4  # as in the paper
+BELIEF_GATES = ("posterior",)
 GATES: dict[str, Callable[[int, int], Gate]] = {
     # Fully soft with a hidden layer of 128, as in the paper; of one expert nothing is left of it.
     "softmax": lambda size, experts: SoftmaxGate(size, experts, experts, router_width=128),
     "posterior": lambda size, experts: PosteriorGate(size, experts, 16, min(2, experts)),
+    "average": average_gate,
 }
 METHODS: dict[str, Callable[[int], Method]] = {
     "vanilla": methods.Vanilla,
@@ -37,16 +41,16 @@ METHODS: dict[str, Callable[[int], Method]] = {
     "robust configuration + robust": partial(methods.RobustConfiguration, robust=True),
 }
 SINGLE = "single"  # one expert, ERM
+ENSEMBLE = "ensemble"  # one network a head, trained apart
 PUBLISHED = ("single", "vanilla", "mocae", "fgr", "robust", "robust filtered", "fgr + robust")
 OURS = ("vanilla", "robust filtered", "robust configuration + robust")  # trained with a gate that holds a belief
 ARMS = (
     ("softmax", SINGLE),
+    ("average", ENSEMBLE),
     *(("softmax", method) for method in METHODS),
-    *((gate, method) for gate in GATES if gate != "softmax" for method in OURS),
+    *((gate, method) for gate in BELIEF_GATES for method in OURS),
 )
 """(gate, method) of every cell of a setting and seed; vanilla before whatever branches from its warm-up."""
-
-
 SIMULATED_SEEDS = 2
 
 
@@ -60,21 +64,22 @@ class Study:
     epochs: int
     warmup_epochs: int
     inner: Mapping[str, tuple[str, ...]]  # setting -> what is left out once more to simulate a shift
-    backbone: Callable[[tuple[int, ...]], nn.Module]  # of the shape of one input row
+    backbone: Callable[[tuple[int, ...], int], nn.Module]  # (shape of an input row, members that share the cost of one)
     lr: float = 1e-3
     weight_decay: float = 1e-4
     warmup_share: float = 0.05  # of the learning rate
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
 
-def small_resnet(shape: tuple[int, ...]) -> nn.Module:
-    """A quarter of the channels of the paper's last stage and one block a stage: 14 MFLOPs an image instead of 900."""
-    return ResNet(widths=(32, 64, 128), blocks=(1, 1, 1), stem_stride=2)
+def small_resnet(shape: tuple[int, ...], members: int) -> nn.Module:
+    """Half the paper's channels, one block a stage and a strided stem; the cost falls with the square of the width."""
+    width = round(32 / members**0.5)
+    return ResNet(widths=(width, 2 * width, 4 * width), blocks=(1, 1, 1), stem_stride=2)
 
 
-def trunk(shape: tuple[int, ...]) -> nn.Module:
+def trunk(shape: tuple[int, ...], members: int) -> nn.Module:
     """The trainable layer on frozen features."""
-    return Trunk(shape[0], 128)
+    return Trunk(shape[0], 128 // members)
 
 
 _PACS = ("art_painting", "cartoon", "photo", "sketch")
@@ -115,7 +120,34 @@ class Cell:
 
     def objective(self, warmup_epochs: int) -> Method:
         """Its method, with the warm-up all share."""
+        if self.method == ENSEMBLE:
+            return MembersApart()
         return METHODS["vanilla" if self.method == SINGLE else self.method](warmup_epochs)
+
+    def model(self, study: Study, shape: tuple[int, ...], num_classes: int, num_groups: int) -> MoEClassifier:
+        """Its network, untrained.
+
+        Args:
+            shape: of one input row.
+        """
+
+        def made(backbone: nn.Module) -> MoEClassifier:
+            return MoEClassifier(
+                backbone,
+                num_classes,
+                self.num_experts,
+                self.gate_factory(),
+                study.lr,
+                study.weight_decay,
+                study.warmup_share,
+                method=self.objective(study.warmup_epochs),
+                num_groups=num_groups,
+                seed=self.seed,
+            )
+
+        if self.method != ENSEMBLE:
+            return made(study.backbone(shape, 1))
+        return into_ensemble(made(Members(lambda: study.backbone(shape, NUM_EXPERTS), NUM_EXPERTS)))
 
     def gate_factory(self) -> Callable[[int, int], Gate]:
         """Its gate."""

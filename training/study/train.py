@@ -30,18 +30,7 @@ def train_cell(cell: Cell, study: Study, folder: Path) -> tuple[MoEClassifier, C
     data = cell.data()
     shape = tuple(data.split("train").inputs.shape[1:])
     lightning.seed_everything(cell.seed, verbose=False)
-    model = MoEClassifier(
-        study.backbone(shape),
-        data.num_classes,
-        cell.num_experts,
-        cell.gate_factory(),
-        study.lr,
-        study.weight_decay,
-        study.warmup_share,
-        method=cell.objective(study.warmup_epochs),
-        num_groups=data.num_groups,
-        seed=cell.seed,
-    )
+    model = cell.model(study, shape, data.num_classes, data.num_groups)
     place = folder / "warmup" / f"{cell.setting}-{cell.inner}-{cell.gate}-{cell.num_experts}-{cell.seed}"
     warmup = WarmupCheckpoint(place)
     branches = warmup.path.is_file()
