@@ -17,8 +17,7 @@ examples:
 
 pacs        each of the four domains held out in turn; a layer of 128 on the features of an ImageNet network
 comments    Contextual Abuse Dataset in CivilComments' schema; a layer of 128 on sentence embeddings; hard: any identity mentioned
-cifar10h    CIFAR-10H end to end: a small ResNet on 18,000 images, 20 epochs of which 8 are the shared ERM warm-up (an hour and a half of
-            one core for 3 seeds); hard: people disagree
+cifar10h    CIFAR-10H end to end: a small ResNet on 18,000 images, 20 epochs, the first 8 shared ERM; hard: people disagree
 """
 
 
