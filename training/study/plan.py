@@ -51,7 +51,7 @@ ARMS = (
     *((gate, method) for gate in BELIEF_GATES for method in OURS),
 )
 """(gate, method) of every cell of a setting and seed; vanilla before whatever branches from its warm-up."""
-SIMULATED_SEEDS = 2
+SIMULATED_SEEDS = 1
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def cells_of(study: Study, seeds: range) -> Iterator[Cell]:
 
 
 def simulations_of(study: Study, seeds: range) -> Iterator[Cell]:
-    """The cells that simulate a shift, for calibrators to learn from and combinations to be chosen by: of the first seeds."""
+    """The cells that simulate a shift, for calibrators to learn from and combinations to be chosen by: of the first seed."""
     for seed in seeds[:SIMULATED_SEEDS]:
         for setting in study.settings:
             for gate, method in ARMS:
