@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.files.tensorfile import save_plain
-from moe_posterior.gates import BeliefGate
+from moe_posterior.gates import BeliefGate, PosteriorGate
 from moe_posterior.training.data import Batch
 from moe_posterior.training.data.base import generator_for
 from moe_posterior.training.module import MoEClassifier
@@ -27,6 +27,9 @@ class CompetenceUpdates(lightning.Callback):
     After ``warmup_epochs`` epochs with equal weights for all experts, the features of the training rows are clustered, and a pass over
     the rows counts the evidence: outcome 1 where an expert's own top label is right, for every expert on every row. A refit makes new
     clusters and counts the evidence again from zero. Gates without a belief are left alone.
+
+    A gate with a learned prior routes from its map alone while it is trained, so it is fitted once, after the last training batch: the
+    features of the training rows are clustered, and the rows of the validation split say how many observations the map is worth.
 
     Args:
         warmup_epochs: epochs before the first fit.
@@ -64,6 +67,11 @@ class CompetenceUpdates(lightning.Callback):
         self.evidence, self.observe_batches, self.seed = evidence, observe_batches, seed
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        learner = _learner(pl_module)
+        if learner is not None:
+            if learner.clusterer.fitted:  # training goes on after it was finished
+                learner.relearn()
+            return
         since_warmup = trainer.current_epoch - self.warmup_epochs
         if since_warmup >= 0 and since_warmup % self.refit_every == 0:
             self.refit(trainer, pl_module)
@@ -80,6 +88,16 @@ class CompetenceUpdates(lightning.Callback):
         counts = isinstance(gate, BeliefGate) and gate.counts_training_rows
         if self.observe_batches and routing is not None and counts:
             gate.observe(routing, outputs["expert_correct"].double(), dense=True)
+        ends = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        if _learner(pl_module) is not None and (ends or trainer.global_step == trainer.max_steps):
+            self.refit(
+                trainer, pl_module
+            )  # before the validation at the end of the epoch, which writes the last checkpoint
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        learner = _learner(pl_module)
+        if learner is not None and not learner.clusterer.fitted:  # stopped early
+            self.refit(trainer, pl_module)
 
     @torch.no_grad()
     def refit(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -137,6 +155,12 @@ def _classifier(module: lightning.LightningModule) -> MoEClassifier:
     if not isinstance(module, MoEClassifier):
         raise InvalidArgumentError(f"CompetenceUpdates needs a MoEClassifier; got {type(module).__name__}")
     return module
+
+
+def _learner(module: lightning.LightningModule) -> PosteriorGate | None:
+    """The gate, if it has a prior to learn."""
+    gate = _classifier(module).moe.gate
+    return gate if isinstance(gate, PosteriorGate) and gate.prior is not None else None
 
 
 def _pass_over(model: MoEClassifier, loader: Any) -> tuple[Tensor, Tensor]:  # (n, F), (n, E) float64

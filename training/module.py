@@ -29,7 +29,8 @@ class MoEClassifier(lightning.LightningModule):
     """Backbone + mixture of E linear probability experts; by default the loss is the negative log of the *aggregate* probability.
 
     The mixture is linear in probabilities: ``f(x) = Σ_e w_e(x) softmax(W_e φ(x))``. Until a gate that needs clusters is fitted
-    (see :class:`~moe_posterior.training.callbacks.CompetenceUpdates`), all experts have the same weight.
+    (see :class:`~moe_posterior.training.callbacks.CompetenceUpdates`), all experts have the same weight. A gate with a
+    learned prior adds its own loss to the method's, on whether each expert is right.
 
     Args:
         backbone: maps an input batch to (N, F) and has F as its attribute ``out_features``.
@@ -92,7 +93,10 @@ class MoEClassifier(lightning.LightningModule):
 
     def predict(self, inputs: Tensor) -> Prediction:  # (N, ...)
         """Aggregate, every expert's own probabilities, and the routing."""
-        hidden = self.features(inputs)
+        return self.predict_from(self.features(inputs))
+
+    def predict_from(self, hidden: Tensor) -> Prediction:  # (N, F)
+        """:meth:`predict`, given the features."""
         # E linear maps are cheap next to the backbone, so all experts run, and the correctness of each is observed.
         expert_probs = self.moe.expert_outputs(hidden)
         if not self.moe.gate.fitted:
@@ -105,18 +109,24 @@ class MoEClassifier(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         target = batch["target"]
         inputs = batch["input"]
+        gate = self.moe.gate
+        gate.begin_step(self.global_step, self.current_epoch)
         warming_up = self.current_epoch < self.method.warmup_epochs
         if not warming_up:
             inputs = self.method.extend(inputs, generator_for("method", self.seed, self.global_step))
-        prediction = self.predict(inputs)
-        terms = self.method.terms(prediction, target, self.moe.gate, batch.get("group"), self.current_epoch)
+        hidden = self.features(inputs)
+        prediction = self.predict_from(hidden)
+        terms = self.method.terms(prediction, target, gate, batch.get("group"), self.current_epoch)
         count = len(target)
+        correct = prediction.need("expert_probs")[:count].detach().argmax(dim=-1) == target[:, None]
+        own = gate.loss(hidden[:count], correct.float())
+        if own is not None:
+            terms = terms._replace(loss=terms.loss + own, logs={**terms.logs, "competence": own.detach()})
         shown = terms.loss.detach()
         self.log("train/loss", shown, prog_bar=True, batch_size=count)
         self.log("train/nll", losses.nll(prediction.probs[:count].detach(), target), batch_size=count)
         for name, value in terms.logs.items():
             self.log(f"train/{name}", value.float(), batch_size=count)
-        correct = prediction.need("expert_probs")[:count].detach().argmax(dim=-1) == target[:, None]
         routing = prediction.routing
         if routing is not None and len(inputs) > count:
             routing = routing.map(lambda field: field[:count])

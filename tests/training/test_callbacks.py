@@ -2,7 +2,7 @@ import lightning
 import pytest
 import torch
 
-from moe_posterior import InvalidArgumentError, PosteriorGate, SoftmaxGate
+from moe_posterior import InvalidArgumentError, LearnedPrior, PosteriorGate, SoftmaxGate
 from moe_posterior.training.backbones import DigitsNet
 from moe_posterior.training.callbacks import CompetenceUpdates
 from moe_posterior.training.data import Digits
@@ -83,6 +83,73 @@ def test_a_gate_that_forbids_training_rows_is_given_validation_rows_alone(monkey
     model, data, _ = trained("careful", 3, warmup_epochs=1, observe_batches=True)
     posterior = model.moe.gate.posterior
     assert (posterior.successes + posterior.failures).sum(dim=0).tolist() == [float(len(data.split("val")))] * 4
+
+
+def learned(size: int, experts: int) -> PosteriorGate:
+    return PosteriorGate(size, experts, 8, 2, prior=LearnedPrior(16, draws=3.0, warmup_epochs=1))
+
+
+def test_a_learned_prior_is_finished_after_the_last_batch_and_counts_no_outcome_as_evidence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(GATES, "learned", learned)
+    model, data, _ = trained("learned", 3, warmup_epochs=1, observe_batches=True)
+    gate = model.moe.gate
+    assert gate.clusterer.fitted
+    assert not any(bool(counts.any()) for counts in gate.posterior.evidence)
+    strength = gate.posterior.strength
+    assert 1.0 <= float(strength[0, 0]) <= len(data.split("val"))
+    torch.testing.assert_close(strength, strength[0, 0].expand_as(strength))
+    model.eval()
+    with torch.no_grad():
+        val = [(model.features(b["input"]), b["target"]) for b in data.val_dataloader()]
+        hidden, target = (torch.cat(parts) for parts in zip(*val, strict=True))
+        correct = (model.moe.expert_outputs(hidden).argmax(dim=-1) == target[:, None]).double()
+    before = gate.posterior.prior_alpha.clone()
+    gate.learn_prior(hidden, correct)
+    assert torch.equal(gate.posterior.prior_alpha, before), "validation rows alone said what the prior is worth"
+
+
+class StopAfterOne(lightning.Callback):
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        trainer.should_stop = True
+
+
+def test_in_its_warm_up_a_learned_prior_learns_while_all_experts_weigh_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    routed = []
+    monkeypatch.setattr(
+        PosteriorGate, "forward", lambda gate, hidden: routed.append(gate.training) or gate.route(hidden)
+    )
+    model = MoEClassifier(DigitsNet(), 10, gate=learned, lr=3e-3)
+    before = model.moe.gate.prior.map[0].weight.clone()
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0, callbacks=[CompetenceUpdates(), StopAfterOne()],
+    )  # fmt: skip
+    trainer.fit(model, datamodule=Digits(seed=1))
+    assert not any(routed)
+    assert not torch.equal(model.moe.gate.prior.map[0].weight, before)
+    assert model.moe.gate.clusterer.fitted, "a training that is stopped early is finished too"
+
+
+def test_a_learned_prior_goes_back_to_its_map_when_training_goes_on() -> None:
+    model = MoEClassifier(DigitsNet(), 10, gate=learned, lr=3e-3)
+    model.moe.gate.fit(torch.randn(50, model.moe.gate.hidden_size, generator=torch.Generator().manual_seed(0)))
+    seen = []
+
+    class Look(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            seen.append(pl_module.moe.gate.clusterer.fitted)
+
+    trainer = lightning.Trainer(
+        max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0, callbacks=[CompetenceUpdates(), Look()],
+    )  # fmt: skip
+    trainer.fit(model, datamodule=Digits(seed=1))
+    assert seen == [False] * 3
+    assert model.moe.gate.clusterer.fitted
 
 
 def test_refits_happen_when_they_should() -> None:

@@ -56,19 +56,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_fit_then_evaluate_makes_a_report_of_both_gates(runs: Path) -> None:
+def test_fit_then_evaluate_makes_a_report_of_all_gates(runs: Path) -> None:
     result = moe_posterior("evaluate", "--run", runs / "demo", "--resamples", "100", "--severities", "3")
     assert result.returncode == 0, result.stderr
     assert "softmax" in result.stdout
     assert "report.json" in result.stdout
     report = json.loads((runs / "demo" / "report" / "report.json").read_text())
-    assert report["arms"] == ["softmax", "posterior"]
+    assert report["arms"] == ["softmax", "posterior", "learned"]
     of = {(r["arm"], r["shift"], r["subset"], r["metric"]): r["value"] for r in report["records"]}
     for arm in report["arms"]:
         assert of[arm, "clean", "overall", "accuracy"] > 0.75  # five short epochs
         assert of[arm, "clean", "hard", "accuracy"] < of[arm, "clean", "easy", "accuracy"]
         assert of[arm, "all shifts", "overall", "accuracy"] < of[arm, "clean", "overall", "accuracy"]
-    for picture in ("reliability.png", "competence-posterior.png"):
+    for picture in ("reliability.png", "competence-posterior.png", "competence-learned.png"):
         assert (runs / "demo" / "report" / picture).read_bytes().startswith(b"\x89PNG")
     assert "| softmax" in (runs / "demo" / "report" / "table.md").read_text()
     page = (runs / "demo" / "report" / "index.html").read_text()
@@ -84,6 +84,12 @@ def test_the_trained_posterior_gate_has_seen_every_expert_on_every_training_row(
     assert observed.sum(dim=0).tolist() == [898.0] * 4
     assert observed.sum(dim=1).min() > 0
     assert state["moe.gate.posterior.successes"].dtype == torch.float64
+
+
+def test_the_gate_with_a_learned_prior_has_clusters_and_no_evidence_yet(runs: Path) -> None:
+    state = weights(runs / "demo", "learned")
+    assert state["moe.gate.clusterer.centroids"].isfinite().all()
+    assert not any(state[f"moe.gate.posterior.{name}"].any() for name in ("successes", "failures", "foreseen"))
 
 
 def test_a_finished_run_is_left_as_it_is(runs: Path, capsys) -> None:
@@ -139,7 +145,9 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path, refused) 
 def test_evaluating_what_is_not_there_says_what_to_do(tmp_path: Path, runs: Path, refused) -> None:
     assert "there is no run in" in refused("evaluate", "--run", tmp_path / "nothing")
     assert "got ['earthquake']" in refused("evaluate", "--run", runs / "demo", "--shifts", "earthquake")
-    assert "arms must be among ['softmax', 'posterior']" in refused("evaluate", "--run", runs / "demo", "--arms", "x")
+    assert "arms must be among ['softmax', 'posterior', 'learned']" in refused(
+        "evaluate", "--run", runs / "demo", "--arms", "x"
+    )
     assert not (tmp_path / "nothing").exists()
 
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from points import Plane, Points
 
-from moe_posterior import PosteriorGate
+from moe_posterior import LearnedPrior, PosteriorGate
 from moe_posterior.training import methods
 from moe_posterior.training.callbacks import CompetenceUpdates
 from moe_posterior.training.module import MoEClassifier
@@ -20,6 +20,7 @@ METHODS = {
     "group dro": lambda: methods.GroupDRO(1, step=0.5),
     "robust configuration": lambda: methods.RobustConfiguration(1),
     "robust configuration + robust": lambda: methods.RobustConfiguration(1, robust=True),
+    "learned prior": lambda: methods.Vanilla(),
 }
 
 
@@ -49,8 +50,15 @@ def trainer_and_model(
         enable_model_summary=False,
         callbacks=[CompetenceUpdates(refit_every=2), ModelCheckpoint(folder, save_last=True), *callbacks],
     )
-    gate = lambda size, experts: PosteriorGate(size, experts, 4, 2, exploration=0.2)  # noqa: E731
-    return trainer, MoEClassifier(Plane(), 3, gate=gate, lr=1e-2, method=METHODS[name](), num_groups=2)
+    gates = {
+        False: lambda size, experts: PosteriorGate(size, experts, 4, 2, exploration=0.2),
+        True: lambda size, experts: PosteriorGate(
+            size, experts, 4, 2, prior=LearnedPrior(8, draws=3.0, warmup_epochs=1)
+        ),
+    }
+    return trainer, MoEClassifier(
+        Plane(), 3, gate=gates[name == "learned prior"], lr=1e-2, method=METHODS[name](), num_groups=2
+    )
 
 
 def run(name: str, folder: Path, *callbacks: lightning.Callback, resume: bool = False) -> dict[str, Any]:
@@ -102,6 +110,10 @@ def test_a_killed_run_resumes_bit_for_bit(undisturbed, name: str, epoch: int, tm
 @pytest.mark.parametrize("name", METHODS)
 def test_the_state_that_is_resumed_is_more_than_nothing(undisturbed, name: str) -> None:
     model = undisturbed[name]["model"]
+    if name == "learned prior":
+        assert torch.isfinite(model["moe.gate.clusterer.centroids"]).all()
+        assert len(model["moe.gate.posterior.prior_alpha"].unique()) > 1
+        return
     assert len(model["method.weights"].unique()) > 1
     assert model["moe.gate.posterior.successes"].sum() > 0
     if name != "group dro":
