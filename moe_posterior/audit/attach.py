@@ -22,7 +22,7 @@ from moe_posterior.audit.storage.state import Checkpoint, require_knobs
 from moe_posterior.audit.storage.tables import Columns
 from moe_posterior.errors import AuditError, InvalidArgumentError
 from moe_posterior.forking import ForkLock
-from moe_posterior.gates import BeliefGate, Gate, Routing
+from moe_posterior.gates import BeliefGate, Gate, PosteriorGate, Routing
 from moe_posterior.pending import Members
 
 _PIECE = 32 << 20  # bytes of a forward's tokens, or of their outcomes, that are noted down together
@@ -95,6 +95,7 @@ class GateRecorder:
                 self.log.put(captured, 400 + captured.alpha.nbytes + captured.beta.nbytes)
             versions = self._belief.versions[clusters]
             several = None if members is None else self._belief.members(*members)
+        beliefs = self._beliefs(routing, rows)
         columns = {
             "cluster": clusters.astype(np.uint32),
             "distance": routing.distance[rows].detach().float().numpy(force=True).copy(),
@@ -104,13 +105,22 @@ class GateRecorder:
             "flags": np.zeros(len(clusters), dtype=np.uint8),
         }
         time, width = now(), 0 if members is None else members[0].shape[1]
-        for piece in _pieces(len(clusters), self.gate.top_k, width):
+        for piece in _pieces(len(clusters), self.gate.top_k * (1 if beliefs is None else 3), width):
             part = {name: column[piece] for name, column in columns.items()}
+            held_of = None if beliefs is None else {name: column[piece] for name, column in beliefs.items()}
             theirs = slice(piece.start * width, piece.stop * width)
             their = None if several is None else {name: column[theirs] for name, column in several.items()}
-            item = Many(self.source, time, first + piece.start, 0, part, their)
-            held = [*part.values(), *(() if their is None else their.values())]
+            item = Many(self.source, time, first + piece.start, 0, part, their, held_of)
+            held = [column for some in (part, their, held_of) if some is not None for column in some.values()]
             self.log.put(item, 600 + sum(column.nbytes for column in held))
+
+    def _beliefs(self, routing: Routing, rows: Tensor) -> Columns | None:  # (M,)
+        """Alpha and beta of the chosen, where a learned prior made them the token's own."""
+        gate = self.gate
+        if not isinstance(gate, PosteriorGate) or gate.prior is None:
+            return None
+        counts = gate.counts_of(routing.map(lambda part: part[rows])).numpy(force=True)
+        return {"alpha": counts[:, 0].copy(), "beta": counts[:, 1].copy()}
 
     def _observed(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:
         self._observe(routing, outcome, dense=dense)
@@ -181,7 +191,10 @@ def _knobs_of(gate: Gate) -> dict[str, Any]:
     """How the gate's belief becomes decisions, and outcomes evidence."""
     if not isinstance(gate, BeliefGate) or not gate.knobs:
         return {}
-    return {**gate.knobs, "threshold": gate.threshold}
+    said = {**gate.knobs, "threshold": gate.threshold}
+    if isinstance(gate, PosteriorGate):
+        said["score"] = gate.rule.score  # a learned prior without clusters ranks by the mean, whatever the knob
+    return said
 
 
 def _pieces(rows: int, top_k: int, width: int) -> list[slice]:

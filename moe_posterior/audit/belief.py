@@ -29,7 +29,16 @@ class RowsOfGroup(NamedTuple):
         return np.searchsorted(self.keys, _keys(decisions["cluster"], decisions["version"]), side="right") - 1
 
     def believed(self, group: Group, kept: NDArray) -> tuple[NDArray, NDArray]:  # (n,) -> 2 x (n, E)
-        """What these decisions of the group rested on: their cluster's row, or their clusters' by share, added in the same steps."""
+        """What these decisions of the group rested on: their cluster's row, or their clusters' by share, added in the same steps.
+
+        Where the group holds what was believed of the chosen, it is that, and NaN for the experts that were not chosen.
+        """
+        if group.rows("beliefs"):
+            experts = group.tables["decisions"]["experts"][kept].astype(np.int64)
+            alpha, beta = (np.full((len(experts), self.alpha.shape[1]), np.nan) for _ in range(2))
+            for table, name in ((alpha, "alpha"), (beta, "beta")):
+                np.put_along_axis(table, experts, group.tables["beliefs"][name][kept], axis=1)
+            return alpha, beta
         members = group.members()
         if members is None:
             places = self.places({name: group.tables["decisions"][name][kept] for name in ("cluster", "version")})

@@ -124,7 +124,8 @@ def decision_table(group: Group, source: Source | None, belief: RowsOfGroup | No
     beliefs = dict.fromkeys(("alpha", "beta", "means"))
     if belief is not None:
         beliefs["alpha"], beliefs["beta"] = alpha, beta = belief.believed(group, kept)
-        if source is not None and source.checkpoint.settings.get("options", {}).get("novelty") != "discount":
+        blended = source is None or source.checkpoint.settings.get("options", {}).get("novelty") == "discount"
+        if not blended or group.rows("beliefs"):
             won, lost = (np.take_along_axis(table, experts.astype(np.int64), axis=1) for table in (alpha, beta))
             beliefs["means"] = won / (won + lost)
     for name, values in beliefs.items():

@@ -131,9 +131,9 @@ class Reader:
         Columns: source, id, time, cluster (where a query has several, the nearest of the first clustering), distance, version (of
         that cluster's posterior row), mode (the score that ranked), experts, scores and means (best first; the posterior mean
         competence of each, what the score is a bound of), abstain, explored, alpha and beta (all E experts, as the decision saw
-        them, of several clusters mixed by its shares), signal (one a slot, null while there is no outcome) and resolved (when it
-        came). Means, alpha and beta are null where the source has no belief; means also where a far token was given less than its
-        cluster's (``novelty="discount"``).
+        them, of several clusters mixed by its shares; by a learned prior those of the chosen, NaN for the others), signal (one a
+        slot, null while there is no outcome) and resolved (when it came). Means, alpha and beta are null where the source has no
+        belief; means also where a far token was given less than its cluster's (``novelty="discount"`` without a learned prior).
 
         Args:
             ids, expert, cluster: only these decisions; ``expert`` is one that was chosen.

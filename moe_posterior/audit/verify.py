@@ -146,7 +146,8 @@ class Recomputed:
 def verify_decisions(reader: Reader) -> Recomputed:
     """Recompute every choice from the posterior rows and the configuration that the log holds.
 
-    Choices that depend on the cluster alone are recomputed from the rows. Those that were drawn (exploration, ``thompson``,
+    Choices that depend on the cluster alone are recomputed from the rows; of those by a learned prior, the scores and their order, from
+    what was believed of the chosen. Those that were drawn (exploration, ``thompson``,
     ``race``) or blended (``novelty="discount"``) are made again by a gate with these rows and the recorded state of its draws.
 
     Raises:
@@ -157,7 +158,7 @@ def verify_decisions(reader: Reader) -> Recomputed:
         count = group.rows("decisions")
         if not count:
             continue
-        drawn = source is not None and not _undrawn(source)
+        drawn = source is not None and not _undrawn(source, group)
         # A gate that overrules a learned router says no score: the logits that it chose by are not in the log.
         learned = source is not None and "score" not in knobs(source.checkpoint)
         if source is None or rows is None or learned or (drawn and source.checkpoint.settings["kind"] != "router"):
@@ -165,6 +166,8 @@ def verify_decisions(reader: Reader) -> Recomputed:
             continue
         try:
             undrawn = table_choices if group.members() is None else _mixed_choices
+            if group.rows("beliefs"):
+                undrawn = _chosen_again
             choices = (_drawn_choices if drawn else undrawn)(group, source, rows)
         except (ValueError, ArithmeticError, KeyError, TypeError, IndexError, RuntimeError) as error:
             raise AuditError(f"choices of {source.name!r} do not fit the checkpoint before them: {error}") from error
@@ -172,13 +175,13 @@ def verify_decisions(reader: Reader) -> Recomputed:
     return found
 
 
-def _undrawn(source: Source) -> bool:
+def _undrawn(source: Source, group: Group) -> bool:
     said = knobs(source.checkpoint)
     options = source.checkpoint.settings.get("options") or {}
     return (
         said.get("score") not in ("thompson", "race")
         and not said.get("exploration")
-        and options.get("novelty") != "discount"
+        and (options.get("novelty") != "discount" or group.rows("beliefs") > 0)
     )
 
 
@@ -206,6 +209,15 @@ def _mixed_choices(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDA
     scores = scores.masked_fill(~torch.from_numpy(source.belief.active), -torch.inf)
     selection = reference.select(scores, torch.from_numpy(decisions["cluster"].astype(np.int64)), group.top_k)
     return selection.expert_indices.numpy(), selection.scores.float().numpy()
+
+
+def _chosen_again(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The chosen experts ranked by what was believed of them, where the log does not say what was believed of the others."""
+    beliefs, experts = group.tables["beliefs"], group.tables["decisions"]["experts"].astype(np.int64)
+    alpha, beta = (torch.from_numpy(beliefs[name].copy()) for name in ("alpha", "beta"))
+    scores = _scores(alpha, beta, knobs(source.checkpoint)).float().numpy()
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(experts, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
 def _scores(alpha: Tensor, beta: Tensor, said: dict[str, Any]) -> Tensor:  # (R, E)

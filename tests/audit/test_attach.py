@@ -1,6 +1,7 @@
 """Gates inside models are recorded token by token, at a stated rate, with the outcomes they observe."""
 
 import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from moe_posterior import InvalidArgumentError, MixtureOfExperts, PosteriorMoE, PriorGate, SoftmaxGate, record
+from moe_posterior import (
+    InvalidArgumentError,
+    LearnedPrior,
+    MixtureOfExperts,
+    PosteriorMoE,
+    PriorGate,
+    SoftmaxGate,
+    record,
+)
 from moe_posterior.audit import AuditError, AuditLog
 from moe_posterior.audit.verify import verify, verify_decisions
 
@@ -152,3 +161,52 @@ def test_a_gate_that_overrules_a_learned_one_is_recorded_with_its_belief(tmp_pat
     assert listening == 1, "only the gate itself listens after detaching"
     found = verify_decisions(AuditLog(tmp_path / "log", mode="r").read())
     assert (found.agree, found.disagreements, found.skipped) == (0, 0, 400)
+
+
+def test_decisions_by_a_learned_prior_hold_what_was_believed_of_the_chosen(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    moe = PosteriorMoE(experts(5), hidden_size=8, num_clusters=6, top_k=2, prior=LearnedPrior(9), risk_aversion=2.0)
+    gate, believed = moe.gate, []
+
+    def live(rows: slice) -> None:
+        routing = moe.route(HIDDEN[rows])
+        believed.extend(gate.counts_of(routing).tolist())
+        if gate.clusterer.fitted:
+            moe.observe(routing, (HIDDEN[rows, :2] > 0).double(), dense=False)
+
+    with AuditLog(tmp_path) as log, log.attach(moe):
+        live(slice(0, 50))  # from the map alone
+        gate.fit(HIDDEN)
+        gate.learn_prior(HIDDEN, (HIDDEN[:, :5] > -0.5).double())
+        for start in (50, 100, 150):
+            live(slice(start, start + 50))
+    log = AuditLog(tmp_path, mode="r")
+    entries = log.decisions().to_pylist()
+    assert len(entries) == len(believed) == 200
+    for entry, (alpha, beta) in zip(entries, believed, strict=True):
+        assert [entry["alpha"][expert] for expert in entry["experts"]] == alpha
+        assert [entry["beta"][expert] for expert in entry["experts"]] == beta
+        assert sum(math.isnan(value) for value in entry["alpha"]) == 3, "nothing is made up of the others"
+        assert entry["means"] == [a / (a + b) for a, b in zip(alpha, beta, strict=True)]
+    assert {entry["mode"] for entry in entries[:50]} == {"mean"}
+    assert {entry["mode"] for entry in entries[50:]} == {"lcb"}
+    found = verify_decisions(log.read())
+    assert (found.agree, found.disagreements, found.skipped) == (200, 0, 0)
+    assert verify(tmp_path).sound
+    with AuditLog(tmp_path) as again:
+        assert again.compact() >= 1
+    after = AuditLog(tmp_path, mode="r").decisions().to_pylist()
+    assert [repr(entry) for entry in after] == [repr(entry) for entry in entries]
+
+
+def test_a_belief_that_does_not_bear_its_score_is_found(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    moe = PosteriorMoE(experts(5), hidden_size=8, num_clusters=6, top_k=2, prior=LearnedPrior(9, strength=9.0))
+    moe.gate.fit(HIDDEN)
+    with AuditLog(tmp_path) as log, log.attach(moe) as attached:
+        moe.route(HIDDEN[:20])
+        recorder = attached.recorders[0]
+        recorder._beliefs = lambda routing, rows: {"alpha": np.ones((len(rows), 2)), "beta": np.ones((len(rows), 2))}
+        moe.route(HIDDEN[:20])
+    found = verify_decisions(AuditLog(tmp_path, mode="r").read())
+    assert (found.agree, found.disagreements) == (20, 20)

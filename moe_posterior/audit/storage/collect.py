@@ -37,6 +37,7 @@ class Many(NamedTuple):
     steps: int
     columns: Columns
     members: Columns | None = None  # of queries in several clusters, J rows a decision
+    beliefs: Columns | None = None  # of decisions by a prior of the query's own, one row each
 
 
 class Rows(NamedTuple):
@@ -144,6 +145,7 @@ class _Gathering:
         self.ones: list[One] = []
         self.decisions: list[Columns] = []
         self.members: list[Columns] = []
+        self.beliefs: list[Columns] = []
         self.rows: list[Rows] = []
         self.resolved: list[Resolved] = []
         self.refused: list[Refused] = []
@@ -158,6 +160,8 @@ class _Gathering:
             self.decisions.append(item.columns)
             if item.members is not None:
                 self.members.append(item.members)
+            if item.beliefs is not None:
+                self.beliefs.append(item.beliefs)
         elif isinstance(item, Rows):
             self.rows.append(item)
         elif isinstance(item, Resolved):
@@ -181,14 +185,14 @@ class _Gathering:
             tables["decisions"] = {
                 name: np.concatenate([part[name] for part in self.decisions]) for name in tables["decisions"]
             }
-        if self.members:
-            tables["members"] = {
-                name: np.concatenate([part[name] for part in self.members]) for name in tables["members"]
-            }
+        for table, parts in (("members", self.members), ("beliefs", self.beliefs)):
+            if parts:
+                tables[table] = {name: np.concatenate([part[name] for part in parts]) for name in tables[table]}
         if self.rows and known is not None:
             clusters = np.concatenate([rows.clusters for rows in self.rows])
             versions = np.concatenate([rows.versions for rows in self.rows])
-            alpha, beta = (np.concatenate(parts) for parts in zip(*(rows.counts() for rows in self.rows), strict=True))
+            counts = zip(*(rows.counts() for rows in self.rows), strict=True)
+            alpha, beta = (np.concatenate(tables_of) for tables_of in counts)
             base = self.rows[0].base  # one for all: a new one comes with a checkpoint, which ends the group
             if base is not None:
                 alpha, beta = base[0][clusters] + alpha, base[1][clusters] + beta

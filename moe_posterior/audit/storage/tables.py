@@ -64,6 +64,10 @@ TABLES: dict[str, tuple[_Column, ...]] = {
         _Column("version", np.uint32),  # of that cluster's posterior row
         _Column("share", np.float32),
     ),
+    "beliefs": (  # of decisions by a prior of the query's own, which no row holds: all of them, one row a decision
+        _Column("alpha", np.float64, per_slot=True),  # of the chosen
+        _Column("beta", np.float64, per_slot=True),
+    ),
 }
 _NAMES = tuple(TABLES)
 _MOST = {"time": MAX_TIME, "first": 1 << 62, "steps": 1 << 62}
@@ -151,6 +155,11 @@ def check_calls(group: Group) -> None:
     count = group.rows("members")
     if count and (not group.rows("decisions") or count % group.rows("decisions")):
         raise AuditError("a group's members do not add up to its decisions")
+    if group.rows("beliefs") not in (0, group.rows("decisions")):
+        raise AuditError("a group's beliefs do not add up to its decisions")
+    for name, counts in group.tables["beliefs"].items():
+        if not bool(((counts > 0) & np.isfinite(counts)).all()):
+            raise AuditError(f"a group's beliefs have an {name} that is not positive and finite")
     shares = group.tables["members"]["share"]
     if not bool(((shares >= 0) & (shares <= 1)).all()):
         raise AuditError("a group's members have shares outside [0, 1]")
