@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import yaml
+from lightning import LightningModule
 from rich.console import Console
 
 from moe_posterior.commands.fit import parser
@@ -12,6 +13,7 @@ from moe_posterior.escape import terminal
 from moe_posterior.files.atomic import write_text
 from moe_posterior.training.arms import is_launched_rank, train
 from moe_posterior.training.lightning_cli import ExperimentCLI
+from moe_posterior.training.modules import is_classifier
 from moe_posterior.training.own import folders_on_path, own_classes, without_folder
 from moe_posterior.training.runs import Arm, Experiment, Run, read_experiment, require_folder_name
 from moe_posterior.training.settings import class_help, parse_settings
@@ -28,7 +30,8 @@ def fit(arguments: list[str]) -> int:
 def _fit(arguments: list[str]) -> int:
     if (asked := class_help(arguments)) is not None:
         with tempfile.TemporaryDirectory() as folder:
-            ExperimentCLI(Arm("help", Path(folder)), ["fit", *asked], run=True)
+            module = LightningModule if asked[0] == "--model.help" else None
+            ExperimentCLI(Arm("help", Path(folder)), ["fit", *asked], run=True, module=module)
     options, settings = parser().parse_known_args(arguments)
 
     experiment = read_experiment(options.config).override(parse_settings(settings))
@@ -48,14 +51,21 @@ def _fit(arguments: list[str]) -> int:
         run.prepare(experiment, overwrite=options.overwrite, arms=options.arms)
         for name, origin in origins.items():
             train(run.arm(name), console, origin)
+    if (command := evaluate_command(run, experiment)) is None:
+        kept = ", ".join(str(run.arm(name).checkpoint) for name in arms)
+        console.print(terminal(f"Trained: {kept}"), markup=False, highlight=False, soft_wrap=True)
+        return 0
     console.print(terminal(f"Trained: {run.folder}. Evaluate it with:"), markup=False, highlight=False)
-    console.print(f"  {terminal(evaluate_command(run, experiment))}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"  {terminal(command)}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def evaluate_command(run: Run, experiment: Experiment) -> str:
-    """The command that evaluates the trained arms of a run, to be copied to a shell in this folder."""
-    trained = [name for name in experiment.arms if run.arm(name).finished]
+def evaluate_command(run: Run, experiment: Experiment) -> str | None:
+    """The command that evaluates the trained classifiers of a run, to be copied to a shell in this folder; None without any."""
+    finished = [name for name in experiment.arms if run.arm(name).finished]
+    trained = [name for name in finished if is_classifier(experiment.config(name))]
+    if not trained:
+        return None
     words = ["moe-posterior", "evaluate", "--run", str(run.folder)]
     words += ["--arms", *trained] if len(trained) < len(experiment.arms) else []
     with without_folder("."):

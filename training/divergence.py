@@ -30,8 +30,10 @@ class StopWhereDiverged(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        often = isinstance(loss, Tensor) and loss.device.type == "cpu"
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor):  # a step that was skipped, or optimised by hand
+            return
+        often = loss.device.type == "cpu"
         if often or batch_idx % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set by a connector
             self._require({"train/loss": loss}, trainer)
 

@@ -3,6 +3,7 @@
 import shlex
 import warnings
 from argparse import ArgumentError
+from collections.abc import Iterator
 from typing import Any
 
 import lightning
@@ -10,13 +11,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.files.reading import one_line
+from moe_posterior.errors import InvalidArgumentError, MoEPosteriorError
+from moe_posterior.files.reading import one_line, read_mapping
+from moe_posterior.training.belief import BeliefCallback
 from moe_posterior.training.callbacks import CompetenceUpdates, WarmupCheckpoint, WholeCheckpoints
-from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.divergence import StopWhereDiverged
 from moe_posterior.training.log import MetricsFile
 from moe_posterior.training.module import MoEClassifier
+from moe_posterior.training.modules import module_class
 from moe_posterior.training.runs import Arm
 
 __all__ = ["ExperimentCLI"]
@@ -51,26 +53,37 @@ def _tensorboard(arm: Arm) -> dict[str, Any]:
 
 
 class ExperimentCLI(LightningCLI):
-    """LightningCLI with a MoEClassifier, any ClassificationData, and the competence updates."""
+    """LightningCLI with any data module and any LightningModule: a MoEClassifier, with the competence updates, unless the
+    configuration names another, with a :class:`~moe_posterior.training.belief.BeliefCallback`.
 
-    def __init__(self, arm: Arm, args: list[str], *, run: bool) -> None:
+    Args:
+        arm: whose configuration is read, and where it is trained.
+        args: the words for LightningCLI.
+        run: whether the first of them is a subcommand, to be run.
+        module: the class of the model; None (default) takes the one that the arm's configuration names.
+    """
+
+    def __init__(
+        self, arm: Arm, args: list[str], *, run: bool, module: type[lightning.LightningModule] | None = None
+    ) -> None:
         self.arm = arm
+        config = read_mapping(arm.config, "fit writes it again") if arm.config.is_file() else {}
+        module = module_class(config) if module is None else module
+        self.classifies = issubclass(module, MoEClassifier)
+        named = module is not MoEClassifier or isinstance(config.get("model"), str) or "class_path" in _of_model(config)
+        self.model_key = "model.init_args" if named else "model"
         # LightningCLI warns if the command line has arguments too; ours are parsed already.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         super().__init__(
-            MoEClassifier,
-            ClassificationData,
+            MoEClassifier if self.classifies else lightning.LightningModule,
+            lightning.LightningDataModule,
+            subclass_mode_model=named,
             subclass_mode_data=True,
             save_config_callback=None,
             seed_everything_default=42,
             trainer_defaults={
                 "default_root_dir": str(arm.folder),
-                "callbacks": [
-                    _Progress(),
-                    StopWhereDiverged(f"arm {arm.name!r}"),
-                    WarmupCheckpoint(arm.folder / "checkpoints"),
-                    ModelCheckpoint(arm.folder / "checkpoints", save_last=True, monitor="val/nll", filename="best"),
-                ],
+                "callbacks": [_Progress(), StopWhereDiverged(f"arm {arm.name!r}"), *self._checkpoints()],
                 "plugins": [{"class_path": f"{WholeCheckpoints.__module__}.{WholeCheckpoints.__name__}"}],
                 "logger": [_metrics_file(arm), _tensorboard(arm)],
             },
@@ -81,17 +94,39 @@ class ExperimentCLI(LightningCLI):
             else {"exit_on_error": False},
         )
 
+    def _checkpoints(self) -> list[lightning.Callback]:
+        """The last state, from which an arm resumes; of a classifier also the best, and the one at the end of the warm-up."""
+        folder = self.arm.folder / "checkpoints"
+        if not self.classifies:
+            return [ModelCheckpoint(folder, filename="last", enable_version_counter=False)]
+        best = ModelCheckpoint(folder, save_last=True, monitor="val/nll", filename="best")
+        return [WarmupCheckpoint(folder), best]
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read the configuration; a mistake in it is reported in one line.
 
         Raises:
-            InvalidArgumentError: it is not a configuration of a MoEClassifier, its data and its trainer.
+            InvalidArgumentError: it is not a configuration of a model, its data and its trainer.
         """
         try:
             super().parse_arguments(parser, args)
         except (ArgumentError, TypeError, ValueError, ImportError, AttributeError) as error:
             where = self.arm.config if self.arm.config.is_file() else shlex.join(args)
             raise InvalidArgumentError(f"{where} cannot be used: {one_line(error)}") from error
+
+    def instantiate_classes(self) -> None:
+        """Make the classes; a package that one of them misses, and a mistake that this library finds, are reported in one line.
+
+        Raises:
+            InvalidArgumentError: the cause, without what the parsers around it say.
+        """
+        try:
+            super().instantiate_classes()
+        except (ArgumentError, TypeError, ValueError, ImportError) as error:
+            cause = next((each for each in _causes(error) if isinstance(each, (MoEPosteriorError, ImportError))), None)
+            if cause is None or cause is error:
+                raise
+            raise InvalidArgumentError(f"{self.arm.config} cannot be used: {one_line(cause)}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """The trainer, without a progress bar where none is wanted.
@@ -111,10 +146,39 @@ class ExperimentCLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [one for one in callbacks if not isinstance(one, _Progress)]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, TypeError, ValueError) as error:
+        except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(f"the trainer settings cannot be used: {one_line(error)}") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.num_groups", "model.num_groups", apply_on="instantiate")
+        """The callback that keeps the belief; a classifier also learns from its data how many classes there are."""
+        if not self.classifies:
+            parser.add_lightning_class_args(BeliefCallback, "belief")
+            return
+        for name, of in (("num_classes", _num_classes), ("num_groups", _num_groups)):
+            parser.link_arguments("data", f"{self.model_key}.{name}", compute_fn=of, apply_on="instantiate")
         parser.add_lightning_class_args(CompetenceUpdates, "competence")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _of_model(config: dict[str, Any]) -> dict[str, Any]:
+    model = config.get("model")
+    return model if isinstance(model, dict) else {}
+
+
+def _num_classes(data: lightning.LightningDataModule) -> int:
+    number = getattr(data, "num_classes", None)
+    if not isinstance(number, int):
+        raise InvalidArgumentError(
+            f"data must have an int attribute num_classes, or model a class_path of your own; {type(data).__name__} has none"
+        )
+    return number
+
+
+def _num_groups(data: lightning.LightningDataModule) -> int:
+    return int(getattr(data, "num_groups", 0))

@@ -26,6 +26,7 @@ __all__ = [
 
 MOST_VALUES = 10_000  # of a class's arguments in a file
 CLASSES = (
+    "model",
     "data",
     "backbone",
     "gate",
@@ -35,6 +36,8 @@ CLASSES = (
     "strategy",
     "plugins",
     "profiler",
+    "optimizer",
+    "lr_scheduler",
 )  # may be plain names
 
 

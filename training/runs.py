@@ -60,8 +60,8 @@ class Experiment:
 def read_experiment(path: str | Path) -> Experiment:
     """Read an experiment file.
 
-    Besides what LightningCLI understands (``model``, ``data``, ``trainer``, ``seed_everything``, ``competence``) it has two keys:
-    ``name`` (default: the file's name) and ``arms``, a mapping from arm names to what they set differently. Without ``arms`` the
+    Besides what LightningCLI understands (``model``, ``data``, ``trainer``, ``seed_everything``, ``competence``, ``belief``) it has
+    two keys: ``name`` (default: the file's name) and ``arms``, a mapping from arm names to what they set differently. Without ``arms`` the
     configuration itself is the only arm, called "model". An arm with ``branch_from: OTHER`` continues from an earlier arm's
     state at the end of the ERM warm-up, which the two share.
 
@@ -103,12 +103,16 @@ def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     {'gate': {'class_path': 'B'}}
     >>> merge(base, {"gate": {"k": 5}})
     {'gate': {'class_path': 'A', 'init_args': {'k': 5, 'c': 3}}}
+    >>> merge({"gate": "A"}, {"gate": {"k": 5}})
+    {'gate': {'class_path': 'A', 'init_args': {'k': 5}}}
     """
     if "class_path" in base and "class_path" not in overlay and "init_args" not in overlay:
         overlay = {"init_args": overlay}
     merged = dict(base)
     for key, value in overlay.items():
         old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, str):  # a class by its name alone
+            old = {"class_path": old}
         if isinstance(value, dict) and isinstance(old, dict) and "class_path" not in value:
             merged[key] = merge(old, value)
         else:

@@ -12,6 +12,7 @@ from moe_posterior.files.torchfile import load_plain, read_plain_file
 from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.lightning_cli import ExperimentCLI
 from moe_posterior.training.module import MoEClassifier
+from moe_posterior.training.modules import module_class
 from moe_posterior.training.runs import Arm
 
 __all__ = ["load_data", "load_model", "read_checkpoint", "read_config"]
@@ -55,13 +56,25 @@ def read_config(arm: Arm) -> dict[str, Any]:
     return read_mapping(arm.config, "the fit command that made the run writes it again")
 
 
+def require_classifier(arm: Arm) -> None:
+    """Raise InvalidArgumentError unless the arm trained a classifier of this library; its class is imported to find out."""
+    trained = module_class(read_config(arm))
+    if not issubclass(trained, MoEClassifier):
+        raise InvalidArgumentError(
+            f"evaluate reports on a MoEClassifier or a class derived from it; arm {arm.name!r} trained a {trained.__name__}: load "
+            f"{arm.checkpoint} into it, and measure its probabilities with moe_posterior.metrics"
+        )
+
+
 def load_model(arm: Arm) -> MoEClassifier:
     """The trained classifier of an arm, in evaluation mode, with the weights of its last checkpoint.
 
     Raises:
-        InvalidArgumentError: the configuration or the checkpoint does not fit this version's model.
+        InvalidArgumentError: the arm trained a module of another kind, or the configuration or the checkpoint does not fit this
+            version's model.
         MissingDataError, DamagedFileError: the checkpoint is missing or cannot be read.
     """
+    require_classifier(arm)
     model = ExperimentCLI(arm, ["--config", str(arm.config)], run=False).model
     try:
         model.load_state_dict(read_checkpoint(arm.checkpoint)["state_dict"])
@@ -78,6 +91,12 @@ def load_data(arm: Arm) -> ClassificationData:
     Raises:
         InvalidArgumentError: the configuration cannot be used. MissingDataError: its files are not there.
     """
+    require_classifier(arm)
     data = ExperimentCLI(arm, ["--config", str(arm.config)], run=False).datamodule
+    if not isinstance(data, ClassificationData):
+        raise InvalidArgumentError(
+            f"data must be a ClassificationData to be evaluated: it says which rows are hard and how they shift; arm {arm.name!r} "
+            f"was trained on a {type(data).__name__}"
+        )
     data.setup()
     return data

@@ -10,6 +10,9 @@ An experiment file is a LightningCLI configuration (model, data, trainer, seed_e
 named by class_path, so your own data module, backbone or gate needs no registration: class Mine in my_data.py of the current folder is
 my_data.Mine, unless an installed package is called my_data.
 
+The model is this library's classifier, unless model names a LightningModule of your own by class_path. Then every gate in it that
+holds a belief gets clusters and evidence while it trains; 'belief' in place of 'competence' holds the settings of that.
+
 Run the same command again to resume an interrupted run from its last epoch; finished arms are left as they are.
 """
 EXAMPLES = """
@@ -19,6 +22,8 @@ examples:
   moe-posterior fit --config configs/demo.yaml --name try --trainer.max_epochs 3 --data.batch_size 32
                                                                  any other option is a setting and applies to every arm
   moe-posterior fit --config configs/demo.yaml --print_config                   the complete configuration with all defaults
+  moe-posterior fit --config configs/mine.yaml --model.class_path my_model.Mine --belief.warmup 50
+                                                                 a LightningModule of your own
   moe-posterior fit --data.help PACS                                            the settings of a class; likewise --model.method.help
                                                                  Robust, --model.gate.help, --model.backbone.help
 """

@@ -185,17 +185,17 @@ def test_a_step_without_outcomes_or_backward_is_no_evidence() -> None:
         assert (observations(module.alone.gate) > 0) == (kind is Skipping)
 
 
-def test_a_gate_that_forbids_training_rows_gets_clusters_and_no_evidence() -> None:
-    class Careful(PosteriorGate):
-        @property
-        def counts_training_rows(self) -> bool:
-            return False
-
-    module = layers()
-    module.alone.gate = Careful(8, EXPERTS, CLUSTERS, 2)
+def test_a_learned_prior_is_trained_with_the_module_and_gets_no_evidence_from_training_rows() -> None:
+    module, told = layers(), []
+    gate = module.alone.gate = PosteriorGate(8, EXPERTS, CLUSTERS, 2, prior="learned")
+    begin = gate.begin_step
+    gate.begin_step = lambda step, epoch: (told.append((step, epoch)), begin(step, epoch))[1]
+    before = copy.deepcopy(gate.prior.state_dict())
     fit(module, BeliefCallback(warmup=4))
-    assert module.alone.gate.fitted
-    assert observations(module.alone.gate) == 0
+    assert told == [(step, step // BATCHES) for step in range(2 * BATCHES)]
+    assert any(not torch.equal(value, before[name]) for name, value in gate.prior.state_dict().items())
+    assert not gate.clusterer.fitted
+    assert observations(gate) == 0
     assert observations(module.learned.gate) > 0
 
 

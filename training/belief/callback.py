@@ -52,7 +52,9 @@ class BeliefCallback(lightning.Callback):
     Without such a method, the outcomes come from the gradients: 1 where an expert's share lowered its token's loss, see
     :meth:`~moe_posterior.replay.Trace.gradient_outcomes`.
 
-    A gate whose ``counts_training_rows`` is False gets clusters and no evidence from training rows.
+    A gate whose ``counts_training_rows`` is False, as one with a learned prior, is told of every step (:meth:`Gate.begin_step`) and
+    otherwise left alone: its map is trained with the module, and decides. After training, ``fit`` it and ``learn_prior`` on rows that
+    were held out.
 
     The state is in the checkpoint, the sample too while one is being taken (up to ``sample_size`` · D floats a gate), and
     training resumes bit for bit, also within the warm-up. Under torch.distributed saving a checkpoint is a collective call, as it is
@@ -86,7 +88,8 @@ class BeliefCallback(lightning.Callback):
         self.refit_every = None if refit_every is None else validation.count("refit_every", refit_every)
         self.sample_size = validation.count("sample_size", sample_size)
         self.observe, self.seed = observe, seed
-        self.gates: dict[str, BeliefGate] = {}
+        self.gates: dict[str, BeliefGate] = {}  # that count training rows
+        self._told: list[BeliefGate] = []  # all
         self._batches = 0  # trained on by each rank
         self._since = 0  # the last fit
         self._waiting: set[str] = set()  # gates without clusters of their own
@@ -98,7 +101,8 @@ class BeliefCallback(lightning.Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Find the gates."""
-        self.gates = belief_gates(pl_module)
+        self._told = list(belief_gates(pl_module).values())
+        self.gates = {name: gate for name, gate in belief_gates(pl_module).items() if gate.counts_training_rows}
         self._outer = {name: outer_name(pl_module, name) for name in self.gates}
         unfitted = {name for name, gate in self.gates.items() if not gate.clusterer.fitted}
         if not self._restored:
@@ -111,6 +115,8 @@ class BeliefCallback(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Watch the gates during the batch."""
+        for gate in self._told:
+            gate.begin_step(trainer.global_step, trainer.current_epoch)
         samples = {name: self._sample(name) for name in self._collected}
         if samples or self._observed:
             self._step = WatchedStep(self.gates, samples, ("sample", self.seed, self._batches), *_rank())
@@ -177,7 +183,7 @@ class BeliefCallback(lightning.Callback):
                 ) from error
             self._waiting.discard(name)
             observed = ~sample.outcome.isnan().all(dim=1)
-            if gate.counts_training_rows and observed.any():
+            if observed.any():
                 rank, ranks = _rank()
                 gate.measure(*(part[observed][rank::ranks].to(device) for part in (sample.hidden, sample.outcome)))
         self._since = 0
@@ -220,11 +226,7 @@ class BeliefCallback(lightning.Callback):
     @property
     def _observed(self) -> list[str]:
         """The gates that learn from the batch."""
-        return [
-            name
-            for name, gate in self.gates.items()
-            if self.observe and name not in self._waiting and gate.counts_training_rows
-        ]
+        return [name for name in self.gates if self.observe and name not in self._waiting]
 
     def _sample(self, name: str) -> Reservoir:
         return self._samples.setdefault(name, Reservoir(self.sample_size))
