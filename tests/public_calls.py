@@ -344,7 +344,11 @@ def model_calls() -> Iterator[Call]:
     serving.save_routing(functions, folder / "there")
     yield Call("load_routing", serving.load_routing, {"path": folder / "there"})
     yield Call("update_routing", serving.update_routing, {"functions": functions, "path": folder / "there"})
-    for kind, gate in ((serving.PriorRouting, _prior_gate()), (serving.PosteriorRouting, fitted_gate())):
+    for kind, gate in (
+        (serving.PriorRouting, _prior_gate()),
+        (serving.PosteriorRouting, fitted_gate()),
+        (serving.LearnedRouting, fitted_gate(prior=mp.LearnedPrior(4))),
+    ):
         yield _call(kind, gate=gate, rule=serving.HostRule(), spread=False, hosted=False)
 
     def opened(**given: Any) -> None:

@@ -105,7 +105,7 @@ class LearnedPrior(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, E) float64
         """m, the expected competence of every expert; differentiable."""
-        return torch.sigmoid(self.logits(hidden).double()).clamp(_EDGE, 1 - _EDGE)
+        return mean_of(self.logits(hidden))
 
     def loss(self, hidden: Tensor, outcome: Tensor) -> Tensor:  # (N, D), (N, E) -> ()
         """The log score of m on observed outcomes, a mean over those; NaN is not observed. No gradient reaches ``hidden``.
@@ -157,6 +157,11 @@ class LearnedPrior(nn.Module):
         given = "" if self.strength is None else f", strength={self.strength:g}"
         given += "" if self.draws is None else f", draws={self.draws:g}"
         return f"width={self.width}{given}"
+
+
+def mean_of(logits: Tensor) -> Tensor:  # float64
+    """The prior mean of which these are the log odds, away from 0 and 1."""
+    return torch.sigmoid(logits.double()).clamp(_EDGE, 1 - _EDGE)
 
 
 def read_prior(prior: object) -> LearnedPrior | None:

@@ -7,12 +7,14 @@ the same calls, and call vLLM's own router where it is installed.
 """
 
 from moe_posterior.serving.export import export_routing, load_routing, save_routing, update_routing
+from moe_posterior.serving.learned import LearnedRouting
 from moe_posterior.serving.routing import CustomRouting, PosteriorRouting, PriorRouting
 from moe_posterior.serving.rule import HostRule, choose
 
 __all__ = [
     "CustomRouting",
     "HostRule",
+    "LearnedRouting",
     "PosteriorRouting",
     "PriorRouting",
     "choose",

@@ -11,12 +11,14 @@ from moe_posterior.checks.declared import as_declared
 from moe_posterior.checks.validation import described
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError
 from moe_posterior.files.tensorfile import load_tensors, save_tensors
-from moe_posterior.gates import Gate
+from moe_posterior.gates import Gate, PosteriorGate
 from moe_posterior.replay.find import find_gates, hosting_router, outer_name
+from moe_posterior.serving.learned import LearnedRouting
 from moe_posterior.serving.routing import CustomRouting, PosteriorRouting, PriorRouting
 from moe_posterior.serving.rule import HostRule
 
 KIND, VERSION = "exported routing", 1
+KINDS: tuple[type[CustomRouting], ...] = (PriorRouting, PosteriorRouting, LearnedRouting)
 
 
 @as_declared
@@ -40,8 +42,8 @@ def export_routing(
             custom routing function, and vLLM where the layer has ``apply_routed_scale_to_output``. True for a vLLM layer without that.
 
     Raises:
-        InvalidArgumentError: no gates, a gate of another class or one that draws at random or scores each token separately, or a router
-            whose rule :class:`HostRule` cannot express; the message names it.
+        InvalidArgumentError: no gates, a gate of another class, one that draws at random or scores each token separately by more than a
+            learned prior, or a router whose rule :class:`HostRule` cannot express; the message names it.
 
     >>> from moe_posterior import PosteriorMoE
     >>> hidden = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -91,7 +93,7 @@ def load_routing(path: str | os.PathLike[str]) -> dict[str, CustomRouting]:
     Raises:
         MissingDataError, DamagedFileError: the file is missing, damaged, or of a later version.
     """
-    kinds: dict[str, type[CustomRouting]] = {kind.__name__: kind for kind in (PriorRouting, PosteriorRouting)}
+    kinds: dict[str, type[CustomRouting]] = {kind.__name__: kind for kind in KINDS}
     tensors, header = load_tensors(path, KIND)
     if header["version"] != VERSION:
         raise DamagedFileError(f"{path} must be of format version {VERSION}; got {header['version']}")
@@ -128,7 +130,8 @@ def update_routing(functions: Mapping[str, CustomRouting], path: str | os.PathLi
 
 
 def _routing_of(name: str, gate: Gate, rule: HostRule, hosted: bool) -> CustomRouting:
-    for kind in (PriorRouting, PosteriorRouting):
+    learned = isinstance(gate, PosteriorGate) and gate.prior is not None
+    for kind in (LearnedRouting,) if learned else (PriorRouting, PosteriorRouting):
         if isinstance(gate, kind.serves):
             try:
                 # A gate that keeps its host's logits weights experts as the host does anyway.

@@ -37,6 +37,7 @@ class CustomRouting(FixedPrecision):
     offsets: Tensor  # (C,)
     correction: Tensor | None  # (E,)
     serves: ClassVar[type[Gate]]  # the kind of gate whose decision it is
+    SETTINGS: ClassVar[tuple[str, ...]] = ("hidden_size", "num_experts", "top_k", "spread", "hosted")  # beside the rule
 
     @as_declared
     def __init__(self, gate: Gate, rule: HostRule, *, spread: bool, hosted: bool = False) -> None:
@@ -99,8 +100,7 @@ class CustomRouting(FixedPrecision):
         """Everything that defines this routing besides the tables, as JSON values."""
         rule = self._rule._asdict()
         del rule["e_score_correction_bias"]
-        sizes = {"hidden_size": self.hidden_size, "num_experts": self.num_experts, "top_k": self.top_k}
-        return {**sizes, "spread": self.spread, "hosted": self.hosted, "rule": rule}
+        return {**{name: getattr(self, name) for name in self.SETTINGS}, "rule": rule}
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tables."""
@@ -111,7 +111,7 @@ class CustomRouting(FixedPrecision):
         """A routing from its :meth:`settings` and its state_dict."""
         routing = cls.__new__(cls)
         FixedPrecision.__init__(routing)
-        for name in ("hidden_size", "num_experts", "top_k", "spread", "hosted"):
+        for name in cls.SETTINGS:
             setattr(routing, name, settings[name])
         routing._rule = HostRule(**settings["rule"])
         routing._hold({"correction": None, **tables})
