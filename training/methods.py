@@ -85,10 +85,28 @@ def _require(name: str, value: object, fits: bool, wanted: str) -> None:
 
 class Vanilla(Method):
     """ERM: the mean negative log of the aggregate probability. With per-expert temperatures afterwards, this is MoCaE; with one
-    expert, *single*."""
+    expert, *single*.
+
+    Args:
+        warmup_epochs: see :class:`Method`.
+        expert_weight: ≥ 0, of every expert's own mean negative log-likelihood on every row, beside the aggregate's. 0 (default) is ERM;
+            0.03 keeps experts competent that the gate rarely chooses.
+
+    Raises:
+        InvalidArgumentError: a negative weight.
+    """
+
+    def __init__(self, warmup_epochs: int = 0, expert_weight: float = 0.0) -> None:
+        super().__init__(warmup_epochs)
+        _require("expert_weight", expert_weight, expert_weight >= 0, "at least 0")
+        self.expert_weight = expert_weight
 
     def objective(self, prediction: Prediction, target: Tensor, gate: Gate, groups: Tensor | None) -> Terms:
-        return Terms(losses.nll(prediction.probs, target), {})
+        loss = losses.nll(prediction.probs, target)
+        if not self.expert_weight:
+            return Terms(loss, {})
+        own = [losses.nll(probs, target) for probs in prediction.need("expert_probs").unbind(1)]
+        return Terms(loss + self.expert_weight * torch.stack(own).mean(), {})
 
 
 class Robust(Method):

@@ -1,5 +1,6 @@
 """Every objective trains both gates; the ERM warm-up is shared bit for bit; FGR filters and projects as it says."""
 
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -20,6 +21,7 @@ GATES = {
 }
 METHODS = {
     "vanilla": methods.Vanilla,
+    "vanilla with own losses": partial(methods.Vanilla, expert_weight=0.03),
     "robust": methods.Robust,
     "robust detached": lambda warmup: methods.Robust(warmup, detach_weights=True),
     "robust filtered": methods.RobustFiltered,

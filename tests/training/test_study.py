@@ -78,7 +78,9 @@ def test_a_study_trains_measures_and_goes_on_where_it_stopped(small, tmp_path, m
         cli.study(arguments)
     monkeypatch.setattr(cli, "train_cell", lambda *a: (trained.append(a[0].key), original(*a))[1])
     assert cli.study([*arguments, "--out", str(out), "--markdown", str(tmp_path / "c.md")]) == 0
-    expected = 2 * (2 + 2 * 2 + 2 * 2)  # per seed: single, ensemble, two methods and two simulations with each gate
+    expected = (
+        2 * (2 + 2 * 2) + 2 * 2
+    )  # a seed: single, ensemble, two methods a gate; of the first, as many simulations
     assert len(trained) == len(set(trained)) == expected
     records = cli.one_by_one(json.loads(out.read_text())["records"])
     assert {record["seed"] for record in records} == {42, 43}

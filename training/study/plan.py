@@ -32,6 +32,8 @@ GATES: dict[str, Callable[[int, int], Gate]] = {
 }
 METHODS: dict[str, Callable[[int], Method]] = {
     "vanilla": methods.Vanilla,
+    # From the start, so that nothing branches from plain ERM: what a learned prior trains its experts with.
+    "vanilla, own loss .03": lambda warmup_epochs: methods.Vanilla(0, expert_weight=0.03),
     "robust": methods.Robust,
     "robust, detached": partial(methods.Robust, detach_weights=True),
     "robust filtered": methods.RobustFiltered,

@@ -33,7 +33,7 @@ def train_cell(cell: Cell, study: Study, folder: Path) -> tuple[MoEClassifier, C
     model = cell.model(study, shape, data.num_classes, data.num_groups)
     place = folder / "warmup" / f"{cell.setting}-{cell.inner}-{cell.gate}-{cell.num_experts}-{cell.seed}"
     warmup = WarmupCheckpoint(place)
-    branches = warmup.path.is_file()
+    branches = warmup.path.is_file() and model.method.warmup_epochs > 0
     if branches:
         with decoding(warmup.path, "a checkpoint that can be read", "delete it and run the same command again"):
             load_plain(read_plain_file(warmup.path), warmup.path)["state_dict"]
