@@ -91,13 +91,16 @@ docs: $(INSTALLED)  ## build the documentation into docs/_build; a broken refere
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 	@echo "documentation: docs/_build/index.html"
 
-examples: $(INSTALLED)  ## run every example (2 minutes)
+examples: $(INSTALLED)  ## run every example (3 minutes)
 	@set -e; for script in examples/*.py examples/notebooks/*.py; do \
 	  echo "== $$script"; HF_HUB_OFFLINE=1 $(BIN)/python $$script; \
 	done
 	@echo "== examples/own_data"
 	cd examples/own_data && PYTHONPATH=. ../../$(BIN)/moe-posterior fit --config experiment.yaml --overwrite \
-	  && PYTHONPATH=. ../../$(BIN)/moe-posterior evaluate --run runs/tumours
+	  && PYTHONPATH=. ../../$(BIN)/moe-posterior evaluate --run runs/tumours \
+	  && ../../$(BIN)/moe-posterior fit --config plain.yaml --overwrite
+	@echo "== examples/language_model"
+	cd examples/language_model && OMP_NUM_THREADS=1 ../../$(BIN)/moe-posterior fit --config experiment.yaml --overwrite
 
 wheel: $(INSTALLED)  ## build a wheel, install it in a fresh environment outside the checkout and use it there (2 minutes)
 	$(BIN)/python tests/wheel_check.py

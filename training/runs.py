@@ -61,8 +61,8 @@ def read_experiment(path: str | Path) -> Experiment:
     """Read an experiment file.
 
     Besides what LightningCLI understands (``model``, ``data``, ``trainer``, ``seed_everything``, ``competence``, ``belief``) it has
-    two keys: ``name`` (default: the file's name) and ``arms``, a mapping from arm names to what they set differently. Without ``arms`` the
-    configuration itself is the only arm, called "model". An arm with ``branch_from: OTHER`` continues from an earlier arm's
+    two keys: ``name`` (default: the file's name) and ``arms``, a mapping from arm names to what they set differently. Without ``arms``
+    the configuration itself is the only arm, called "model". An arm with ``branch_from: OTHER`` continues from an earlier arm's
     state at the end of the ERM warm-up, which the two share.
 
     Raises:
