@@ -295,6 +295,20 @@ def test_hooks_are_gone_after_training_however_it_ends() -> None:
             assert not gate._forward_pre_hooks
 
 
+def test_a_gate_that_no_token_reaches_is_named_and_the_others_are_fitted() -> None:
+    class Idle(Layers):
+        def forward(self, points: Tensor) -> Tensor:
+            hidden = self.first(points).relu()
+            return self.head(hidden + self.learned(hidden))
+
+    module = layers(Idle)
+    with pytest.warns(UserWarning, match="no token has reached gate 'alone.gate' in 4 batches") as warned:
+        fit(module, BeliefCallback(warmup=4), epochs=1)
+    assert not any("before the warm-up" in str(each.message) for each in warned)
+    assert not module.alone.gate.clusterer.fitted
+    assert observations(module.learned.gate) > 0
+
+
 class Killed(Exception):
     pass
 

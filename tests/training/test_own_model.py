@@ -13,8 +13,10 @@ from strangers import EXPERTS, Clouds, Judging, Layers
 
 from moe_posterior import InvalidArgumentError
 from moe_posterior.cli import main
+from moe_posterior.training.module import MoEClassifier
 from moe_posterior.training.modules import is_classifier, module_class
-from moe_posterior.training.runs import merge
+from moe_posterior.training.runs import Run, merge
+from moe_posterior.training.trained import load_model
 
 EXPERIMENT = {
     "name": "run",
@@ -200,6 +202,33 @@ class Named(Clouds):
 
     def _loader(self, seed: int) -> Any:
         return torch.utils.data.DataLoader(_Dicts(super()._loader(seed).dataset), self.batch_size)
+
+
+class Derived(MoEClassifier):
+    """One of ours with something of its own."""
+
+    def __init__(self, *args: Any, label: str = "mine", **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.label = label
+
+
+def test_a_class_derived_from_our_classifier_is_told_the_classes_and_can_be_evaluated(tmp_path: Path) -> None:
+    gate = {"class_path": "moe_posterior.PosteriorGate", "init_args": {"num_clusters": 3, "top_k": 2}}
+    options = {"backbone": {"class_path": "points.Plane"}, "gate": gate, "label": "theirs"}
+    experiment = {
+        "name": "run",
+        "model": {"class_path": "test_own_model.Derived", "init_args": options},
+        "data": {"class_path": "points.Points", "init_args": {"batch_size": 48}},
+        "trainer": EXPERIMENT["trainer"],
+        "competence": {"warmup_epochs": 1},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(experiment))
+    assert main(["fit", "--config", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path)]) == 0
+    folders = ["--import-from", str(Path(__file__).parent), "--import-from", str(Path(__file__).parents[1])]
+    assert main(["evaluate", "--run", str(tmp_path / "run"), "--resamples", "100", *folders]) == 0
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
+    model = load_model(Run(tmp_path / "run").arm("model"))
+    assert (type(model).__name__, model.label, model.num_classes) == ("Derived", "theirs", 3)
 
 
 def test_the_class_of_a_model_is_found_without_building_it() -> None:

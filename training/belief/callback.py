@@ -52,6 +52,9 @@ class BeliefCallback(lightning.Callback):
     Without such a method, the outcomes come from the gradients: 1 where an expert's share lowered its token's loss, see
     :meth:`~moe_posterior.replay.Trace.gradient_outcomes`.
 
+    A module must call its gates from the start. :class:`~moe_posterior.training.module.MoEClassifier` does not, and has a callback of
+    its own, :class:`~moe_posterior.training.callbacks.CompetenceUpdates`, which counts every training row.
+
     A gate whose ``counts_training_rows`` is False, as one with a learned prior, is told of every step (:meth:`Gate.begin_step`) and
     otherwise left alone: its map is trained with the module, and decides. After training, ``fit`` it and ``learn_prior`` on rows that
     were held out.
@@ -144,7 +147,7 @@ class BeliefCallback(lightning.Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Say so if training was shorter than the warm-up."""
-        if self._waiting and trainer.is_global_zero:
+        if self._waiting and self._batches < self.warmup and trainer.is_global_zero:
             warnings.warn(
                 f"training ended after {self._batches} batches, before the warm-up of gates {sorted(self._waiting)} did: they have no "
                 f"evidence; warmup must be at most {self._batches}, got {self.warmup}",
