@@ -55,7 +55,12 @@ GATES: dict[str, Callable[[int], Gate]] = {
     "several clusters": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, clusterings=2, neighbours=3),
     "learned prior": lambda k: PosteriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, prior=LearnedPrior(width=9)),
     "learned prior linear": lambda k: PosteriorGate(
-        HIDDEN_SIZE, NUM_EXPERTS, 7, k, prior=LearnedPrior(None, strength=5.0, shrinkage=None), pooling="hierarchy"
+        HIDDEN_SIZE,
+        NUM_EXPERTS,
+        7,
+        k,
+        prior=LearnedPrior(None, 5.0, shrinkage=None, scale="competence"),
+        pooling="hierarchy",
     ),
     "prior": lambda k: PriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k),
     "prior with amnesty": lambda k: PriorGate(HIDDEN_SIZE, NUM_EXPERTS, 7, k, amnesty=50.0, pooling=None),

@@ -30,7 +30,7 @@ class MoEClassifier(lightning.LightningModule):
 
     The mixture is linear in probabilities: ``f(x) = Σ_e w_e(x) softmax(W_e φ(x))``. Until a gate that needs clusters is fitted
     (see :class:`~moe_posterior.training.callbacks.CompetenceUpdates`), all experts have the same weight. A gate with a
-    learned prior adds its own loss to the method's, on whether each expert is right.
+    learned prior adds its own loss to the method's, on whether each expert is right, and a share of every expert's.
 
     Args:
         backbone: maps an input batch to (N, F) and has F as its attribute ``out_features``.
@@ -121,7 +121,9 @@ class MoEClassifier(lightning.LightningModule):
         correct = prediction.need("expert_probs")[:count].detach().argmax(dim=-1) == target[:, None]
         own = gate.loss(hidden[:count], correct.float())
         if own is not None:
-            terms = terms._replace(loss=terms.loss + own, logs={**terms.logs, "competence": own.detach()})
+            experts = gate.individual * _own_loss(prediction.need("expert_probs")[:count], target)
+            parts = {"competence": own.detach(), "experts": experts.detach()}
+            terms = terms._replace(loss=terms.loss + own + experts, logs={**terms.logs, **parts})
         shown = terms.loss.detach()
         self.log("train/loss", shown, prog_bar=True, batch_size=count)
         self.log("train/nll", losses.nll(prediction.probs[:count].detach(), target), batch_size=count)
@@ -187,6 +189,12 @@ class MoEClassifier(lightning.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _own_loss(expert_probs: Tensor, target: Tensor) -> Tensor:  # (N, E, K), (N,) -> ()
+    """The mean negative log likelihood of every expert by itself, on every row."""
+    right = expert_probs.gather(2, target[:, None, None].expand(-1, expert_probs.shape[1], 1))
+    return -right.clamp(min=torch.finfo(right.dtype).tiny).log().mean()
 
 
 def project(wanted: Sequence[Tensor], guard: Sequence[Tensor]) -> list[Tensor]:

@@ -146,8 +146,8 @@ class Recomputed:
 def verify_decisions(reader: Reader) -> Recomputed:
     """Recompute every choice from the posterior rows and the configuration that the log holds.
 
-    Choices that depend on the cluster alone are recomputed from the rows; of those by a learned prior, the scores and their order, from
-    what was believed of the chosen. Those that were drawn (exploration, ``thompson``,
+    Choices that depend on the cluster alone are recomputed from the rows; of those by a learned prior of scale "competence", the scores
+    and their order, from what was believed of the chosen. Those that were drawn (exploration, ``thompson``,
     ``race``) or blended (``novelty="discount"``) are made again by a gate with these rows and the recorded state of its draws.
 
     Raises:
@@ -160,7 +160,7 @@ def verify_decisions(reader: Reader) -> Recomputed:
             continue
         drawn = source is not None and not _undrawn(source, group)
         # A gate that overrules a learned router says no score: the logits that it chose by are not in the log.
-        learned = source is not None and "score" not in knobs(source.checkpoint)
+        learned = source is not None and ("score" not in knobs(source.checkpoint) or _by_odds(source))
         if source is None or rows is None or learned or (drawn and source.checkpoint.settings["kind"] != "router"):
             found.skipped += count
             continue
@@ -173,6 +173,11 @@ def verify_decisions(reader: Reader) -> Recomputed:
             raise AuditError(f"choices of {source.name!r} do not fit the checkpoint before them: {error}") from error
         _compare(group, source, found, *choices)
     return found
+
+
+def _by_odds(source: Source) -> bool:
+    """Whether a learned prior's log odds ranked, which are not in the log."""
+    return (source.checkpoint.settings.get("options") or {}).get("scale") == "odds"
 
 
 def _undrawn(source: Source, group: Group) -> bool:

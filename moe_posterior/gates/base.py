@@ -34,8 +34,8 @@ class Routing(NamedTuple):
         return None
 
     @property
-    def expected(self) -> Tensor | None:  # (N, E)
-        """What a learned prior expected of every expert on each token; None where the cluster decides what is expected."""
+    def logits(self) -> Tensor | None:  # (N, E)
+        """The log odds of success that a learned prior gave every expert; None where the cluster decides what is expected."""
         return None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Routing":
@@ -85,23 +85,23 @@ class ForeseenRouting(Routing):
     """
 
     @property
-    def expected(self) -> Tensor | None:
-        return self.__dict__.get("_expected")
+    def logits(self) -> Tensor | None:
+        return self.__dict__.get("_logits")
 
     @staticmethod
-    def of(routing: Routing, expected: Tensor) -> "ForeseenRouting":  # (N, E)
-        """The routing with what was expected."""
+    def of(routing: Routing, logits: Tensor) -> "ForeseenRouting":  # (N, E)
+        """The routing with what was expected, in log odds."""
         foreseen = ForeseenRouting(*routing)
-        foreseen.__dict__["_expected"] = expected
+        foreseen.__dict__["_logits"] = logits
         return foreseen
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Routing:
         mapped = Routing(*self).map(change)
-        return mapped if self.expected is None else ForeseenRouting.of(mapped, change(self.expected))
+        return mapped if self.logits is None else ForeseenRouting.of(mapped, change(self.logits))
 
     def _replace(self, **changes: Any) -> Routing:  # type: ignore[override]
         replaced = Routing(*self)._replace(**changes)
-        return replaced if self.expected is None else ForeseenRouting.of(replaced, self.expected)
+        return replaced if self.logits is None else ForeseenRouting.of(replaced, self.logits)
 
 
 class Gate(nn.Module, ABC):
@@ -196,6 +196,11 @@ class Gate(nn.Module, ABC):
     def loss(self, hidden: Tensor, outcome: Tensor) -> Tensor | None:  # (N, D), (N, E) -> ()
         """What a training loss must add so that the gate learns from its experts' own outcomes; None for a gate that does not so."""
         return None
+
+    @property
+    def individual(self) -> float:
+        """How much of every expert's own loss on every row a training loss must hold, so that the ones not chosen stay competent."""
+        return 0.0
 
     def begin_step(self, step: int, epoch: int) -> None:
         """Hear from the trainer which step of the training begins, in which epoch; only gates with a schedule or draws do anything."""

@@ -4,6 +4,7 @@ Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,19 @@ from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates.baselines import MOST_WIDTH
 from moe_posterior.gates.exploration import generator_for
+from moe_posterior.precision import FixedPrecision
 
-_EDGE = 1e-6  # m stays this far from 0 and 1, where a Beta has no spread
+Scale = Literal["odds", "competence"]
+_EDGES = {"odds": 0.02, "competence": 1e-6}  # m stays this far from 0 and 1: no prior is surer, and a Beta has spread
+_RMS_EPS = 1e-6
 
 
-class LearnedPrior(nn.Module):
-    """The prior mean of each expert's competence on a token, ``m(h) = sigmoid(map(h))``, for :class:`~moe_posterior.PosteriorGate`.
+class LearnedPrior(FixedPrecision):
+    """The prior mean of each expert's competence on a token, ``m = sigmoid(z)``, for :class:`~moe_posterior.PosteriorGate`.
+
+    z is the map of ``h / rms(h)``. By default experts are ranked by z, moved by as many log odds as the evidence moves what is
+    believed, and weighed by ``softmax(g z / temperature)``: without evidence a softmax gate that knows what it expects. g ≤ 1 flattens
+    the weights of a novel token, by its angle to the clusters; it never changes the choice.
 
     A gate with such a prior believes, of expert e on a token x in cluster c, ``Beta(κ m_e(x) + S[c, e], κ (1 - m_e(x)) + F[c, e])``:
     the map says what to expect, the evidence S, F since then overrules it. The map learns from the experts' own outcomes, by
@@ -30,12 +38,18 @@ class LearnedPrior(nn.Module):
     Args:
         width: ReLU units of the hidden layer; 128 (default) is the router of *Toward Calibrated MoE Under Distribution Shift*. None is
             one linear map.
-        strength: κ > 0 in observations. None (default) lets ``learn_prior`` set it; until then it is the gate's
+        strength: κ > 0 in observations; default 2. None lets ``learn_prior`` set it; until then it is the gate's
             ``prior_alpha + prior_beta``.
         shrinkage: the gate's option of that name, where the gate has none: after so many observations of an expert, its record of
             observed against expected outcomes moves its prior on every token half-way. None keeps clusters apart. Default 10: a
             broken expert is left after a few outcomes, in clusters too where it was not seen.
         weight: ≥ 0, of the log score in a training loss; default 1.
+        own: ≥ 0, of the mean loss of every expert by itself, chosen or not, in a training loss; default 0.03. Without it the experts
+            that are seldom chosen know too little to take over from one that breaks.
+        scale: ``"odds"`` (default), as above. ``"competence"`` ranks and weighs by the rule's score of what is believed, as a gate
+            without a learned prior does; with m constant it is that gate.
+        floor: in (0, 1], the least g of scale ``"odds"``; g is ``(d* / d)²``, at most 1, d being one minus the cosine to the
+            nearest centroid and d* its median over the rows of ``learn_prior``. 1 switches it off; default 0.3.
         draws: > 0. While the map is trained (before clusters are fitted, in training mode) the k experts are those with the highest
             draws from ``Beta(draws · m, draws · (1 - m))``, so that all experts are tried; weights and scores stay those of m. None
             (default) takes the highest m.
@@ -53,15 +67,19 @@ class LearnedPrior(nn.Module):
     """
 
     map: nn.Sequential
+    usual: Tensor  # () float32, d*; inf until learn_prior, when nothing is novel
 
     @as_declared
     def __init__(
         self,
         width: int | None = 128,
-        strength: float | None = None,
+        strength: float | None = 2.0,
         *,
         shrinkage: float | None = 10.0,
         weight: float = 1.0,
+        own: float = 0.03,
+        scale: Scale = "odds",
+        floor: float = 0.3,
         draws: float | None = None,
         warmup_epochs: int = 0,
     ) -> None:
@@ -70,12 +88,17 @@ class LearnedPrior(nn.Module):
         for name, value in (("strength", strength), ("shrinkage", shrinkage), ("draws", draws)):
             if value is not None and not 0.0 < value < float("inf"):
                 raise InvalidArgumentError(f"{name} must be positive and finite, or None; got {value}")
-        if not 0.0 <= weight < float("inf"):
-            raise InvalidArgumentError(f"weight must be at least 0 and finite; got {weight}")
+        for name, value in (("weight", weight), ("own", own)):
+            if not 0.0 <= value < float("inf"):
+                raise InvalidArgumentError(f"{name} must be at least 0 and finite; got {value}")
+        if not 0.0 < floor <= 1.0:
+            raise InvalidArgumentError(f"floor must lie in (0, 1]; got {floor}")
         if warmup_epochs < 0:
             raise InvalidArgumentError(f"warmup_epochs must be at least 0; got {warmup_epochs}")
         self.strength, self.shrinkage, self.weight = strength, shrinkage, weight
-        self.draws, self.warmup_epochs = draws, warmup_epochs
+        self.own, self.floor, self.draws, self.warmup_epochs = own, floor, draws, warmup_epochs
+        self.scale: Scale = scale
+        self.register_buffer("usual", torch.full((), torch.inf, dtype=torch.float32))
         self.epoch, self.step = 0, 0  # of the training, as the trainer says
 
     def bind(self, hidden_size: int, num_experts: int) -> None:
@@ -100,12 +123,23 @@ class LearnedPrior(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, E) float32
         """Log odds of m; 0 for a row that holds NaN."""
         weight = self._output.weight
+        hidden = normalised(hidden)
         logits = self.map(hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)).float()
         return torch.where(torch.isnan(logits), 0.0, logits)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, E) float64
         """m, the expected competence of every expert; differentiable."""
-        return mean_of(self.logits(hidden))
+        return self.mean_of(self.logits(hidden))
+
+    def mean_of(self, logits: Tensor) -> Tensor:  # float64
+        """m of these log odds, away from 0 and 1."""
+        return self.mean_at(logits, self.scale)
+
+    @staticmethod
+    def mean_at(logits: Tensor, scale: Scale) -> Tensor:  # float64
+        """:meth:`mean_of`, of a prior of this scale."""
+        edge = _EDGES[scale]
+        return torch.sigmoid(logits.double()).clamp(edge, 1 - edge)
 
     def loss(self, hidden: Tensor, outcome: Tensor) -> Tensor:  # (N, D), (N, E) -> ()
         """The log score of m on observed outcomes, a mean over those; NaN is not observed. No gradient reaches ``hidden``.
@@ -159,9 +193,36 @@ class LearnedPrior(nn.Module):
         return f"width={self.width}{given}"
 
 
-def mean_of(logits: Tensor) -> Tensor:  # float64
-    """The prior mean of which these are the log odds, away from 0 and 1."""
-    return torch.sigmoid(logits.double()).clamp(_EDGE, 1 - _EDGE)
+def normalised(hidden: Tensor) -> Tensor:  # (N, D) -> (N, D)
+    """Rows of root mean square 1."""
+    return functional.rms_norm(hidden, hidden.shape[-1:], eps=_RMS_EPS)
+
+
+def log_odds(score: Tensor) -> Tensor:
+    """Of a score, as sure as a prior may be."""
+    edge = _EDGES["odds"]
+    return torch.logit(score.clamp(edge, 1 - edge))
+
+
+def cosine_distance(hidden: Tensor, centroids: Tensor) -> Tensor:  # (N, D), (C, D) -> (N,)
+    """One minus the cosine to the centroid at the smallest angle.
+
+    >>> round(cosine_distance(torch.tensor([[3.0, 3.0]]), torch.eye(2)).item(), 4)
+    0.2929
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        cosine = functional.normalize(hidden.float(), dim=1) @ functional.normalize(centroids, dim=1).T
+    return 1 - cosine.amax(dim=1)
+
+
+def sharpness_of(distance: Tensor, usual: Tensor, floor: float) -> Tensor:  # (N,), () -> (N,)
+    """``(usual / distance)²``, within [floor, 1]; the floor for a distance that is NaN.
+
+    >>> sharpness_of(torch.tensor([0.1, 0.2, 0.4, 9.0]), torch.tensor(0.2), 0.1).tolist()
+    [1.0, 1.0, 0.25, 0.10000000149011612]
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    return (usual / distance.clamp(min=tiny)).square().clamp(floor, 1.0).nan_to_num(floor)
 
 
 def read_prior(prior: object) -> LearnedPrior | None:

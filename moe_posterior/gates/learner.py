@@ -3,19 +3,25 @@
 Dimensions: N tokens, D hidden size, E experts, k experts per token.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_posterior import beta as beta_functions
 from moe_posterior.checks import validation
 from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
+from moe_posterior.evidence import novelty_weight
 from moe_posterior.gates.base import Routing
-from moe_posterior.gates.learned import LearnedPrior
+from moe_posterior.gates.learned import LearnedPrior, cosine_distance, log_odds, sharpness_of
+from moe_posterior.gates.novelty import Novelty
+from moe_posterior.gates.rules import Mean, Rule
 from moe_posterior.gates.strength import levelled_means, safe_strength
 from moe_posterior.gates.tables import TabledGate
+from moe_posterior.kernels.reference import Assignment
 from moe_posterior.posterior import BetaPosterior
 
 
@@ -27,6 +33,12 @@ class PriorLearner(TabledGate):
     """
 
     prior: LearnedPrior | None
+    novelty: Novelty
+
+    @property
+    @abstractmethod
+    def rule(self) -> Rule:
+        """How competence becomes a score."""
 
     @property
     def from_map_alone(self) -> bool:
@@ -48,6 +60,10 @@ class PriorLearner(TabledGate):
         if self.threshold is not None:
             outcome = torch.where(outcome.isnan(), torch.nan, (outcome >= self.threshold).to(outcome.dtype))
         return self.prior.weight * self.prior.loss(hidden, outcome)
+
+    @property
+    def individual(self) -> float:
+        return 0.0 if self.prior is None else self.prior.own
 
     def begin_step(self, step: int, epoch: int) -> None:
         if self.prior is not None:
@@ -95,6 +111,7 @@ class PriorLearner(TabledGate):
         if strength is not None:
             found = min(found, validation.number("strength", strength, above=0.0))
         mean = levelled_means(won, lost, foreseen)
+        self.prior.usual.copy_(self._usual_of(self._angle(hidden), sync))
         self.posterior.prior_alpha.copy_(found * mean)
         self.posterior.prior_beta.copy_(found * (1 - mean))
         self.posterior.reset()
@@ -105,7 +122,59 @@ class PriorLearner(TabledGate):
         if self.prior is None:
             raise InvalidArgumentError("prior must be 'learned' or a LearnedPrior for relearn; this gate has none")
         self.clusterer.clear()
+        self.prior.usual.fill_(torch.inf)
         self.posterior.reset(prior=True)
+
+    def _angle(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N,)
+        """One minus the cosine to the nearest centroid, by angle; NaN for a row that holds NaN."""
+        return cosine_distance(hidden, self.clusterer.centroids)
+
+    def _usual_of(self, angle: Tensor, sync: bool) -> Tensor:  # (N,) -> ()
+        """The median, of several ranks the mean of theirs."""
+        usual = angle.nanmedian() if len(angle) else angle.new_full((), torch.inf)
+        if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(usual)
+            usual = usual / torch.distributed.get_world_size()
+        return usual
+
+    def sharpness(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N,)
+        """By what a token's scores are multiplied before they become weights: 1 where it is like the rows held out, less if novel."""
+        assert self.prior is not None
+        if self.from_map_alone:
+            return torch.ones(len(hidden), device=hidden.device)
+        return sharpness_of(self._angle(hidden.detach()), self.prior.usual, self.prior.floor)
+
+    @torch.no_grad()
+    def moved(
+        self,
+        expected: Tensor,  # (N, E)
+        cluster_ids: Tensor,  # (N,)
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # (N, E)
+        """By how much the evidence moves the prior's log odds: those of the rule with it less those without; -inf if removed."""
+        belief = self.posterior
+        if self.from_map_alone:
+            shift = torch.zeros_like(expected)
+        else:
+            strength = belief.strength[cluster_ids]
+            plain = Mean() if self.rule.score == "thompson" else self.rule
+            before = plain(strength * expected, strength * (1 - expected))
+            after = self.rule(*belief.parameters_of(cluster_ids, expected), generator)
+            shift = log_odds(after) - log_odds(before)
+        return shift.masked_fill(~belief.active, -torch.inf)
+
+    @torch.no_grad()
+    def shown(self, odds: Tensor, assignment: Assignment) -> Tensor:  # (N, k) log odds -> (N, k)
+        """The chosen scores as probabilities; of a novel token they fall to what the rule makes of the least of the pooled records."""
+        scores = torch.sigmoid(odds)
+        if self.novelty != "discount" or self.from_map_alone:
+            return scores
+        alpha, beta = self.posterior.parameters_of()
+        mean = beta_functions.mean(alpha.sum(dim=0), beta.sum(dim=0))
+        plain = Mean() if self.rule.score == "thompson" else self.rule
+        least = plain(2 * mean, 2 * (1 - mean)).masked_fill(~self.posterior.active, torch.inf).min()
+        weight = novelty_weight(assignment.distance, self.clusterer.radius[assignment.cluster_ids]).to(scores)[:, None]
+        return weight * scores + (1 - weight) * torch.minimum(scores, least.clamp(0.0, 1.0))
 
     def require_observable(self) -> None:
         if self.from_map_alone:
@@ -125,8 +194,10 @@ class PriorLearner(TabledGate):
 
     def expected_of(self, routing: Routing) -> Tensor | None:  # -> (N, E)
         """What the learned prior expected of these tokens; None where the routing has lost it, or is from before an expert joined."""
-        known = routing.expected
-        return known if known is not None and known.shape[1] == self.num_experts else None
+        known = routing.logits
+        if self.prior is None or known is None or known.shape[1] != self.num_experts:
+            return None
+        return self.prior.mean_of(known)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -52,7 +52,7 @@ class PosteriorGate(PriorLearner):
         risk_aversion: λ ≥ 0 of ``lcb``, in posterior standard deviations. 1 (default) is the paper's conservative posture.
         credible_level: probability, in (0, 1), that competence lies below the ``quantile`` score; default 0.05.
         temperature: > 0; weights are ``softmax(score / temperature)`` over the chosen. Competence lives in [0, 1], so the default
-            0.1 lets a lead of 10 points weigh e times as much.
+            0.1 lets a lead of 10 points weigh e times as much; by a learned prior's log odds the default is 1.
         threshold: None counts outcomes fractionally; τ in [0, 1] binarises them (the paper).
         exploration: share of tokens, in [0, 1), whose last slot goes to a random other expert, so that no expert is locked out
             for ever; default 0. To explore without touching the output, keep it 0 and ask :meth:`shadow`.
@@ -114,7 +114,7 @@ class PosteriorGate(PriorLearner):
         score: Score = "lcb",
         risk_aversion: float = 1.0,
         credible_level: float = 0.05,
-        temperature: float = 0.1,
+        temperature: float | None = None,
         threshold: float | None = None,
         exploration: float = 0.0,
         novelty: Novelty | None = None,
@@ -160,6 +160,8 @@ class PosteriorGate(PriorLearner):
             if learned.strength is not None:
                 share = prior_alpha / (prior_alpha + prior_beta)
                 prior_alpha, prior_beta = learned.strength * share, learned.strength * (1 - share)
+        if temperature is None:
+            temperature = 1.0 if learned is not None and learned.scale == "odds" else 0.1
         self.prior = learned
         noisy = false_positive_rate != 0 or false_negative_rate != 0
         self.posterior = BetaPosterior(
@@ -239,7 +241,11 @@ class PosteriorGate(PriorLearner):
     def recorded_options(self) -> dict[str, Any]:
         """As :attr:`BeliefGate.recorded_options`."""
         several = {} if self.members is None else {n: getattr(self.members, n) for n in ("clusterings", "neighbours")}
-        return {"novelty": self.novelty, **several, **({} if self.prior is None else {"prior": "learned"})}
+        return {
+            "novelty": self.novelty,
+            **several,
+            **({} if self.prior is None else {"prior": "learned", "scale": self.prior.scale}),
+        }
 
     @property
     def reads_other_clusters(self) -> bool:
@@ -278,6 +284,8 @@ class PosteriorGate(PriorLearner):
     def fit(self, hidden: Tensor, *, generator: torch.Generator | None = None) -> None:  # (..., D)
         """As :meth:`BeliefGate.fit`, in every clustering."""
         self.clusterer.fit(hidden, generator=generator)
+        if self.prior is not None:
+            self.prior.usual.fill_(torch.inf)
         if self.members is not None:
             self.members.fit(self.clusterer, hidden, generator)
         self.posterior.reset(prior=True)
@@ -328,18 +336,25 @@ class PosteriorGate(PriorLearner):
         return routing if members is None else SharedRouting.of(routing, members)
 
     def _route_by_prior(self, hidden: Tensor, numbers: Tensor | None, prior: LearnedPrior) -> Routing:
-        expected = prior(hidden)
-        assignment, _ = self.assign(hidden)
-        alpha, beta = self.believed_of(assignment, None, expected)
+        logits = prior.logits(hidden)
+        expected, (assignment, _) = prior.mean_of(logits), self.assign(hidden)
+        belief = self.believed_of(assignment, None, expected)
+        generator = self._generator(hidden.device, "route") if self.draws_by_steps else None
+        odds = prior.scale == "odds"
+        if odds:
+            scores = logits.double() + self.moved(expected, assignment.cluster_ids, generator)
+        else:
+            scores = self.scores(*belief, generator)
         if self.training and prior.draws is not None and self.from_map_alone:
             refuse_export()
             ranks = prior.drawn(expected, self.seed).masked_fill(~self.posterior.active, -torch.inf)
             drawn = reference.select(ranks, assignment.cluster_ids, self.top_k).expert_indices
-            routing = self._routed(*self._among(self.scores(alpha, beta), drawn, assignment), assignment)
+            selection = self._among(scores, drawn, assignment)
         else:
-            routing = self.decide(alpha, beta, assignment, numbers)
+            selection = self._choose(scores, belief, assignment, numbers, generator)
+        routing = self._routed(selection, assignment, self.sharpness(hidden) if odds else None)
         # A graph's outputs have no place for what comes beside the five fields.
-        return routing if torch.compiler.is_compiling() else ForeseenRouting.of(routing, expected.detach())
+        return routing if torch.compiler.is_compiling() else ForeseenRouting.of(routing, logits.detach())
 
     def decide(
         self,
@@ -354,22 +369,42 @@ class PosteriorGate(PriorLearner):
         """
         generator = self._generator(alpha.device, "route") if self.draws_by_steps else None
         scores = self.scores(alpha, beta, generator)
+        return self._routed(self._choose(scores, (alpha, beta), assignment, numbers, generator), assignment)
+
+    def _choose(
+        self,
+        scores: Tensor,  # (N, E)
+        belief: tuple[Tensor, Tensor],  # 2 x (N, E)
+        assignment: reference.Assignment,
+        numbers: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> reference.Selection:
         indices, chosen = reference.select(scores, assignment.cluster_ids, self.top_k)
         if self.score == "race" and not self.from_map_alone:
-            indices, chosen = self._among(scores, self._raced(alpha, beta, indices, numbers), assignment)
+            indices, chosen = self._among(scores, self._raced(*belief, indices, numbers), assignment)
         if generator is not None and self.exploration > 0 and int(self.posterior.active.sum()) > self.top_k:
             indices = exploring.explored(indices, self.posterior.active, self.exploration, generator)
             chosen = scores.gather(1, indices)
-        return self._routed(indices, chosen, assignment)
+        return reference.Selection(indices, chosen)
 
     def _among(self, scores: Tensor, drawn: Tensor, assignment: reference.Assignment) -> reference.Selection:
         """The experts that were drawn, (N, k) in no order, as a selection by score."""
         beside = torch.ones_like(scores, dtype=torch.bool).scatter_(1, drawn, False)
         return reference.select(scores.masked_fill(beside, -torch.inf), assignment.cluster_ids, self.top_k)
 
-    def _routed(self, indices: Tensor, chosen: Tensor, assignment: reference.Assignment) -> Routing:  # 2 x (N, k)
-        weights = reference.weigh(chosen, self.temperature).float()
-        return Routing(indices, weights, assignment.cluster_ids, chosen.float(), assignment.distance)
+    def _routed(
+        self,
+        selection: reference.Selection,
+        assignment: reference.Assignment,
+        sharpness: Tensor | None = None,  # (N,), where scores are log odds
+    ) -> Routing:
+        indices, chosen = selection
+        if sharpness is None:
+            weights, shown = reference.weigh(chosen, self.temperature), chosen
+        else:
+            weights = reference.weigh(chosen * sharpness.to(chosen)[:, None], self.temperature)
+            shown = self.shown(chosen, assignment)
+        return Routing(indices, weights.float(), assignment.cluster_ids, shown.float(), assignment.distance)
 
     def learn(self, routing: Routing, outcome: Tensor, slots: Tensor | None) -> None:  # (N, k) or (N, E)
         """Add the outcomes to the belief and refresh the tables of the touched clusters."""
@@ -429,14 +464,22 @@ class PosteriorGate(PriorLearner):
     def reweigh(self, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:  # (N, D), _, (N, k)
         if not self.reweighs:
             return super().reweigh(hidden, routing, expert_indices)
-        if self.prior is None:
+        assignment = reference.Assignment(routing.cluster_ids, routing.distance)
+        scores = self._ranks(self.prior.logits(hidden), assignment) if self.prior is not None else None
+        if scores is None:
             scores = self.competence_scores(routing.cluster_ids)
-        else:
-            assignment = reference.Assignment(routing.cluster_ids, routing.distance)
-            scores = self.scores(*self.believed_of(assignment, None, self.prior(hidden)))
-        chosen = scores.gather(1, expert_indices)
-        weights = reference.weigh(chosen, self.temperature).float()
-        return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen.float())
+        odds = self.prior is not None and self.prior.scale == "odds"
+        selection = reference.Selection(expert_indices, scores.gather(1, expert_indices))
+        made = self._routed(selection, assignment, self.sharpness(hidden) if odds else None)
+        return routing._replace(expert_indices=expert_indices, routing_weights=made.routing_weights, scores=made.scores)
+
+    def _ranks(self, logits: Tensor, assignment: reference.Assignment) -> Tensor:  # (N, E) -> (N, E)
+        """What a gate with a learned prior ranks experts by, where nothing is drawn."""
+        assert self.prior is not None
+        expected = self.prior.mean_of(logits)
+        if self.prior.scale == "odds":
+            return logits.double() + self.moved(expected, assignment.cluster_ids)
+        return self.scores(*self.believed_of(assignment, None, expected))
 
     def scores(
         self, alpha: Tensor, beta: Tensor, generator: torch.Generator | None = None
@@ -518,7 +561,10 @@ class PosteriorGate(PriorLearner):
                 self.refresh_rows(routing.cluster_ids)
             return self.topk_indices[routing.cluster_ids]
         assignment = reference.Assignment(routing.cluster_ids, routing.distance)
-        scores = self.scores(*self.believed_of(assignment, members, self.expected_of(routing)))
+        if self.prior is not None and self.expected_of(routing) is not None and routing.logits is not None:
+            scores = self._ranks(routing.logits, assignment)
+        else:
+            scores = self.scores(*self.believed_of(assignment, members))
         return reference.select(scores, routing.cluster_ids, self.top_k).expert_indices
 
     def believed_of(

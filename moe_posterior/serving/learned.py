@@ -14,7 +14,7 @@ from moe_posterior import beta as beta_functions
 from moe_posterior import evidence as evidence_functions
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, PosteriorGate
-from moe_posterior.gates.learned import mean_of
+from moe_posterior.gates.learned import LearnedPrior, cosine_distance, log_odds, normalised, sharpness_of
 from moe_posterior.kernels import reference
 from moe_posterior.serving.routing import CustomRouting
 
@@ -39,10 +39,11 @@ class LearnedRouting(CustomRouting):
     successes: Tensor  # (C, E) float64
     failures: Tensor  # (C, E) float64
     pooled: Tensor  # (E,) float64, the mean that is believed of an expert far from all clusters
+    usual: Tensor  # () float32, how far a token usually is from the clusters by angle
     active: Tensor  # (E,) bool
     serves = PosteriorGate
     SETTINGS: ClassVar[tuple[str, ...]] = (
-        *CustomRouting.SETTINGS, "novelty", "pools", "risk_aversion", "temperature", "layers",
+        *CustomRouting.SETTINGS, "novelty", "pools", "risk_aversion", "temperature", "layers", "scale", "floor",
     )  # fmt: skip
 
     def __init__(self, gate: Gate, *args: Any, **options: Any) -> None:
@@ -60,6 +61,8 @@ class LearnedRouting(CustomRouting):
         self.novelty, self.pools, self.temperature = gate.novelty, gate.posterior.pools, gate.temperature
         self.risk_aversion = gate.risk_aversion if gate.score == "lcb" else 0.0
         self.layers = len(_linear_layers(gate))
+        assert gate.prior is not None
+        self.scale, self.floor = gate.prior.scale, gate.prior.floor
 
     @torch.no_grad()
     def forward(
@@ -72,32 +75,47 @@ class LearnedRouting(CustomRouting):
         ids, distance = reference.assign(
             hidden_states, reference.Centroids(self.centroids, self.directions, self.offsets, outlying)
         )
-        scores = beta_functions.lcb(*self._believed(hidden_states, ids, distance), self.risk_aversion)
-        selection = reference.select(scores.masked_fill(~self.active, -torch.inf), self._ties(ids), topk)
-        return reference.weigh(selection.scores, self.temperature).float(), selection.expert_indices.int()
+        logits = self._logits(hidden_states)
+        mean = LearnedPrior.mean_at(logits, self.scale)
+        scores = self._scores(logits, mean, ids, distance).masked_fill(~self.active, -torch.inf)
+        chosen, best = reference.select(scores, self._ties(ids), topk)
+        if self.scale == "odds":
+            angle = cosine_distance(hidden_states, self.centroids)
+            best = best * sharpness_of(angle, self.usual, self.floor).to(best)[:, None]
+        return reference.weigh(best, self.temperature).float(), chosen.int()
 
-    def _believed(self, hidden: Tensor, ids: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:  # -> 2 x (T, E)
-        mean, strength = mean_of(self._logits(hidden)), self.strength[ids]
+    def _scores(self, logits: Tensor, mean: Tensor, ids: Tensor, distance: Tensor) -> Tensor:  # -> (T, E)
+        alpha, beta = self._at_home(mean, ids)
+        if self.scale == "odds":
+            strength = self.strength[ids]
+            before = beta_functions.lcb(strength * mean, strength * (1 - mean), self.risk_aversion)
+            after = beta_functions.lcb(alpha, beta, self.risk_aversion)
+            return logits.double() + (log_odds(after) - log_odds(before))
+        if self.novelty == "discount":
+            weight = evidence_functions.novelty_weight(distance, self.radius[ids]).to(alpha.dtype)[:, None]
+            worth, far = (alpha + beta).clamp(max=2), 1 - weight
+            pooled = worth * self.pooled
+            alpha, beta = weight * alpha + far * pooled, weight * beta + far * (worth - pooled)
+        return beta_functions.lcb(alpha, beta, self.risk_aversion)
+
+    def _at_home(self, mean: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:  # -> 2 x (T, E)
+        """Alpha and beta of a token that is not novel."""
+        strength = self.strength[ids]
         alpha, beta = strength * mean * self.trust, strength * (1 - mean) * self.trust
         if self.pools:
             total = alpha + beta
             alpha = total * evidence_functions.shift_odds(alpha / total, self.odds)
             beta = total - alpha
-        alpha, beta = alpha + self.successes[ids], beta + self.failures[ids]
-        if self.novelty != "discount":
-            return alpha, beta
-        weight = evidence_functions.novelty_weight(distance, self.radius[ids]).to(alpha.dtype)[:, None]
-        worth, far = (alpha + beta).clamp(max=2), 1 - weight
-        pooled = worth * self.pooled
-        return weight * alpha + far * pooled, weight * beta + far * (worth - pooled)
+        return alpha + self.successes[ids], beta + self.failures[ids]
 
     def _logits(self, hidden: Tensor) -> Tensor:  # (T, D) -> (T, E)
-        found = hidden.to(self._buffers["weight_0"].dtype)  # type: ignore[union-attr]
+        found = normalised(hidden).to(self._buffers["weight_0"].dtype)  # type: ignore[union-attr]
         for place in range(self.layers):
             found = functional.linear(found, self._buffers[f"weight_{place}"], self._buffers[f"bias_{place}"])  # type: ignore[arg-type]
             if place + 1 < self.layers:
                 found = functional.relu(found)
-        return torch.where(torch.isnan(found), 0.0, found.float())
+        found = found.float()
+        return torch.where(torch.isnan(found), 0.0, found)
 
     def _require_served(self, gate: Gate) -> None:
         super()._require_served(gate)
@@ -113,6 +131,7 @@ class LearnedRouting(CustomRouting):
     @staticmethod
     def _tables(gate: PosteriorGate) -> dict[str, Tensor]:
         gate.clusterer.require_fitted()
+        assert gate.prior is not None
         belief, points = gate.posterior, gate.clusterer.prepared
         alpha, beta = belief.parameters_of()
         least = (
@@ -133,6 +152,7 @@ class LearnedRouting(CustomRouting):
             "failures": belief.failures.clamp(**least),
             "pooled": beta_functions.mean(alpha.sum(dim=0), beta.sum(dim=0)),
             "active": belief.active,
+            "usual": gate.prior.usual,
             **map_,
         }
 

@@ -163,9 +163,12 @@ def test_a_gate_that_overrules_a_learned_one_is_recorded_with_its_belief(tmp_pat
     assert (found.agree, found.disagreements, found.skipped) == (0, 0, 400)
 
 
-def test_decisions_by_a_learned_prior_hold_what_was_believed_of_the_chosen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scale", ["odds", "competence"])
+def test_decisions_by_a_learned_prior_hold_what_was_believed_of_the_chosen(tmp_path: Path, scale: str) -> None:
     torch.manual_seed(0)
-    moe = PosteriorMoE(experts(5), hidden_size=8, num_clusters=6, top_k=2, prior=LearnedPrior(9), risk_aversion=2.0)
+    moe = PosteriorMoE(
+        experts(5), hidden_size=8, num_clusters=6, top_k=2, prior=LearnedPrior(9, scale=scale), risk_aversion=2.0
+    )
     gate, believed = moe.gate, []
 
     def live(rows: slice) -> None:
@@ -191,7 +194,8 @@ def test_decisions_by_a_learned_prior_hold_what_was_believed_of_the_chosen(tmp_p
     assert {entry["mode"] for entry in entries[:50]} == {"mean"}
     assert {entry["mode"] for entry in entries[50:]} == {"lcb"}
     found = verify_decisions(log.read())
-    assert (found.agree, found.disagreements, found.skipped) == (200, 0, 0)
+    agree = 200 if scale == "competence" else 0  # log odds are not in the log
+    assert (found.agree, found.disagreements, found.skipped) == (agree, 0, 200 - agree)
     assert verify(tmp_path).sound
     with AuditLog(tmp_path) as again:
         assert again.compact() >= 1
@@ -201,7 +205,9 @@ def test_decisions_by_a_learned_prior_hold_what_was_believed_of_the_chosen(tmp_p
 
 def test_a_belief_that_does_not_bear_its_score_is_found(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    moe = PosteriorMoE(experts(5), hidden_size=8, num_clusters=6, top_k=2, prior=LearnedPrior(9, strength=9.0))
+    moe = PosteriorMoE(
+        experts(5), hidden_size=8, num_clusters=6, top_k=2, prior=LearnedPrior(9, strength=9.0, scale="competence")
+    )
     moe.gate.fit(HIDDEN)
     with AuditLog(tmp_path) as log, log.attach(moe) as attached:
         moe.route(HIDDEN[:20])

@@ -67,7 +67,7 @@ SAME = [
 @pytest.mark.parametrize("options", SAME, ids=str)
 def test_a_constant_prior_is_the_gate_without_one_bit_for_bit(options: dict) -> None:
     plain = gate_of(prior=None, **options)
-    prior = LearnedPrior(None, strength=2.0, shrinkage=None)
+    prior = LearnedPrior(None, strength=2.0, shrinkage=None, scale="competence")
     learned = constant(gate_of(prior=prior, **{"novelty": "off", **options}))
     for round_ in range(6):
         hidden = data(50, seed=10 + round_) * (3 if round_ == 3 else 1)  # some of them novel
@@ -85,7 +85,7 @@ def test_a_constant_prior_is_the_gate_without_one_bit_for_bit(options: dict) -> 
 
 
 def test_the_forward_is_that_of_a_plain_loop_over_tokens() -> None:
-    gate = gate_of(novelty="discount", risk_aversion=0.7)
+    gate = gate_of(prior=LearnedPrior(9, strength=4.0, scale="competence"), novelty="discount", risk_aversion=0.7)
     seen = data(80, 2)
     routing = gate(seen)
     gate.observe(routing, outcomes(80, 2))
@@ -132,6 +132,76 @@ def test_the_forward_is_that_of_a_plain_loop_over_tokens() -> None:
         )
 
 
+def test_by_odds_the_evidence_moves_the_logits_by_what_it_moves_the_belief() -> None:
+    gate = gate_of(prior=LearnedPrior(9, shrinkage=None, floor=0.2), risk_aversion=0.5)
+    held_out = data(200, 7)
+    gate.learn_prior(held_out, outcomes(200))
+    seen = data(60, 2)
+    routing = gate(seen)
+    gate.observe(routing, outcomes(60, 2))
+    won, lost = ([[0.0] * E for _ in range(C)] for _ in range(2))
+    rows = zip(routing.cluster_ids.tolist(), routing.expert_indices.tolist(), outcomes(60, 2).tolist(), strict=True)
+    for cluster, experts, values in rows:
+        for expert, value in zip(experts, values, strict=True):
+            won[cluster][expert] += value
+            lost[cluster][expert] += 1 - value
+
+    def clip(value: float) -> float:
+        return min(max(value, 0.02), 0.98)
+
+    def bound(alpha: float, beta: float) -> float:
+        total = alpha + beta
+        score = clip(alpha / total - 0.5 * math.sqrt(alpha * beta / (total + 1)) / total)
+        return math.log(score / (1 - score))
+
+    def angle(token: Tensor) -> float:
+        cosines = [
+            torch.nn.functional.cosine_similarity(token, centroid, dim=0) for centroid in gate.clusterer.centroids
+        ]
+        return 1 - float(max(cosines))
+
+    usual = sorted(angle(token) for token in held_out)[99]
+    new = data(40, 3)
+    routing = gate(new)
+    assert 0.2 < min(float(g) for g in gate.sharpness(new)) < 1.0
+    for row, (cluster, _) in enumerate(nearest_centroid(new, gate.clusterer.centroids)):
+        token = new[row] / math.sqrt(float(new[row].square().mean()) + 1e-6)
+        logits = gate.prior.map(token[None])[0].tolist()
+        scores = []
+        for expert, logit in enumerate(logits):
+            mean = clip(1 / (1 + math.exp(-logit)))
+            alpha, beta = 2 * mean + won[cluster][expert], 2 * (1 - mean) + lost[cluster][expert]
+            scores.append(logit + bound(alpha, beta) - bound(2 * mean, 2 * (1 - mean)))
+        chosen = best_experts(scores, cluster, 2)
+        sharpness = min(1.0, max(0.2, (usual / angle(new[row])) ** 2))
+        assert routing.expert_indices[row].tolist() == chosen
+        assert routing.routing_weights[row].tolist() == pytest.approx(
+            softmax([sharpness * scores[e] for e in chosen], 1.0), rel=1e-3
+        )
+
+
+def test_by_odds_without_evidence_it_is_a_softmax_gate() -> None:
+    for gate in (gate_of(fit=False, prior="learned"), gate_of(prior=LearnedPrior(9, floor=1.0), novelty="off")):
+        hidden = data(50, 4)
+        logits = gate.prior.logits(hidden)
+        routing, best = gate(hidden), logits.topk(2, dim=1)
+        assert torch.equal(routing.expert_indices, best.indices)
+        torch.testing.assert_close(routing.routing_weights, torch.softmax(best.values, dim=1))
+        torch.testing.assert_close(routing.scores, torch.sigmoid(best.values))
+        assert torch.equal(gate.prior.logits(5 * hidden).argmax(dim=1), logits.argmax(dim=1)), "scale says nothing"
+
+
+def test_by_odds_novelty_flattens_the_weights_and_never_changes_the_choice() -> None:
+    gate = gate_of(prior=LearnedPrior(9))
+    hidden = data(200, 4)
+    before = gate(hidden)
+    gate.learn_prior(data(200, 7), outcomes(200))
+    after = gate(hidden)
+    assert torch.equal(after.expert_indices, before.expert_indices)
+    assert bool((after.routing_weights[:, 0] <= before.routing_weights[:, 0] + 1e-6).all())
+    assert 0.2 < float((after.routing_weights[:, 0] < before.routing_weights[:, 0] - 1e-6).double().mean()) < 0.8
+
+
 @pytest.mark.parametrize("fit", [False, True])
 def test_the_gradient_of_the_weights_reaches_the_map_and_the_hidden_states(fit: bool) -> None:
     gate, hidden = gate_of(fit=fit), data(30, 4).requires_grad_()
@@ -143,7 +213,7 @@ def test_the_gradient_of_the_weights_reaches_the_map_and_the_hidden_states(fit: 
 
 
 def test_the_weights_are_differentiated_as_by_finite_differences() -> None:
-    gate = gate_of().double()
+    gate = gate_of(prior=LearnedPrior(9, scale="competence")).double()
     gate.observe(gate(data(60, 2)), outcomes(60, 2))
     hidden, bias = data(20, 4).double(), gate.prior.map[-1].bias
 
@@ -240,7 +310,7 @@ def test_far_from_all_clusters_it_is_unsure_falls_to_the_pooled_mean_and_abstain
     gate = gate_of(prior=LearnedPrior(9, strength=50.0))
     held_out = data(400, 7)
     gate.learn_prior(held_out, (torch.rand(400, E, generator=torch.Generator().manual_seed(0)) < 0.9).double())
-    near = held_out[:20]
+    near = held_out[20 * torch.arange(20)]
     alphas, betas = zip(
         *(gate.believed_of(gate.assign(scale * near)[0], None, gate.prior(scale * near)) for scale in (1, 3, 30)),
         strict=True,
@@ -251,10 +321,13 @@ def test_far_from_all_clusters_it_is_unsure_falls_to_the_pooled_mean_and_abstain
     mean = alphas[2] / totals[2]
     torch.testing.assert_close(mean, mean[:1].expand_as(mean), rtol=0, atol=1e-6)
     assert bool(((mean[0] - 0.9).abs() < 0.06).all()), "the level is what held-out outcomes say"
-    home, far = gate(near), gate(30 * near)
-    assert bool(far.abstain(far.scores.max().item() + 0.01).all())
-    lead, far_lead = (part.routing_weights[:, 0].max().item() for part in (home, far))
-    assert 0.5 <= far_lead < lead
+    home, far = gate(near), gate(30 * near)  # the angle is the same, and so are the weights
+    assert torch.equal(home.expert_indices, far.expert_indices)
+    assert bool((far.scores <= home.scores + 1e-5).all())
+    sure = gate_of(prior=LearnedPrior(9, strength=50.0))
+    sure.prior.map[-1].bias.data += 4.0  # m near .98, of which the held-out outcomes know nothing
+    sure.learn_prior(held_out, (torch.rand(400, E, generator=torch.Generator().manual_seed(0)) < 0.9).double())
+    assert float(sure(30 * near).scores.max()) < 0.8 < float(sure(near).scores[:, 0].min())
 
 
 def test_a_weak_belief_is_not_stronger_far_away() -> None:

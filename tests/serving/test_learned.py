@@ -22,9 +22,9 @@ def outcomes(rows: int, columns: int, seed: int) -> Tensor:
     return torch.randint(2, (rows, columns), generator=torch.Generator().manual_seed(seed)).double()
 
 
-def gate_of(width: int | None = 9, **options: Any) -> PosteriorGate:
+def gate_of(width: int | None = 9, scale: str = "odds", **options: Any) -> PosteriorGate:
     torch.manual_seed(3)
-    gate = PosteriorGate(D, E, C, K, prior=LearnedPrior(width), **options)
+    gate = PosteriorGate(D, E, C, K, prior=LearnedPrior(width, scale=scale), **options)
     gate.fit(data(200))
     gate.learn_prior(data(200, 7), outcomes(200, E, 8))
     gate.observe(gate(data(60, 2)), outcomes(60, K, 3))
@@ -57,6 +57,8 @@ OPTIONS = [
     {"novelty": "class", "temperature": 0.3},
     {"surprise": 1.0, "half_life": 9.0},
     {"false_positive_rate": 0.1},
+    {"scale": "competence"},
+    {"scale": "competence", "novelty": "off", "surprise": 1.0},
 ]
 
 
