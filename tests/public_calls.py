@@ -179,6 +179,9 @@ def calibrator_calls() -> Iterator[Call]:
     yield _call(calibrators.HistogramBinning, n_bins=5)
     yield _call(calibrators.ShiftAwareTemperature, reference=0, ridge=0.1, level_ridge=0.1, bounds=(0.1, 10.0))
     yield _call(calibrators.VectorScaling, ridge=0.1)
+    yield _call(calibrators.StructuredMatrixScaling)
+    yield _call(calibrators.VennAbers)
+    yield _call(calibrators.Multicalibration, seed=1)
     online = {"static": _fitted(calibrators.TemperatureScaling()), "strength": 10.0, "half_life": 10.0}
     yield _call(calibrators.OnlineConfigurationCalibrator, **online)
     fresh += [calibrators.HistogramBinning, calibrators.ShiftAwareTemperature, calibrators.VectorScaling]

@@ -23,11 +23,12 @@ from moe_posterior.training.study.sources import BATCH_SIZE, SOURCES, TRAIN_FRAC
 __all__ = ["GATES", "METHODS", "STUDIES", "Cell", "Study", "cells_of", "settings_of", "simulations_of"]
 
 NUM_EXPERTS = 4  # as in the paper
-BELIEF_GATES = ("posterior",)
+BELIEF_GATES = ("posterior", "learned")
 GATES: dict[str, Callable[[int, int], Gate]] = {
     # Fully soft with a hidden layer of 128, as in the paper; of one expert nothing is left of it.
     "softmax": lambda size, experts: SoftmaxGate(size, experts, experts, router_width=128),
     "posterior": lambda size, experts: PosteriorGate(size, experts, 16, min(2, experts)),
+    "learned": lambda size, experts: PosteriorGate(size, experts, 16, min(2, experts), prior="learned"),
     "average": average_gate,
 }
 METHODS: dict[str, Callable[[int], Method]] = {
