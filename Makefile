@@ -22,9 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 install: $(INSTALLED)  ## create .venv with the versions pinned in constraints.txt
 
-demo: $(INSTALLED)  ## train both gates on scikit-learn's digits, evaluate under shift, print the table (about 2 minutes)
+demo: $(INSTALLED)  ## train three gates on digits, evaluate under shift, break an expert, print the tables (about 2 minutes)
 	$(BIN)/moe-posterior fit --config configs/demo.yaml --overwrite
-	$(BIN)/moe-posterior evaluate --run runs/demo --copy-to results/demo
+	$(BIN)/moe-posterior evaluate --run runs/demo --damage --copy-to results/demo
 
 cifar10h: $(INSTALLED)  ## train and evaluate both gates on CIFAR-10H, 12 epochs (about 40 minutes on 2 cores), resumable
 	$(BIN)/moe-posterior fit --config configs/cifar10h.yaml

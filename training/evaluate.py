@@ -1,6 +1,7 @@
 """``moe-posterior evaluate``: a run's arms side by side, on the stored test rows and under every shift."""
 
 import argparse
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,13 @@ from moe_posterior.escape import terminal
 from moe_posterior.files.atomic import copy, replacing_folder, write_text
 from moe_posterior.files.tensorfile import save_plain
 from moe_posterior.gates import BeliefGate
+from moe_posterior.training.damage import (
+    Recovery,
+    recovery_figure,
+    recovery_of,
+    recovery_records,
+    recovery_table,
+)
 from moe_posterior.training.data import ClassificationData, EvaluationSet
 from moe_posterior.training.module import MoEClassifier
 from moe_posterior.training.outputs import predict_split
@@ -69,8 +77,15 @@ def _evaluate(options: argparse.Namespace) -> int:
             "provenance": provenance_of(run, data, models, options),
             "identity": identity_of(arms, data, models, shifts),
         }
-        folder = _write(run.folder / "report", report, models, calibrators)
+        recoveries = []
+        if options.damage:
+            recoveries = [
+                recovery_of(model, data.test_dataloader(), name, seed=options.seed) for name, model in models.items()
+            ]
+        folder = _write(run.folder / "report", report, models, calibrators, recoveries)
     render_table(report, console)
+    if recoveries:
+        console.print(terminal(recovery_table(recoveries)), markup=False, soft_wrap=True)
     written = ["index.html", "report.json", "table.md", "model_card.md", *sorted(p.name for p in folder.glob("*.png"))]
     console.print(terminal(f"Report: {folder}/{'  '.join(written)}"), markup=False)
     if options.copy_to:
@@ -130,7 +145,11 @@ def _progress(console: Console) -> Progress:
 
 
 def _write(
-    folder: Path, report: Report, models: dict[str, MoEClassifier], calibrators: dict[str, dict[str, Calibrator]]
+    folder: Path,
+    report: Report,
+    models: dict[str, MoEClassifier],
+    calibrators: dict[str, dict[str, Calibrator]],
+    recoveries: Sequence[Recovery],
 ) -> Path:
     """Write the whole report, or leave the earlier one as it was: tables and figures belong together."""
     with replacing_folder(folder) as draft:
@@ -144,6 +163,10 @@ def _write(
             if isinstance(gate, BeliefGate):
                 observed = gate.posterior.successes + gate.posterior.failures
                 posterior_heatmap(gate.posterior.mean(), observed, draft / f"competence-{name}.png")
+        if recoveries:
+            recovery_figure(recoveries, draft / "damage.png")
+            write_text(draft / "damage.md", recovery_table(recoveries))
+            write_text(draft / "damage.json", json.dumps(recovery_records(recoveries), indent=2) + "\n")
         for name, kinds in calibrators.items():
             save_plain(draft / f"calibrators-{name}.pt", {kind: one.state_dict() for kind, one in kinds.items()})
     return folder

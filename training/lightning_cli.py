@@ -97,10 +97,11 @@ class ExperimentCLI(LightningCLI):
     def _checkpoints(self) -> list[lightning.Callback]:
         """The last state, from which an arm resumes; of a classifier also the best, and the one at the end of the warm-up."""
         folder = self.arm.folder / "checkpoints"
+        # Not by save_last: beside a monitored best, Lightning writes that only where the best improved.
+        last = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
         if not self.classifies:
-            return [ModelCheckpoint(folder, filename="last", enable_version_counter=False)]
-        best = ModelCheckpoint(folder, save_last=True, monitor="val/nll", filename="best")
-        return [WarmupCheckpoint(folder), best]
+            return [last]
+        return [WarmupCheckpoint(folder), last, ModelCheckpoint(folder, monitor="val/nll", filename="best")]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read the configuration; a mistake in it is reported in one line.

@@ -10,6 +10,9 @@ test rows and under each shift at each severity, on all rows and on the hard and
 With the help of validation rows it also reports six calibrators, a confidence threshold to act on, the error when routing
 configurations are reweighted, and how fast the confidences recover as outcomes arrive.
 
+With --damage it also breaks the most used expert of every arm and shows how soon each gate leaves it, as outcomes of the chosen
+experts come in: damage.png, damage.md and damage.json.
+
 Writes index.html (one page with everything, no network needed), report.json, table.md, model_card.md (a fragment for a model card),
 reliability.png, for each posterior gate competence-ARM.png, and calibrators-ARM.pt (the fitted calibrators' state) into RUN/report, and
 prints the table.
@@ -39,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
         "--resamples", type=int, default=1000, metavar="R", help="bootstrap resamples (default: %(default)s)"
     )
     made.add_argument("--seed", type=int, default=0, help="of the resamples (default: %(default)s)")
+    made.add_argument(
+        "--damage", action="store_true", help="also break an expert of every arm, and show the recovery over outcomes"
+    )
     made.add_argument(
         "--import-from",
         nargs="+",

@@ -57,9 +57,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_fit_then_evaluate_makes_a_report_of_all_gates(runs: Path) -> None:
-    result = moe_posterior("evaluate", "--run", runs / "demo", "--resamples", "100", "--severities", "3")
+    result = moe_posterior("evaluate", "--run", runs / "demo", "--resamples", "100", "--severities", "3", "--damage")
     assert result.returncode == 0, result.stderr
     assert "softmax" in result.stdout
+    assert "before the damage" in result.stdout
     assert "report.json" in result.stdout
     report = json.loads((runs / "demo" / "report" / "report.json").read_text())
     assert report["arms"] == ["softmax", "posterior", "learned"]
@@ -68,7 +69,7 @@ def test_fit_then_evaluate_makes_a_report_of_all_gates(runs: Path) -> None:
         assert of[arm, "clean", "overall", "accuracy"] > 0.75  # five short epochs
         assert of[arm, "clean", "hard", "accuracy"] < of[arm, "clean", "easy", "accuracy"]
         assert of[arm, "all shifts", "overall", "accuracy"] < of[arm, "clean", "overall", "accuracy"]
-    for picture in ("reliability.png", "competence-posterior.png", "competence-learned.png"):
+    for picture in ("reliability.png", "competence-posterior.png", "competence-learned.png", "damage.png"):
         assert (runs / "demo" / "report" / picture).read_bytes().startswith(b"\x89PNG")
     assert "| softmax" in (runs / "demo" / "report" / "table.md").read_text()
     page = (runs / "demo" / "report" / "index.html").read_text()
