@@ -90,9 +90,8 @@ class CompetenceUpdates(lightning.Callback):
             gate.observe(routing, outputs["expert_correct"].double(), dense=True)
         ends = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
         if _learner(pl_module) is not None and (ends or trainer.global_step == trainer.max_steps):
-            self.refit(
-                trainer, pl_module
-            )  # before the validation at the end of the epoch, which writes the last checkpoint
+            # Before the validation at the end of the epoch, after which the last checkpoint is written.
+            self.refit(trainer, pl_module)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         learner = _learner(pl_module)

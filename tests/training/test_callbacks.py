@@ -1,3 +1,6 @@
+import math
+from types import SimpleNamespace
+
 import lightning
 import pytest
 import torch
@@ -108,6 +111,29 @@ def test_a_learned_prior_is_finished_after_the_last_batch_and_counts_no_outcome_
     before = gate.posterior.prior_alpha.clone()
     gate.learn_prior(hidden, correct)
     assert torch.equal(gate.posterior.prior_alpha, before), "validation rows alone said what the prior is worth"
+
+
+def test_the_loss_holds_the_priors_log_score_and_a_share_of_every_experts_own() -> None:
+    torch.manual_seed(0)
+    gate = lambda size, experts: PosteriorGate(size, experts, 8, 2, prior=LearnedPrior(16, weight=2.0, own=0.25))  # noqa: E731
+    model, batch = MoEClassifier(DigitsNet(), 10, gate=gate), next(iter(Digits(seed=1).val_dataloader()))
+    logged = {}
+    model.log = lambda name, value, **_: logged.update({name: value})
+    model._trainer = SimpleNamespace(current_epoch=3, global_step=41)
+    loss = float(model.training_step(batch, 0)["loss"])
+    hidden, target = model.features(batch["input"]), batch["target"]
+    probs = model.moe.expert_outputs(hidden)
+    score, own = [], []
+    for row, label in enumerate(target.tolist()):
+        for expert, logit in enumerate(model.moe.gate.prior.logits(hidden)[row].tolist()):
+            mean = 1 / (1 + math.exp(-logit))
+            score.append(-math.log(mean if int(probs[row, expert].argmax()) == label else 1 - mean))
+            own.append(-math.log(float(probs[row, expert, label])))
+    mixture = -model(batch["input"]).gather(1, target[:, None]).log().mean()
+    parts = float(mixture) + 2.0 * sum(score) / len(score) + 0.25 * sum(own) / len(own)
+    assert loss == pytest.approx(parts, rel=1e-4)
+    assert {"train/competence", "train/experts"} <= logged.keys()
+    assert (model.moe.gate.prior.epoch, model.moe.gate.prior.step) == (3, 41)
 
 
 class StopAfterOne(lightning.Callback):

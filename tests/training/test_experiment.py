@@ -89,6 +89,12 @@ def test_the_trained_posterior_gate_has_seen_every_expert_on_every_training_row(
 
 def test_the_gate_with_a_learned_prior_has_clusters_and_no_evidence_yet(runs: Path) -> None:
     state = weights(runs / "demo", "learned")
+    for arm in ("softmax", "learned"):
+        kept = torch.load(runs / "demo" / arm / "checkpoints" / "last.ckpt", weights_only=True)
+        finished = json.loads((runs / "demo" / arm / "finished.json").read_text())
+        assert (kept["epoch"] + 1, kept["global_step"]) == (finished["epochs"], finished["steps"]), (
+            "the last, not the best"
+        )
     assert state["moe.gate.clusterer.centroids"].isfinite().all()
     assert not any(state[f"moe.gate.posterior.{name}"].any() for name in ("successes", "failures", "foreseen"))
 
