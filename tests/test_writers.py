@@ -140,7 +140,7 @@ def competence_figure(path: Path, version: int) -> None:
 def report_folder(path: Path, version: int) -> None:
     from moe_posterior.training.evaluate import _write
 
-    _write(path, figure_report(version), {}, {})
+    _write(path, figure_report(version), {}, {}, [])
 
 
 @writer

@@ -38,7 +38,7 @@ from moe_posterior.metrics import (
 from moe_posterior.training.data import CIFAR10H
 from moe_posterior.training.data.base import generator_for
 from moe_posterior.training.outputs import normalised, numbered_configurations
-from moe_posterior.training.study.plan import Cell
+from moe_posterior.training.study.plan import BELIEF_GATES, Cell
 from moe_posterior.training.study.sources import CORRUPTED_SPLIT, SIMULATED_SPLIT
 
 __all__ = ["DELIVERED", "RHOS", "figures_of_cell", "figures_of_simulation"]
@@ -74,7 +74,8 @@ ORDERS = 5  # random orders of the outcomes
 def figures_of_cell(cell: Cell, parts: Parts) -> list[dict[str, Any]]:
     """All figures that need no simulated shift, as records of one value each."""
     parts = {part: (_without_labels(cell, outputs), target) for part, (outputs, target) in parts.items()}
-    calibrators = fit_static(*parts["val"], STATIC | OUTSIDE if cell.method in PLAIN else STATIC)
+    plain = cell.method in PLAIN and cell.gate not in BELIEF_GATES
+    calibrators = fit_static(*parts["val"], STATIC | OUTSIDE if plain else STATIC)
     found = [*_records(cell, "none", "validation", *parts["val"])]
     corrupted = [(CORRUPTED_SPLIT, parts[CORRUPTED_SPLIT])] if CORRUPTED_SPLIT in parts else []
     for subset, (outputs, target) in [*_subsets(cell, parts["test"]), *corrupted]:
