@@ -39,5 +39,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--from", dest="source", metavar="FILE.json", help="show the tables of these records, run nothing"
     )
+    made.add_argument(
+        "--skip",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="gates and methods to leave out, such as: learned 'group dro'",
+    )
     made.add_argument("--train-only", action="store_true", help="train what is missing and stop")
     return made

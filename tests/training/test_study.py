@@ -231,6 +231,14 @@ def test_labels_hidden_in_groups_reach_no_calibrator() -> None:
     assert "multi-domain temperature" not in measure.fit_static(measure._without_labels(cifar, told), target)
 
 
+def test_arms_can_be_left_out_by_gate_or_method() -> None:
+    kept = plan.arms_without(["learned", "fgr"])
+    assert ("posterior", "vanilla") in kept
+    assert not any("learned" in arm or "fgr" in arm for arm in kept)
+    with pytest.raises(InvalidArgumentError, match="nobody"):
+        plan.arms_without(["nobody"])
+
+
 def test_mistakes_say_what_to_do(tmp_path) -> None:
     with pytest.raises(MissingDataError, match=r"--out nowhere\.json"):
         cli.study(["pacs", "--from", "nowhere.json"])

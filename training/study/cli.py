@@ -109,7 +109,7 @@ def _locked_run(plan: Study, asked: argparse.Namespace, command: str, console: C
     folder = Path(asked.run_dir) / f"study-{plan.name}"
     seeds = range(asked.first_seed, asked.first_seed + (asked.seeds or plan.seeds))
     _require_same_settings(plan, folder)
-    cells, simulations = list(cells_of(plan, seeds)), list(simulations_of(plan, seeds))
+    cells, simulations = list(cells_of(plan, seeds, asked.skip)), list(simulations_of(plan, seeds, asked.skip))
     _train(plan, [*cells, *simulations], folder, console)
     about = {
         "command": command,

@@ -4,13 +4,14 @@ CIFAR-10H is trained end to end, from pixels. PACS and the comments come as feat
 norm and ReLU on them is trained with the mixture, as in the paper's heads. All methods of a seed and gate branch from one ERM warm-up.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
+from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, PosteriorGate, SoftmaxGate
 from moe_posterior.training import methods
 from moe_posterior.training.backbones import ResNet, Trunk
@@ -157,19 +158,34 @@ class Cell:
         return GATES[self.gate]
 
 
-def cells_of(study: Study, seeds: range) -> Iterator[Cell]:
+def arms_without(skipped: Collection[str]) -> list[tuple[str, str]]:
+    """(gate, method) of every arm that names none of these.
+
+    Raises:
+        InvalidArgumentError: a name that no arm has, or nothing is left.
+    """
+    known = {name for arm in ARMS for name in arm}
+    if unknown := sorted(set(skipped) - known):
+        raise InvalidArgumentError(f"--skip must name gates or methods among {sorted(known)}; got {unknown}")
+    kept = [arm for arm in ARMS if not set(arm) & set(skipped)]
+    if not kept:
+        raise InvalidArgumentError("--skip must leave something to train; it names every arm")
+    return kept
+
+
+def cells_of(study: Study, seeds: range, skipped: Collection[str] = ()) -> Iterator[Cell]:
     """Every cell, vanilla first within a setting, gate and seed: the others branch from its warm-up."""
     for seed in seeds:
         for setting in study.settings:
-            for gate, method in ARMS:
+            for gate, method in arms_without(skipped):
                 yield Cell(study.name, setting, gate, method, seed)
 
 
-def simulations_of(study: Study, seeds: range) -> Iterator[Cell]:
+def simulations_of(study: Study, seeds: range, skipped: Collection[str] = ()) -> Iterator[Cell]:
     """The cells that simulate a shift, for calibrators to learn from and combinations to be chosen by: of the first seed."""
     for seed in seeds[:SIMULATED_SEEDS]:
         for setting in study.settings:
-            for gate, method in ARMS:
+            for gate, method in arms_without(skipped):
                 for inner in study.inner.get(setting, ()) if method in OURS else ():
                     yield Cell(study.name, setting, gate, method, seed, inner)
 
