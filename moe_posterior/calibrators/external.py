@@ -31,8 +31,13 @@ class _External(Calibrator):
         self._made: Any = None
 
     def _fit(self, outputs: Outputs, target: Tensor) -> None:
+        kept = self.probs, self.target
         self.probs, self.target = outputs.probs.clone(), target.clone()
-        self._made = self._make()
+        try:
+            self._made = self._make()
+        except BaseException:  # the earlier fit stays whole
+            self.probs, self.target = kept
+            raise
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
@@ -147,8 +152,13 @@ class Multicalibration(_External):
         self.register_buffer("measures", torch.zeros(0, 2, dtype=torch.float64))  # (V, 2), 0 where not given
 
     def _fit(self, outputs: Outputs, target: Tensor) -> None:
+        kept = self.groups, self.measures
         self.groups, self.measures = self._features(outputs)
-        super()._fit(outputs, target)
+        try:
+            super()._fit(outputs, target)
+        except BaseException:
+            self.groups, self.measures = kept
+            raise
 
     def _features(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
         count, device = len(outputs.probs), outputs.probs.device

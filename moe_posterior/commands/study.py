@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="gates and methods to leave out, such as: learned 'group dro'",
+        help="gates and methods to leave out, such as: learned fgr",
     )
     made.add_argument("--train-only", action="store_true", help="train what is missing and stop")
     return made

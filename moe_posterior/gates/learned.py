@@ -167,6 +167,10 @@ class LearnedPrior(FixedPrecision):
 
         The parameters are new ones where the map grew: give them to the optimizer.
         """
+        with torch.inference_mode(False), torch.no_grad():  # a new parameter outlives the block that it was made in
+            self._put(place, mean, prior_from)
+
+    def _put(self, place: int, mean: float, prior_from: Mapping[int, float] | None) -> None:
         last = self._output
         weight, bias = last.weight.new_zeros(last.in_features), torch.logit(last.bias.new_tensor(mean))
         if prior_from is not None:

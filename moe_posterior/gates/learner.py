@@ -107,6 +107,8 @@ class PriorLearner(TabledGate):
             outcome = torch.where(broken[:, None], torch.nan, outcome)
         counts.observe(rows.cluster_ids, outcome, threshold=self.threshold, sync=sync, expected=self.prior(hidden))
         won, lost, foreseen = counts.evidence
+        if not float((won + lost).sum()):
+            raise InvalidArgumentError("outcome must hold at least one observed value to learn a prior from; got none")
         found = self.prior.strength or safe_strength(won, lost, foreseen)
         if strength is not None:
             found = min(found, validation.number("strength", strength, above=0.0))
