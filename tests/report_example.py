@@ -3,7 +3,7 @@
 import copy
 import math
 
-from moe_posterior.training.report.schema import SCHEMA
+from moe_posterior.report.schema import SCHEMA
 
 METRICS = {"accuracy": 0.9, "nll": 0.4, "brier": 0.2, "ece": 0.04}
 BINS = {

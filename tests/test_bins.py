@@ -20,8 +20,8 @@ from moe_posterior.metrics import (
     grouped_calibration_error,
     reliability_curve,
 )
-from moe_posterior.training.prediction import Prediction
-from moe_posterior.training.report import evaluate_predictions
+from moe_posterior.prediction import Prediction
+from moe_posterior.report import evaluate_predictions
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 BINS = [1, 2, 3, 10, 15, 20, 64]

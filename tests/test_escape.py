@@ -58,7 +58,7 @@ def report(name: str) -> dict[str, Any]:
 def report_on_the_terminal(name: str, folder: Path) -> str:
     from rich.console import Console
 
-    from moe_posterior.training.report import render_table
+    from moe_posterior.report import render_table
 
     stream = io.StringIO()
     render_table(report(name), Console(file=stream, width=2000))
@@ -147,13 +147,13 @@ TERMINALS = {
 
 
 def report_in_markdown(name: str, folder: Path) -> str:
-    from moe_posterior.training.report import to_markdown
+    from moe_posterior.report import to_markdown
 
     return to_markdown(report(name))
 
 
 def model_card(name: str, folder: Path) -> str:
-    from moe_posterior.training.report import to_card
+    from moe_posterior.report import to_card
 
     return to_card(report(name))
 
@@ -188,7 +188,7 @@ MARKDOWNS = {
 
 
 def report_page(name: str, folder: Path) -> str:
-    from moe_posterior.training.report import to_html
+    from moe_posterior.report import to_html
 
     return to_html(report(name))
 
@@ -234,7 +234,7 @@ def test_no_name_becomes_markup_on_a_page(renderer: str, tmp_path: Path) -> None
 
 
 def test_every_name_can_be_drawn(tmp_path: Path) -> None:
-    from moe_posterior.training.report import posterior_heatmap, reliability_diagram
+    from moe_posterior.report import posterior_heatmap, reliability_diagram
 
     for name in HOSTILE:
         reliability_diagram(report(name), tmp_path / "reliability.png")

@@ -19,6 +19,8 @@ ORDER = [
     ["posterior", "clustering"],
     ["memberships"],
     ["gates"],
+    ["prediction"],
+    ["report"],
     ["dispatch", "experts"],
     ["layer", "router"],
     ["replay"],

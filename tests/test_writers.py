@@ -117,21 +117,21 @@ def benchmark_figure(path: Path, version: int) -> None:
 
 @writer
 def report_json(path: Path, version: int) -> None:
-    from moe_posterior.training.report import write_json
+    from moe_posterior.report import write_json
 
     write_json({"value": version, "more": [0] * 99}, path)
 
 
 @writer
 def reliability_figure(path: Path, version: int) -> None:
-    from moe_posterior.training.report import reliability_diagram
+    from moe_posterior.report import reliability_diagram
 
     reliability_diagram(figure_report(version), path.with_suffix(".png"))
 
 
 @writer
 def competence_figure(path: Path, version: int) -> None:
-    from moe_posterior.training.report import posterior_heatmap
+    from moe_posterior.report import posterior_heatmap
 
     posterior_heatmap(torch.full((C, E), 0.2 + version / 2), torch.ones(C, E), path.with_suffix(".png"))
 

@@ -17,6 +17,19 @@ from moe_posterior.escape import terminal
 from moe_posterior.files.atomic import copy, replacing_folder, write_text
 from moe_posterior.files.tensorfile import save_plain
 from moe_posterior.gates import BeliefGate
+from moe_posterior.prediction import Prediction
+from moe_posterior.report import (
+    posterior_heatmap,
+    reliability_diagram,
+    render_table,
+    to_card,
+    to_html,
+    to_markdown,
+    write_json,
+)
+from moe_posterior.report.schema import Report
+from moe_posterior.report.sections import fit_calibrators
+from moe_posterior.report.whole import report_of
 from moe_posterior.training.damage import (
     Recovery,
     recovery_figure,
@@ -28,20 +41,7 @@ from moe_posterior.training.data import ClassificationData, EvaluationSet
 from moe_posterior.training.module import MoEClassifier
 from moe_posterior.training.outputs import predict_split
 from moe_posterior.training.own import folders_on_path, require_importable
-from moe_posterior.training.prediction import Prediction
 from moe_posterior.training.provenance import identity_of, provenance_of
-from moe_posterior.training.report import (
-    posterior_heatmap,
-    reliability_diagram,
-    render_table,
-    to_card,
-    to_html,
-    to_markdown,
-    write_json,
-)
-from moe_posterior.training.report.schema import Report
-from moe_posterior.training.report.sections import fit_calibrators
-from moe_posterior.training.report.whole import report_of
 from moe_posterior.training.runs import Arm, Run
 from moe_posterior.training.trained import load_data, load_model, read_config
 

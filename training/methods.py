@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from moe_posterior import losses
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate
+from moe_posterior.prediction import Prediction, dense_weights
 from moe_posterior.training.lowpass import lowpass
-from moe_posterior.training.prediction import Prediction, dense_weights
 
 __all__ = [
     "FGR",

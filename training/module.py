@@ -17,10 +17,10 @@ from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, SoftmaxGate
 from moe_posterior.layer import MixtureOfExperts
 from moe_posterior.metrics import CalibrationError
+from moe_posterior.prediction import Prediction
 from moe_posterior.training.data import Batch
 from moe_posterior.training.data.base import generator_for
 from moe_posterior.training.methods import Method, Terms, Vanilla
-from moe_posterior.training.prediction import Prediction
 
 __all__ = ["MoEClassifier", "project"]
 

@@ -12,12 +12,11 @@ from torch import Tensor
 from moe_posterior.calibrators import Outputs
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import BeliefGate
-from moe_posterior.metrics import Configurations, configuration_ids
+from moe_posterior.prediction import Prediction, dense_weights, joined
 from moe_posterior.training.data import Batch
 from moe_posterior.training.module import MoEClassifier
-from moe_posterior.training.prediction import Prediction, dense_weights, joined
 
-__all__ = ["normalised", "numbered_configurations", "outputs_of", "predict_split"]
+__all__ = ["outputs_of", "predict_split"]
 
 
 def outputs_of(model: MoEClassifier, batches: Iterable[Batch]) -> tuple[Outputs, Tensor]:
@@ -61,14 +60,3 @@ def _predict_batch(model: MoEClassifier, batch: Batch) -> Prediction:
         group=batch.get("group", torch.zeros(len(weights), dtype=torch.int64)).cpu(),
         target=batch["target"],
     )
-
-
-def normalised(probs: Tensor) -> Tensor:  # (n, K) -> (n, K) float64
-    """Rows that sum to 1 to the last digit."""
-    probs = probs.double()
-    return probs / probs.sum(dim=1, keepdim=True)
-
-
-def numbered_configurations(ids: Tensor) -> Configurations:  # (n,) int64
-    """Configuration ids as the metrics take them: those that occur, numbered."""
-    return configuration_ids(ids, torch.zeros(len(ids), 1).long(), 1, num_clusters=int(ids.max()) + 1)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from moe_posterior.report.schema import Identity
 from moe_posterior.training.data import ClassificationData
 from moe_posterior.training.module import MoEClassifier
-from moe_posterior.training.report.schema import Identity
 from moe_posterior.training.runs import Arm, Run
 
 __all__ = ["evaluated_on", "identity_of", "provenance_of"]

@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 from moe_posterior import LearnedPrior, MixtureOfExperts, PosteriorGate
 from moe_posterior.gates import Routing
 from moe_posterior.metrics import ClasswiseCalibrationError, GroupedCalibrationError
+from moe_posterior.prediction import Prediction
 from moe_posterior.training import methods
 from moe_posterior.training.callbacks import CompetenceUpdates
 from moe_posterior.training.module import MoEClassifier
-from moe_posterior.training.prediction import Prediction
 
 RANKS, CLUSTERS, EXPERTS, CLASSES, EPOCHS = 2, 4, 3, 3, 3
 CUT = 100  # ranks of unequal size

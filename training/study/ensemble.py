@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from moe_posterior import losses
 from moe_posterior.gates import FixedGate, Gate
+from moe_posterior.prediction import Prediction
 from moe_posterior.training.methods import Method, Terms
 from moe_posterior.training.module import MoEClassifier
-from moe_posterior.training.prediction import Prediction
 
 __all__ = ["Members", "MembersApart", "average_gate", "into_ensemble"]
 

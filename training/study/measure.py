@@ -35,9 +35,9 @@ from moe_posterior.metrics import (
     noise_floor,
     rce_curve,
 )
+from moe_posterior.prediction import normalised, numbered_configurations
 from moe_posterior.training.data import CIFAR10H
 from moe_posterior.training.data.base import generator_for
-from moe_posterior.training.outputs import normalised, numbered_configurations
 from moe_posterior.training.study.plan import BELIEF_GATES, Cell
 from moe_posterior.training.study.sources import CORRUPTED_SPLIT, SIMULATED_SPLIT
 

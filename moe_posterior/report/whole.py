@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import Tensor
 
 from moe_posterior.calibrators import Calibrator
-from moe_posterior.training.prediction import Prediction, joined
-from moe_posterior.training.report.compute import evaluate_predictions, is_everything
-from moe_posterior.training.report.panels import panels_of
-from moe_posterior.training.report.promise import Scored
-from moe_posterior.training.report.schema import OVERALL, Report
-from moe_posterior.training.report.sections import further_sections, scored
+from moe_posterior.prediction import Prediction, joined
+from moe_posterior.report.compute import evaluate_predictions, is_everything
+from moe_posterior.report.panels import panels_of
+from moe_posterior.report.promise import Scored
+from moe_posterior.report.schema import OVERALL, Report
+from moe_posterior.report.sections import further_sections, scored
 
 __all__ = ["SEVERE", "report_of"]
 
@@ -30,7 +30,7 @@ def report_of(
     """The report of several arms, without its provenance and identity.
 
     Args:
-        predictions: as for :func:`~moe_posterior.training.report.evaluate_predictions`, read once; only those of the stored test rows
+        predictions: as for :func:`~moe_posterior.report.evaluate_predictions`, read once; only those of the stored test rows
             and of severe shifts are held in memory together.
         validation: each arm's predictions on validation rows, on which the action threshold is chosen.
         fitted: calibrators, fitted on the same rows.

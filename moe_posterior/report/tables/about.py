@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_posterior.report.places import ALL_SHIFTS, size
+from moe_posterior.report.schema import OVERALL, SCHEMA, Report
+from moe_posterior.report.tables.cells import joined, rows_of, without_empty_columns
 from moe_posterior.results.tables import Table
-from moe_posterior.training.report.places import ALL_SHIFTS, size
-from moe_posterior.training.report.schema import OVERALL, SCHEMA, Report
-from moe_posterior.training.report.tables.cells import joined, rows_of, without_empty_columns
 
 __all__ = ["identity", "identity_values", "metric_settings", "pools", "shifts"]
 

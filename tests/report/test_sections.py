@@ -9,10 +9,10 @@ import torch
 
 from moe_posterior.calibrators import TemperatureScaling
 from moe_posterior.metrics import calibration_error
-from moe_posterior.training.prediction import Prediction, joined
-from moe_posterior.training.report import schema, to_html
-from moe_posterior.training.report.sections import MAX_RISK, fit_calibrators, further_sections
-from moe_posterior.training.report.whole import report_of
+from moe_posterior.prediction import Prediction, joined
+from moe_posterior.report import schema, to_html
+from moe_posterior.report.sections import MAX_RISK, fit_calibrators, further_sections
+from moe_posterior.report.whole import report_of
 
 
 def judged(rows: int, seed: int, sharpness: float = 2.0) -> Prediction:

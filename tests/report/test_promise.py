@@ -11,9 +11,9 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from moe_posterior.metrics import ActionThreshold
-from moe_posterior.training.report import render_table, to_card, to_html, to_markdown
-from moe_posterior.training.report.checklist import checklist, tally
-from moe_posterior.training.report.promise import FAILED, HELD, IDLE, Scored, promise_rows, verdict
+from moe_posterior.report import render_table, to_card, to_html, to_markdown
+from moe_posterior.report.checklist import checklist, tally
+from moe_posterior.report.promise import FAILED, HELD, IDLE, Scored, promise_rows, verdict
 
 THRESHOLD = ActionThreshold(0.5, 1.0, 0.05)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.escape import label
+from moe_posterior.report.places import ece_text, size
+from moe_posterior.report.schema import Report
 from moe_posterior.results.figures import STYLES, canvas, save
-from moe_posterior.training.report.places import ece_text, size
-from moe_posterior.training.report.schema import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ def reliability_diagram(report: Report, path: str | os.PathLike[str]) -> None:
     Bins with fewer than ten predictions are faint and off the line.
 
     Args:
-        report: from :func:`~moe_posterior.training.report.evaluate_predictions`, or read back from its JSON.
+        report: from :func:`~moe_posterior.report.evaluate_predictions`, or read back from its JSON.
         path: a PNG (or whatever the suffix says), replaced if it exists.
 
     Raises:

@@ -13,8 +13,9 @@ from torch import Tensor
 from moe_posterior.calibrators import Outputs
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Routing
+from moe_posterior.metrics import Configurations, configuration_ids
 
-__all__ = ["Prediction", "dense_weights", "joined"]
+__all__ = ["Prediction", "dense_weights", "joined", "normalised", "numbered_configurations"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,3 +111,14 @@ def dense_weights(prediction: Prediction) -> Tensor:  # (N, E)
         return expert_probs.new_full((rows, num_experts), 1 / num_experts)
     weights = prediction.routing.routing_weights.to(expert_probs.dtype)
     return weights.new_zeros(rows, num_experts).scatter(1, prediction.routing.expert_indices, weights)
+
+
+def normalised(probs: Tensor) -> Tensor:  # (n, K) -> (n, K) float64
+    """Rows that sum to 1 to the last digit."""
+    probs = probs.double()
+    return probs / probs.sum(dim=1, keepdim=True)
+
+
+def numbered_configurations(ids: Tensor) -> Configurations:  # (n,) int64
+    """Configuration ids as the metrics take them: those that occur, numbered."""
+    return configuration_ids(ids, torch.zeros(len(ids), 1).long(), 1, num_clusters=int(ids.max()) + 1)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moe_posterior.report import promise, tables
+from moe_posterior.report.places import ALL_SHIFTS, CLEAN, place_name, sets_of
+from moe_posterior.report.schema import OVERALL, Report
 from moe_posterior.results.tables import Cell, Table, estimate, show
-from moe_posterior.training.report import promise, tables
-from moe_posterior.training.report.places import ALL_SHIFTS, CLEAN, place_name, sets_of
-from moe_posterior.training.report.schema import OVERALL, Report
 
 ABSENT = "not measured in this run"
 Finder = Callable[[Report], str | None]

@@ -8,8 +8,8 @@ each is called by what it holds; no two share the word "shifted".
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from moe_posterior.report.schema import Report
 from moe_posterior.results.tables import Cell
-from moe_posterior.training.report.schema import Report
 
 CLEAN = "clean"
 ALL_SHIFTS = "all shifts"

@@ -10,10 +10,10 @@ from operator import add
 import torch
 
 from moe_posterior.metrics import BinSums, curve_from_sums
-from moe_posterior.training.report.ece import Answers, configuration_rows, ece_record, finite
-from moe_posterior.training.report.evaluation import Evaluation
-from moe_posterior.training.report.places import ALL_SHIFTS, place_name, pool_name
-from moe_posterior.training.report.schema import Configuration, ConfigurationPlace, Key, Pool, ReliabilityCurve
+from moe_posterior.report.ece import Answers, configuration_rows, ece_record, finite
+from moe_posterior.report.evaluation import Evaluation
+from moe_posterior.report.places import ALL_SHIFTS, place_name, pool_name
+from moe_posterior.report.schema import Configuration, ConfigurationPlace, Key, Pool, ReliabilityCurve
 
 __all__ = ["configurations", "curve", "panels", "panels_of", "pools"]
 

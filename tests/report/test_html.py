@@ -13,13 +13,13 @@ from browser import CHROMIUM, browse
 from markdown_it import MarkdownIt
 from report_example import full_report
 
+from moe_posterior.report.card import to_card
+from moe_posterior.report.checklist import ABSENT, REQUIREMENTS, checklist
+from moe_posterior.report.html import to_html
+from moe_posterior.report.schema import SCHEMA
+from moe_posterior.report.tables import configurations, identity_values
 from moe_posterior.results.page import Axis, Series, line_chart, nice_ticks, table
 from moe_posterior.results.tables import Table
-from moe_posterior.training.report.card import to_card
-from moe_posterior.training.report.checklist import ABSENT, REQUIREMENTS, checklist
-from moe_posterior.training.report.html import to_html
-from moe_posterior.training.report.schema import SCHEMA
-from moe_posterior.training.report.tables import configurations, identity_values
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted(ROOT.glob("results/*/report.json"))

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from moe_posterior.metrics import centred_interval
+from moe_posterior.report.ece import Answers, ece_difference, ece_record, finite, resampled_p
+from moe_posterior.report.evaluation import Evaluation
+from moe_posterior.report.places import ALL_SHIFTS
+from moe_posterior.report.schema import METRICS, EceEstimate, Estimate, Key, Pair, Place, Record
 from moe_posterior.results.intervals import bootstrap_sums
-from moe_posterior.training.report.ece import Answers, ece_difference, ece_record, finite, resampled_p
-from moe_posterior.training.report.evaluation import Evaluation
-from moe_posterior.training.report.places import ALL_SHIFTS
-from moe_posterior.training.report.schema import METRICS, EceEstimate, Estimate, Key, Pair, Place, Record
 
 __all__ = ["records_of"]
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moe_posterior.report import promise
+from moe_posterior.report.schema import Report
+from moe_posterior.report.tables.cells import above_noise, interval_of, rows_of, without_empty_columns
 from moe_posterior.results.tables import Cell, Table, estimate
-from moe_posterior.training.report import promise
-from moe_posterior.training.report.schema import Report
-from moe_posterior.training.report.tables.cells import above_noise, interval_of, rows_of, without_empty_columns
 
 __all__ = ["FEW", "action", "calibrators", "configurations", "gap", "of_arm", "shared_confidence", "subgroups", "worst"]
 

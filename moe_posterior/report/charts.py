@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_posterior.report.places import ALL_SHIFTS, base_of, ece_text, sets_of, size
+from moe_posterior.report.schema import OVERALL, Report
+from moe_posterior.report.tables import rows_of
 from moe_posterior.results.page import Axis, Series, figure, legend, line_chart, nice_ticks
 from moe_posterior.results.tables import Table, estimate
-from moe_posterior.training.report.places import ALL_SHIFTS, base_of, ece_text, sets_of, size
-from moe_posterior.training.report.schema import OVERALL, Report
-from moe_posterior.training.report.tables import rows_of
 
 FEW = 10  # predictions in a bin, below which its accuracy is drawn faint
 SHARE_TICKS = (0, 0.2, 0.4, 0.6, 0.8, 1)

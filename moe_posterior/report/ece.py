@@ -14,7 +14,7 @@ from moe_posterior.metrics import BinSums, calibration_from_sums, holm, wilson_i
 from moe_posterior.metrics.floor import binomial_deviation
 from moe_posterior.metrics.gaps import GapSums, gap_sums
 from moe_posterior.metrics.inference import DRAWS, difference_of_sums, interval_of_sums
-from moe_posterior.training.report.schema import Configuration, ConfigurationPlace, Difference, EceEstimate, Pair
+from moe_posterior.report.schema import Configuration, ConfigurationPlace, Difference, EceEstimate, Pair
 
 MANY = 64  # bins in use, from which the statistic is so nearly normal that a quarter of the draws settles its tails
 LEVEL = 0.95

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from moe_posterior.escape import markdown
+from moe_posterior.report import promise, tables
+from moe_posterior.report.checklist import ABSENT, checklist, standard, tally
+from moe_posterior.report.schema import Report
 from moe_posterior.results.tables import Table, to_markdown
-from moe_posterior.training.report import promise, tables
-from moe_posterior.training.report.checklist import ABSENT, checklist, standard, tally
-from moe_posterior.training.report.schema import Report
 
 MOST_CONFIGURATIONS = 10
 
@@ -16,7 +16,7 @@ def to_card(report: Report) -> str:
     results, and each measured section.
 
     Args:
-        report: as for :func:`~moe_posterior.training.report.html.to_html`. Text in it is escaped, so that no name can add
+        report: as for :func:`~moe_posterior.report.html.to_html`. Text in it is escaped, so that no name can add
             markup or break a table.
 
     >>> card = to_card({"action": {"threshold": 0.8, "risk": 0.05, "max_risk": 0.1, "coverage": 0.6}})

@@ -12,10 +12,10 @@ from torch import Tensor
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics import BinSums, bin_sums, brier_score, negative_log_likelihood, top_label
 from moe_posterior.metrics.calibration import validate_predictions
-from moe_posterior.training.prediction import Prediction
-from moe_posterior.training.report.ece import Answers
-from moe_posterior.training.report.places import ALL_SHIFTS, CLEAN
-from moe_posterior.training.report.schema import OVERALL, Key
+from moe_posterior.prediction import Prediction
+from moe_posterior.report.ece import Answers
+from moe_posterior.report.places import ALL_SHIFTS, CLEAN
+from moe_posterior.report.schema import OVERALL, Key
 
 __all__ = ["Evaluation", "reduced", "validate_arms", "validate_prediction"]
 

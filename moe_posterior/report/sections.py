@@ -32,10 +32,9 @@ from moe_posterior.metrics import (
     top_label,
     worst_group,
 )
-from moe_posterior.training.outputs import normalised, numbered_configurations
-from moe_posterior.training.prediction import Prediction
-from moe_posterior.training.report.promise import Scored, promise_rows
-from moe_posterior.training.report.schema import Sections
+from moe_posterior.prediction import Prediction, normalised, numbered_configurations
+from moe_posterior.report.promise import Scored, promise_rows
+from moe_posterior.report.schema import Sections
 
 __all__ = ["fit_calibrators", "further_sections", "scored"]
 
@@ -71,7 +70,7 @@ def further_sections(
     n_bins: int = 15,
     seed: int = 0,
 ) -> Sections:
-    """The optional keys of a report (see :mod:`~moe_posterior.training.report.schema`) that need outputs and validation rows.
+    """The optional keys of a report (see :mod:`~moe_posterior.report.schema`) that need outputs and validation rows.
 
     ``base`` names the panel of the stored test rows; ``sets`` are what the action threshold is judged on, by default that panel alone.
     """

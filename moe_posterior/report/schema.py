@@ -1,4 +1,4 @@
-"""The calibration report: strict JSON (None where there is no value), as :mod:`~moe_posterior.training.report.compute` fills it and
+"""The calibration report: strict JSON (None where there is no value), as :mod:`~moe_posterior.report.compute` fills it and
 every rendering reads it.
 
 Intervals are ``[low, high]``. A report read back from JSON may lack any of the further sections; the page and the model card then say
@@ -225,7 +225,7 @@ class Operation(TypedDict, total=False):
 
 
 class Core(TypedDict):
-    """What :func:`~moe_posterior.training.report.evaluate_predictions` computes from predictions alone."""
+    """What :func:`~moe_posterior.report.evaluate_predictions` computes from predictions alone."""
 
     schema: str
     n_bins: int
@@ -244,7 +244,7 @@ class Core(TypedDict):
 
 
 class Sections(TypedDict, total=False):
-    """What :func:`~moe_posterior.training.report.further_sections` adds, with calibrators and validation rows."""
+    """What :func:`~moe_posterior.report.further_sections` adds, with calibrators and validation rows."""
 
     metric: MetricSettings
     subgroups: Sequence[Subgroup]

@@ -12,16 +12,16 @@ from report_example import full_report
 from rich.console import Console
 
 from moe_posterior import InvalidArgumentError
-from moe_posterior.training.data import CAD, CIFAR10H, PACS, CivilComments, Digits
-from moe_posterior.training.prediction import Prediction
-from moe_posterior.training.provenance import evaluated_on
-from moe_posterior.training.report import (
+from moe_posterior.prediction import Prediction
+from moe_posterior.report import (
     evaluate_predictions,
     render_table,
     to_card,
     to_html,
     to_markdown,
 )
+from moe_posterior.training.data import CAD, CIFAR10H, PACS, CivilComments, Digits
+from moe_posterior.training.provenance import evaluated_on
 from moe_posterior.training.study.sources import Source
 
 HELD_OUT = "held-out sketch"

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from moe_posterior.metrics.calibration import validate_arguments
-from moe_posterior.training.prediction import Prediction
-from moe_posterior.training.report import panels
-from moe_posterior.training.report.ece import correct_for_many
-from moe_posterior.training.report.evaluation import Evaluation, reduced, validate_arms, validate_prediction
-from moe_posterior.training.report.marks import is_main
-from moe_posterior.training.report.records import records_of
-from moe_posterior.training.report.schema import OVERALL, SCHEMA, Core, Key, Pair, Record
+from moe_posterior.prediction import Prediction
+from moe_posterior.report import panels
+from moe_posterior.report.ece import correct_for_many
+from moe_posterior.report.evaluation import Evaluation, reduced, validate_arms, validate_prediction
+from moe_posterior.report.marks import is_main
+from moe_posterior.report.records import records_of
+from moe_posterior.report.schema import OVERALL, SCHEMA, Core, Key, Pair, Record
 
 __all__ = ["evaluate_predictions", "is_everything"]
 
@@ -58,7 +58,7 @@ def evaluate_predictions(
         shifted_from: severities pooled in the reliability curves of shifted sets; if no set reaches it, all shifted sets.
 
     Returns:
-        The core of a report, strict JSON (NaN became None): see :class:`~moe_posterior.training.report.schema.Core`.
+        The core of a report, strict JSON (NaN became None): see :class:`~moe_posterior.report.schema.Core`.
 
     Raises:
         InvalidArgumentError: predictions, masks or names that do not fit together.

@@ -1,16 +1,16 @@
 """The report as one self-contained web page: every section that the run measured, and a plain line where it did not.
 
-What the keys of the report mean is in :mod:`moe_posterior.training.report.schema`.
+What the keys of the report mean is in :mod:`moe_posterior.report.schema`.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from moe_posterior.report import charts, promise, tables
+from moe_posterior.report.checklist import ABSENT, checklist, standard, tally
+from moe_posterior.report.schema import Report
 from moe_posterior.results.page import Section, details, page, paragraph, table
 from moe_posterior.results.tables import Table
-from moe_posterior.training.report import charts, promise, tables
-from moe_posterior.training.report.checklist import ABSENT, checklist, standard, tally
-from moe_posterior.training.report.schema import Report
 
 TITLE = "Calibration report of the routed aggregate"
 
@@ -19,8 +19,8 @@ def to_html(report: Report) -> str:
     """Render a report as a whole HTML document that needs no network.
 
     Args:
-        report: from :func:`~moe_posterior.training.report.evaluate_predictions` or read back from its JSON, with any of the
-            further sections of :class:`~moe_posterior.training.report.schema.Report`. Text in it is escaped.
+        report: from :func:`~moe_posterior.report.evaluate_predictions` or read back from its JSON, with any of the
+            further sections of :class:`~moe_posterior.report.schema.Report`. Text in it is escaped.
 
     >>> document = to_html({"action": {"arm": "<b>", "threshold": 0.8, "risk": 0.05, "coverage": 0.6}})
     >>> "<b>" in document, "&lt;b&gt;" in document, ABSENT in document

@@ -21,9 +21,8 @@ from moe_posterior.metrics import (
     centred_interval,
     noise_floor,
 )
-from moe_posterior.results.intervals import bootstrap_sums, resampled_rows
-from moe_posterior.training.prediction import Prediction
-from moe_posterior.training.report import (
+from moe_posterior.prediction import Prediction
+from moe_posterior.report import (
     evaluate_predictions,
     posterior_heatmap,
     reliability_diagram,
@@ -33,7 +32,8 @@ from moe_posterior.training.report import (
     to_markdown,
     write_json,
 )
-from moe_posterior.training.report.marks import verdict
+from moe_posterior.report.marks import verdict
+from moe_posterior.results.intervals import bootstrap_sums, resampled_rows
 
 DIGITS = load_digits()
 TRAIN, TEST = slice(0, 800), slice(800, 1797)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
 from moe_posterior.escape import markdown, terminal
 from moe_posterior.files.atomic import write_text
+from moe_posterior.report import promise
+from moe_posterior.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of, where_of
+from moe_posterior.report.places import ALL_SHIFTS, base_of, members_of, place_name, sets_of, size
+from moe_posterior.report.schema import METRICS, OVERALL, Report
 from moe_posterior.results.tables import grid
-from moe_posterior.training.report import promise
-from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of, where_of
-from moe_posterior.training.report.places import ALL_SHIFTS, base_of, members_of, place_name, sets_of, size
-from moe_posterior.training.report.schema import METRICS, OVERALL, Report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +43,7 @@ def render_table(report: Report, console: "Console | None" = None) -> None:
     rows and the mean of all shifted sets for every subset, each shift (mean over its severities) overall; the rest is in the dict.
 
     Args:
-        report: from :func:`~moe_posterior.training.report.evaluate_predictions`.
+        report: from :func:`~moe_posterior.report.evaluate_predictions`.
         console: where to print; by default the standard output.
 
     Raises:

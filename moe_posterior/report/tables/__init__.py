@@ -3,10 +3,10 @@
 Each function takes the report and returns a table, or None where the run did not measure what it shows.
 """
 
-from moe_posterior.training.report.tables.about import identity, identity_values, metric_settings, pools, shifts
-from moe_posterior.training.report.tables.cells import rows_of
-from moe_posterior.training.report.tables.of_results import every_row, main_rows, marked
-from moe_posterior.training.report.tables.of_sections import (
+from moe_posterior.report.tables.about import identity, identity_values, metric_settings, pools, shifts
+from moe_posterior.report.tables.cells import rows_of
+from moe_posterior.report.tables.of_results import every_row, main_rows, marked
+from moe_posterior.report.tables.of_sections import (
     FEW,
     action,
     calibrators,

@@ -8,8 +8,8 @@ marked on both sides: the better of the two carries
 from collections.abc import Mapping
 from typing import Any
 
-from moe_posterior.training.report.places import ALL_SHIFTS
-from moe_posterior.training.report.schema import Report
+from moe_posterior.report.places import ALL_SHIFTS
+from moe_posterior.report.schema import Report
 
 HIGHER_IS_BETTER = frozenset({"accuracy"})  # of every other metric less is better
 BETTER, WORSE = "better", "worse"

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from moe_posterior.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, Key, key_of, marks_of, where_of
+from moe_posterior.report.places import ALL_SHIFTS, members_of, place_name, sets_of, size
+from moe_posterior.report.render import TITLES
+from moe_posterior.report.schema import OVERALL, Report
+from moe_posterior.report.tables.cells import above_noise
 from moe_posterior.results.tables import Cell, Table, estimate
-from moe_posterior.training.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, Key, key_of, marks_of, where_of
-from moe_posterior.training.report.places import ALL_SHIFTS, members_of, place_name, sets_of, size
-from moe_posterior.training.report.render import TITLES
-from moe_posterior.training.report.schema import OVERALL, Report
-from moe_posterior.training.report.tables.cells import above_noise
 
 __all__ = ["every_row", "main_rows", "marked"]
 
@@ -52,7 +52,7 @@ def _difference_titles(report: Report) -> list[str]:
 
 
 def _metric_rows(report: Report, records: Mapping[Key, Mapping], places: Sequence[tuple]) -> Iterator[list]:
-    """A row per place (shift, severity, subset) and arm, marked as :mod:`~moe_posterior.training.report.marks` decides."""
+    """A row per place (shift, severity, subset) and arm, marked as :mod:`~moe_posterior.report.marks` decides."""
     paired = {key_of(record): record for record in report.get("paired") or []}
     marks, sets = marks_of(report), sets_of(report)
     for shift, severity, subset in places:

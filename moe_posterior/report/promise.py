@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_posterior.metrics import ActionThreshold, selective_risk, wilson_interval
-from moe_posterior.training.report.places import severities_text
+from moe_posterior.report.places import severities_text
 
 HELD, FAILED, IDLE = "held", "failed", "nothing acted on"
 ROUNDING = 1e-12  # a share of equal counts may round up
