@@ -13,7 +13,7 @@ from moe_posterior.errors import MissingDataError
 from moe_posterior.metrics import calibration_error
 from moe_posterior.training.data.base import ClassificationData, Split
 from moe_posterior.training.data.features import PassThrough
-from moe_posterior.training.study import cli, measure, plan, sources, tables, train
+from moe_posterior.training.study import choice, cli, measure, plan, sources, tables, train, values
 
 
 class Blobs(ClassificationData):
@@ -115,8 +115,8 @@ def test_combinations_are_ranked_on_simulated_shift_and_within_a_point_of_the_be
     rows = [("a", 0.80, 0.05), ("b", 0.795, 0.03), ("c", 0.70, 0.01)]
     records = [
         record(subset="simulated", method=method, metric=metric, value=value)
-        for method, *values in rows
-        for metric, value in zip(("accuracy", "ece_debiased"), values, strict=True)
+        for method, *cells in rows
+        for metric, value in zip(("accuracy", "ece_debiased"), cells, strict=True)
     ]
     table = next(t for t in tables.tables_of(records) if "simulated" in t.title)
     assert [(row[0], row[-1]) for row in table.rows] == [("b", "yes"), ("a", "yes"), ("c", "no")]
@@ -195,19 +195,19 @@ def record(**values) -> dict:
 
 def test_a_mean_over_settings_wants_all_of_them() -> None:
     records = [record(value=0.1), record(setting="b", value=0.3), record(seed=2, value=0.7)]
-    assert tables.by_seed(records, method="vanilla") == {1: pytest.approx(0.2)}
+    assert values.by_seed(records, method="vanilla") == {1: pytest.approx(0.2)}
 
 
 def test_paired_intervals_are_those_of_scipy() -> None:
     ours, other = {s: 0.1 * s for s in range(5)}, {s: 0.05 * s * s + 0.01 for s in range(5)}
-    value, half = tables.paired(ours, other)
+    value, half = values.paired(ours, other)
     differences = [ours[s] - other[s] for s in range(5)]
     interval = scipy.stats.ttest_1samp(differences, 0).confidence_interval(0.95)
     assert (value - half, value + half) == pytest.approx((interval.low, interval.high), rel=1e-3)
 
 
 def test_our_combination_is_compared_with_every_published_method_as_published_and_with_the_same_calibrator() -> None:
-    method, gate, calibrator = tables.ELSEWHERE
+    method, gate, calibrator = choice.ELSEWHERE
     ours = {"method": method, "gate": gate, "calibrator": calibrator}
     records = []
     for seed in (0, 1, 2):
@@ -227,10 +227,10 @@ def test_our_combination_is_compared_with_every_published_method_as_published_an
 
 
 @pytest.mark.parametrize(
-    ("values", "text"), [([0.2, 0.3], ".250 ± .635"), ([20.5, 20.5], "20.500 ± .000"), ([-0.5], "-.500")]
+    ("numbers", "text"), [([0.2, 0.3], ".250 ± .635"), ([20.5, 20.5], "20.500 ± .000"), ([-0.5], "-.500")]
 )
-def test_numbers_lose_their_leading_zero_and_nothing_else(values: list[float], text: str) -> None:
-    assert tables.shown(dict(enumerate(values))) == text
+def test_numbers_lose_their_leading_zero_and_nothing_else(numbers: list[float], text: str) -> None:
+    assert values.shown(dict(enumerate(numbers))) == text
 
 
 def test_cells_of_other_settings_are_not_mixed_in(small, tmp_path) -> None:

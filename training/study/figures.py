@@ -6,7 +6,7 @@ from moe_posterior.escape import label
 from moe_posterior.report.figures import ARM_STYLES
 from moe_posterior.results.figures import canvas, save
 from moe_posterior.results.intervals import mean_interval
-from moe_posterior.training.study.tables import Records, by_seed
+from moe_posterior.training.study.values import Records, by_seed
 
 __all__ = ["SHOWN", "online_figure"]
 
