@@ -1,12 +1,16 @@
 """The house's rules: imports run one way, the base import stays light, the two top-level folders stay inside the package."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from moe_posterior.gates import Gate
+from moe_posterior.huggingface.gates import HostedPosteriorGate
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_posterior"
@@ -197,6 +201,36 @@ class Ours:
         return self._inherited + other._mine + routing._replace(x=1) + self.router._theirs
 """
     assert private_touches(source) == {"moe_posterior.other._hidden", "self.router._theirs"}
+
+
+def concrete_gates(base: type = Gate) -> set[str]:
+    """Names of the package's gates that can be made: what the rest of it must not ask for."""
+    own = {base.__name__} if base.__module__.startswith("moe_posterior.") and not inspect.isabstract(base) else set()
+    return own.union(*(concrete_gates(derived) for derived in base.__subclasses__()))
+
+
+def classes_asked_for(source: str) -> set[str]:
+    """The last names of the classes in ``isinstance(..., classes)`` and ``issubclass(..., classes)``."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and len(node.args) == 2]
+    asked = [node.args[1] for node in calls if ast.unparse(node.func) in ("isinstance", "issubclass")]
+    parts = [part for classes in asked for part in ast.walk(classes)]
+    return {
+        part.attr if isinstance(part, ast.Attribute) else part.id
+        for part in parts
+        if isinstance(part, ast.Attribute | ast.Name)
+    }
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_outside_the_gates_none_is_told_from_another_by_its_class(path: Path) -> None:
+    if room_of(path) != "gates":
+        assert not classes_asked_for(path.read_text()) & concrete_gates()
+
+
+def test_asking_for_the_class_of_a_gate_is_seen() -> None:
+    source = "isinstance(gate, gates.PosteriorGate), issubclass(kind, (BeliefGate, PriorGate | int)), isinstance"
+    assert classes_asked_for(source) & concrete_gates() == {"PosteriorGate", "PriorGate"}
+    assert {"SoftmaxGate", HostedPosteriorGate.__name__} <= concrete_gates()
 
 
 @pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(PACKAGE)))

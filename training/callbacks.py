@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.files.tensorfile import save_plain
-from moe_posterior.gates import BeliefGate, PosteriorGate
+from moe_posterior.gates import BeliefGate
 from moe_posterior.training.data import Batch
 from moe_posterior.training.data.base import generator_for
 from moe_posterior.training.module import MoEClassifier
@@ -156,10 +156,10 @@ def _classifier(module: lightning.LightningModule) -> MoEClassifier:
     return module
 
 
-def _learner(module: lightning.LightningModule) -> PosteriorGate | None:
+def _learner(module: lightning.LightningModule) -> BeliefGate | None:
     """The gate, if it has a prior to learn."""
     gate = _classifier(module).moe.gate
-    return gate if isinstance(gate, PosteriorGate) and gate.prior is not None else None
+    return gate if isinstance(gate, BeliefGate) and gate.learned_prior is not None else None
 
 
 def _pass_over(model: MoEClassifier, loader: Any) -> tuple[Tensor, Tensor]:  # (n, F), (n, E) float64

@@ -22,7 +22,7 @@ from moe_posterior.audit.storage.state import Checkpoint, require_knobs
 from moe_posterior.audit.storage.tables import Columns
 from moe_posterior.errors import AuditError, InvalidArgumentError
 from moe_posterior.forking import ForkLock
-from moe_posterior.gates import BeliefGate, Gate, PosteriorGate, Routing
+from moe_posterior.gates import BeliefGate, Gate, Routing
 from moe_posterior.pending import Members
 
 _PIECE = 32 << 20  # bytes of a forward's tokens, or of their outcomes, that are noted down together
@@ -117,7 +117,7 @@ class GateRecorder:
     def _beliefs(self, routing: Routing, rows: Tensor) -> Columns | None:  # (M,)
         """Alpha and beta of the chosen, where a learned prior made them the token's own."""
         gate = self.gate
-        if not isinstance(gate, PosteriorGate) or gate.prior is None:
+        if not isinstance(gate, BeliefGate) or gate.learned_prior is None:
             return None
         counts = gate.counts_of(routing.map(lambda part: part[rows])).numpy(force=True)
         return {"alpha": counts[:, 0].copy(), "beta": counts[:, 1].copy()}
@@ -189,12 +189,7 @@ class GateRecorder:
 
 def _knobs_of(gate: Gate) -> dict[str, Any]:
     """How the gate's belief becomes decisions, and outcomes evidence."""
-    if not isinstance(gate, BeliefGate) or not gate.knobs:
-        return {}
-    said = {**gate.knobs, "threshold": gate.threshold}
-    if isinstance(gate, PosteriorGate):
-        said["score"] = gate.rule.score  # a learned prior without clusters ranks by the mean, whatever the knob
-    return said
+    return gate.recorded_knobs if isinstance(gate, BeliefGate) else {}
 
 
 def _pieces(rows: int, top_k: int, width: int) -> list[slice]:

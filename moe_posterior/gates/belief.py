@@ -14,6 +14,7 @@ from moe_posterior import beta as beta_functions
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates.base import Gate, Routing
+from moe_posterior.gates.learned import LearnedPrior
 from moe_posterior.posterior import BetaPosterior
 from moe_posterior.precision import FixedPrecision
 
@@ -74,6 +75,24 @@ class BeliefGate(Gate, FixedPrecision):
             raise InvalidArgumentError(f"{type(self).__name__} has nothing to configure; got {sorted(knobs)}")
 
     @property
+    def learned_prior(self) -> LearnedPrior | None:
+        """The map that says what to expect of an expert on a token before any outcome; None for a gate that has none."""
+        return None
+
+    def relearn(self) -> None:
+        """Go on training a learned prior: clusters, κ and evidence are dropped, and the map alone decides until the next fit.
+
+        Raises:
+            InvalidArgumentError: the gate has no learned prior.
+        """
+        raise InvalidArgumentError("prior must be 'learned' or a LearnedPrior for relearn; this gate has none")
+
+    @property
+    def recorded_knobs(self) -> dict[str, Any]:
+        """The :attr:`knobs` and the threshold, as an audit log records them; empty for a gate that cannot be reconfigured."""
+        return {**self.knobs, "threshold": self.threshold} if self.knobs else {}
+
+    @property
     def recorded_options(self) -> dict[str, Any]:
         """What else an audit log needs to interpret this gate's decisions."""
         return {"novelty": "off"}
@@ -109,6 +128,11 @@ class BeliefGate(Gate, FixedPrecision):
         """Posterior mean competence of the chosen experts as of now."""
         alpha, beta = self.posterior.parameters_of(routing.cluster_ids)
         return beta_functions.mean(alpha, beta).gather(1, routing.expert_indices).float()
+
+    @torch.no_grad()
+    def counts_of(self, routing: Routing) -> Tensor:  # -> (N, 2, k) float64
+        """Alpha and beta of the chosen experts as of now: what mean and interval of their competence come from."""
+        return torch.stack(self.posterior.parameters_at(routing.cluster_ids[:, None], routing.expert_indices), dim=1)
 
     def relative_distance(self, routing: Routing) -> Tensor:  # -> (N,)
         """How far tokens lie from their cluster's centroid, in units of its radius; 0 where there are no clusters yet."""

@@ -41,6 +41,10 @@ class PriorLearner(TabledGate):
         """How competence becomes a score."""
 
     @property
+    def learned_prior(self) -> LearnedPrior | None:
+        return self.prior
+
+    @property
     def from_map_alone(self) -> bool:
         """Whether the gate has a learned prior and no clusters yet, in which evidence could speak beside it."""
         return self.prior is not None and not self.clusterer.fitted
@@ -120,9 +124,9 @@ class PriorLearner(TabledGate):
         return found
 
     def relearn(self) -> None:
-        """Go on training a learned prior: clusters, κ and evidence are dropped, and the map alone decides until the next fit."""
         if self.prior is None:
-            raise InvalidArgumentError("prior must be 'learned' or a LearnedPrior for relearn; this gate has none")
+            super().relearn()
+            return
         self.clusterer.clear()
         self.prior.usual.fill_(torch.inf)
         self.posterior.reset(prior=True)

@@ -238,6 +238,11 @@ class PosteriorGate(PriorLearner):
         return routing.cluster_ids if self.prior is None else super().configurations(routing)
 
     @property
+    def recorded_knobs(self) -> dict[str, Any]:
+        """As :attr:`BeliefGate.recorded_knobs`, with the score in use: a learned prior without clusters ranks by the mean."""
+        return {**super().recorded_knobs, "score": self.rule.score}
+
+    @property
     def recorded_options(self) -> dict[str, Any]:
         """As :attr:`BeliefGate.recorded_options`."""
         several = {} if self.members is None else {n: getattr(self.members, n) for n in ("clusterings", "neighbours")}
@@ -551,7 +556,7 @@ class PosteriorGate(PriorLearner):
             return counts_at(*believed, routing.expert_indices)
         if members is not None:
             return torch.stack(mixed_at(self.posterior, members, routing.expert_indices), dim=1)
-        return torch.stack(self.posterior.parameters_at(routing.cluster_ids[:, None], routing.expert_indices), dim=1)
+        return super().counts_of(routing)
 
     def greedy(self, routing: Routing) -> Tensor:  # -> (N, k) int64
         """The experts that the belief, as of now, would choose for these tokens without drawing."""

@@ -11,7 +11,7 @@ from moe_posterior.checks.declared import as_declared
 from moe_posterior.checks.validation import described
 from moe_posterior.errors import DamagedFileError, InvalidArgumentError
 from moe_posterior.files.tensorfile import load_tensors, save_tensors
-from moe_posterior.gates import Gate, PosteriorGate
+from moe_posterior.gates import BeliefGate, Gate
 from moe_posterior.replay.find import find_gates, hosting_router, outer_name
 from moe_posterior.serving.learned import LearnedRouting
 from moe_posterior.serving.routing import CustomRouting, PosteriorRouting, PriorRouting
@@ -130,7 +130,7 @@ def update_routing(functions: Mapping[str, CustomRouting], path: str | os.PathLi
 
 
 def _routing_of(name: str, gate: Gate, rule: HostRule, hosted: bool) -> CustomRouting:
-    learned = isinstance(gate, PosteriorGate) and gate.prior is not None
+    learned = isinstance(gate, BeliefGate) and gate.learned_prior is not None
     for kind in (LearnedRouting,) if learned else (PriorRouting, PosteriorRouting):
         if isinstance(gate, kind.serves):
             try:

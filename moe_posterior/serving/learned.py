@@ -13,7 +13,7 @@ from torch.nn import functional
 from moe_posterior import beta as beta_functions
 from moe_posterior import evidence as evidence_functions
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.gates import Gate, PosteriorGate
+from moe_posterior.gates import PosteriorGate
 from moe_posterior.gates.learned import LearnedPrior, cosine_distance, log_odds, normalised, sharpness_of
 from moe_posterior.kernels import reference
 from moe_posterior.serving.routing import CustomRouting
@@ -45,17 +45,6 @@ class LearnedRouting(CustomRouting):
     SETTINGS: ClassVar[tuple[str, ...]] = (
         *CustomRouting.SETTINGS, "novelty", "pools", "risk_aversion", "temperature", "layers", "scale", "floor",
     )  # fmt: skip
-
-    def __init__(self, gate: Gate, *args: Any, **options: Any) -> None:
-        super().__init__(gate, *args, **options)
-        assert isinstance(gate, PosteriorGate)
-        self._set(gate)
-
-    @torch.no_grad()
-    def refresh(self, gate: Gate) -> None:
-        super().refresh(gate)
-        assert isinstance(gate, PosteriorGate)
-        self._set(gate)
 
     def _set(self, gate: PosteriorGate) -> None:
         self.novelty, self.pools, self.temperature = gate.novelty, gate.posterior.pools, gate.temperature
@@ -117,9 +106,8 @@ class LearnedRouting(CustomRouting):
         found = found.float()
         return torch.where(torch.isnan(found), 0.0, found)
 
-    def _require_served(self, gate: Gate) -> None:
+    def _require_served(self, gate: PosteriorGate) -> None:
         super()._require_served(gate)
-        assert isinstance(gate, PosteriorGate)
         if gate.prior is None:
             raise InvalidArgumentError("gate must have a learned prior; its prior is None")
         if gate.score not in _SERVED or gate.exploration or gate.posterior.pooling != "odds":

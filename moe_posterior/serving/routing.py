@@ -49,6 +49,7 @@ class CustomRouting(FixedPrecision):
         self._rule = rule._replace(e_score_correction_bias=None)
         correction = rule.e_score_correction_bias
         self._hold({"correction": None if correction is None else correction.float(), **self._tables(gate)})
+        self._set(gate)
 
     @property
     def rule(self) -> HostRule:
@@ -91,8 +92,9 @@ class CustomRouting(FixedPrecision):
             )
         for name, table in fresh.items():
             getattr(self, name).copy_(table)
+        self._set(gate)
 
-    def _require_served(self, gate: Gate) -> None:
+    def _require_served(self, gate: Any) -> None:
         if not isinstance(gate, self.serves):
             raise InvalidArgumentError(f"gate must be a {self.serves.__name__}; got {type(gate).__name__}")
 
@@ -126,6 +128,9 @@ class CustomRouting(FixedPrecision):
     @abstractmethod
     def _tables(gate: Any) -> dict[str, Tensor]:
         """What is copied from a gate."""
+
+    def _set(self, gate: Any) -> None:
+        """Read from a gate the settings beside the tables; none here."""
 
     def _hold(self, tables: Mapping[str, Tensor | None]) -> None:
         for name, table in tables.items():

@@ -18,6 +18,7 @@ from contracts import (
 )
 
 from moe_posterior import InvalidArgumentError
+from moe_posterior.gates import BeliefGate
 
 every_gate = pytest.mark.parametrize("name", GATES)
 
@@ -53,6 +54,19 @@ def test_a_tokens_routing_does_not_depend_on_its_neighbours(name: str) -> None:
     gate, hidden = fitted(name), data(40)
     alone = torch.cat([gate(token[None]).expert_indices for token in hidden])
     assert torch.equal(gate(hidden).expert_indices, alone)
+
+
+@every_gate
+def test_what_a_belief_expects_of_the_chosen_is_the_mean_of_their_counts(name: str) -> None:
+    gate = fitted(name)
+    if not isinstance(gate, BeliefGate):
+        pytest.skip("holds no belief")
+    routing = gate(data(40, seed=1))
+    counts = gate.counts_of(routing)
+    assert counts.shape == (40, 2, gate.top_k)
+    assert (counts > 0).all()
+    if gate.recorded_options["novelty"] != "discount":
+        torch.testing.assert_close((counts[:, 0] / counts.sum(dim=1)).float(), gate.expected_outcome(routing))
 
 
 @every_gate

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_posterior.benchmarks.routing.environments import Environment
 from moe_posterior.errors import InvalidArgumentError
-from moe_posterior.gates import BeliefGate, ExpertThresholdGate, Gate, Routing
+from moe_posterior.gates import BeliefGate, Gate, Routing
 
 CHECKPOINTS = (
     0,
@@ -136,8 +136,7 @@ def play(
         chosen.append(routing.expert_indices[:, 0])
         score.append(routing.scores[:, 0].double())
         confidence.append(success_estimate(gate, routing))
-        if isinstance(gate, ExpertThresholdGate):
-            gate.adapt(stream.hidden[rows])
+        gate.adapt(stream.hidden[rows])
         if len(pending) > feedback.delay:
             gate.observe(*pending.popleft(), dense=False)
     return _trace(environment, torch.cat(chosen), torch.cat(score), torch.cat(confidence), watch)
