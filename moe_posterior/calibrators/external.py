@@ -7,6 +7,7 @@ Dimensions: N rows, K classes, V validation rows.
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,8 @@ from moe_posterior.calibrators.base import Calibrator, Outputs
 from moe_posterior.calibrators.probabilities import FLOOR, top_confidence, top_label, with_confidence
 from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError, MissingDependencyError
+
+Rows = Mapping[str, Tensor]
 
 
 class _External(Calibrator):
@@ -31,13 +34,14 @@ class _External(Calibrator):
         self._made: Any = None
 
     def _fit(self, outputs: Outputs, target: Tensor) -> None:
-        kept = self.probs, self.target
-        self.probs, self.target = outputs.probs.clone(), target.clone()
-        try:
-            self._made = self._make()
-        except BaseException:  # the earlier fit stays whole
-            self.probs, self.target = kept
-            raise
+        rows = self._rows_of(outputs, target)
+        self._made = self._make(rows)  # first: if it raises, the earlier fit stays whole
+        for name, value in rows.items():
+            setattr(self, name, value)
+
+    def _rows_of(self, outputs: Outputs, target: Tensor) -> Rows:
+        """What is kept of the validation rows, by the name of its buffer."""
+        return {"probs": outputs.probs.clone(), "target": target.clone()}
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
@@ -48,11 +52,12 @@ class _External(Calibrator):
 
     def _fitted_object(self) -> Any:
         if self._made is None:
-            self._made = self._make()
+            self._made = self._make(dict(self.named_buffers()))
         return self._made
 
     @abstractmethod
-    def _make(self) -> Any: ...
+    def _make(self, rows: Rows) -> Any:
+        """The library's object, fitted on these rows."""
 
     def extra_repr(self) -> str:
         return f"rows={len(self.target)}"
@@ -76,19 +81,19 @@ class StructuredMatrixScaling(_External):
     def __init__(self) -> None:
         super().__init__()
 
-    def _make(self) -> Any:
+    def _make(self, rows: Rows) -> Any:
         try:
             from probmetrics.calibrators import SMSCalibrator
         except ImportError:
             raise MissingDependencyError("probmetrics", "calibrators") from None
-        return SMSCalibrator().fit(_rows(self.probs), self.target.cpu().numpy())
+        return SMSCalibrator().fit(_positive(rows["probs"]), rows["target"].cpu().numpy())
 
     def _calibrate(self, outputs: Outputs) -> Tensor:
         if outputs.probs.shape[1] != self.probs.shape[1]:
             raise InvalidArgumentError(
                 f"outputs.probs must have {self.probs.shape[1]} classes as in fit; got {outputs.probs.shape[1]}"
             )
-        found = self._fitted_object().predict_proba(_rows(outputs.probs))
+        found = self._fitted_object().predict_proba(_positive(outputs.probs))
         return torch.as_tensor(found).to(outputs.probs)
 
 
@@ -109,13 +114,13 @@ class VennAbers(_External):
     def __init__(self) -> None:
         super().__init__()
 
-    def _make(self) -> Any:
+    def _make(self, rows: Rows) -> Any:
         try:
             from venn_abers import VennAbers as Library
         except ImportError:
             raise MissingDependencyError("venn-abers", "calibrators") from None
         made = Library()
-        made.fit(_two_columns(self.probs), top_label(self.probs).eq(self.target).long().cpu().numpy())
+        made.fit(_two_columns(rows["probs"]), _right(rows).long().cpu().numpy())
         return made
 
     def _calibrate(self, outputs: Outputs) -> Tensor:
@@ -151,14 +156,9 @@ class Multicalibration(_External):
         self.register_buffer("groups", torch.zeros(0, 2, dtype=torch.int64))  # (V, 2), -1 where not given
         self.register_buffer("measures", torch.zeros(0, 2, dtype=torch.float64))  # (V, 2), 0 where not given
 
-    def _fit(self, outputs: Outputs, target: Tensor) -> None:
-        kept = self.groups, self.measures
-        self.groups, self.measures = self._features(outputs)
-        try:
-            super()._fit(outputs, target)
-        except BaseException:
-            self.groups, self.measures = kept
-            raise
+    def _rows_of(self, outputs: Outputs, target: Tensor) -> Rows:
+        groups, measures = self._features(outputs)
+        return {**super()._rows_of(outputs, target), "groups": groups, "measures": measures}
 
     def _features(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
         count, device = len(outputs.probs), outputs.probs.device
@@ -181,13 +181,13 @@ class Multicalibration(_External):
             columns[name] = measures[:, number].cpu().numpy()
         return pandas.DataFrame(columns)
 
-    def _make(self) -> Any:
+    def _make(self, rows: Rows) -> Any:
         try:
             from mcgrad.methods import MCGrad
         except ImportError:
             raise MissingDependencyError("mcgrad", "multicalibration") from None
-        frame = self._frame(self.probs, self.groups, self.measures)
-        frame["correct"] = top_label(self.probs).eq(self.target).cpu().numpy()
+        frame = self._frame(rows["probs"], rows["groups"], rows["measures"])
+        frame["correct"] = _right(rows).cpu().numpy()
         return MCGrad(random_state=self.seed).fit(
             frame,
             "confidence",
@@ -206,10 +206,15 @@ class Multicalibration(_External):
         return with_confidence(outputs.probs, torch.as_tensor(found).to(outputs.probs))
 
 
-def _rows(probs: Tensor) -> Any:  # (N, K) numpy
+def _positive(probs: Tensor) -> Any:  # (N, K) numpy
     """Probabilities without a zero, rows that sum to 1 to the last digit."""
     probs = probs.double().clamp(min=FLOOR)
     return (probs / probs.sum(1, keepdim=True)).cpu().numpy()
+
+
+def _right(rows: Rows) -> Tensor:  # (V,) bool
+    """Whether the top label is right."""
+    return top_label(rows["probs"]).eq(rows["target"])
 
 
 def _two_columns(probs: Tensor) -> Any:  # (N, 2) numpy

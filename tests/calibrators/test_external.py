@@ -29,6 +29,12 @@ def fitted(kind: type[Calibrator]) -> tuple[Calibrator, Outputs]:
     return kind().fit(*draw(300, seed=1, temperature=2.0)), draw(500, seed=2, temperature=2.0)[0]
 
 
+def hide(kind: type[Calibrator], patch: pytest.MonkeyPatch) -> None:
+    """As if the library were not installed."""
+    for name in [name for name in sys.modules if name.split(".")[0] == MODULES[kind]] + [MODULES[kind]]:
+        patch.setitem(sys.modules, name, None)
+
+
 @every
 def test_an_overconfident_model_becomes_calibrated(kind, fitted) -> None:
     calibrator, _ = fitted
@@ -65,9 +71,20 @@ def test_one_that_was_never_fitted_refuses(kind) -> None:
 
 
 @every
+def test_a_fit_that_fails_leaves_the_earlier_one_whole(kind, fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibrator, outputs = fitted
+    before = {name: value.clone() for name, value in calibrator.state_dict().items()}
+    shown = calibrator(outputs)
+    with monkeypatch.context() as patch, pytest.raises(MissingDependencyError):
+        hide(kind, patch)
+        calibrator.fit(*draw(200, seed=4))
+    assert all(torch.equal(value, before[name]) for name, value in calibrator.state_dict().items())
+    assert torch.equal(calibrator(outputs), shown)
+
+
+@every
 def test_without_the_library_the_error_names_what_to_install(kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == MODULES[kind]] + [MODULES[kind]]:
-        monkeypatch.setitem(sys.modules, name, None)
+    hide(kind, monkeypatch)
     with pytest.raises(MissingDependencyError, match="moe-posterior"):
         kind().fit(*draw(50, seed=1))
 
