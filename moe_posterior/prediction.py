@@ -3,7 +3,7 @@
 Dimensions: N rows, E experts, K classes, k experts per row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,9 +13,33 @@ from torch import Tensor
 from moe_posterior.calibrators import Outputs
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Routing
-from moe_posterior.metrics import Configurations, configuration_ids
+from moe_posterior.metrics import BinSums, Configurations, configuration_ids
 
-__all__ = ["Prediction", "dense_weights", "joined", "normalised", "numbered_configurations"]
+__all__ = ["Prediction", "Totals", "Whole", "dense_weights", "joined", "normalised", "numbered_configurations"]
+
+ConfigurationName = tuple[int | str | None, tuple[int, ...]]  # cluster, chosen experts
+
+
+@dataclass(frozen=True, eq=False)
+class Totals:
+    """Exact sums over all rows of an evaluation set, or of a subset of it."""
+
+    scores: Tensor  # (3,) float64: right answers, NLL, Brier score
+    moments: Tensor  # (6, B) float64, of moe_posterior.metrics.gaps.moments_of
+
+    @property
+    def n(self) -> int:
+        """Rows."""
+        return int(self.moments[0].sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """Sums over all rows of an evaluation set too large to be kept, of which a :class:`Prediction` holds a random sample."""
+
+    overall: Totals
+    subsets: Mapping[str, Totals]
+    configurations: Mapping[int, BinSums]  # id -> sums of shape (1, B)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +51,7 @@ class Prediction:
     tensor([1])
     """
 
-    probs: Tensor  # (N, K) of the aggregate
+    probs: Tensor  # (N, K) of the aggregate, or (N,) confidences of answers whose correctness or grade is the target
     expert_probs: Tensor | None = None  # (N, E, K) each expert's own
     routing: Routing | None = (
         None  # the gate's decision, needed to observe outcomes; not kept when rows are selected or joined
@@ -43,6 +67,11 @@ class Prediction:
     group: Tensor | None = None  # (N,) int64, the data's group of each row
     target: Tensor | None = None  # (N,) int64, the label
     row: Tensor | None = None  # (N,) int64, which row of the data it is: the same under every shift
+    configuration_names: Mapping[int, ConfigurationName] | None = (
+        None  # of the ids in ``configuration``; by default the clusters and experts above
+    )
+    subsets: Mapping[str, Tensor] | None = None  # name -> (N,) bool, of these rows alone
+    whole: Whole | None = None  # exact sums, if these rows are a sample
     arm: str = "model"  # whose prediction it is: "softmax", "posterior"
     shift: str = "clean"  # or the name of the shift that the rows are under
     severity: int = 0  # 0 for the stored test rows, else 1 (mild) to 5
@@ -60,6 +89,11 @@ class Prediction:
             self.group,
         )
 
+    @property
+    def classes(self) -> bool:
+        """Whether it holds the probability of every class, not only the confidence in an answer."""
+        return self.probs.ndim == 2
+
     def need(self, name: str) -> Tensor:
         """A field that the caller requires.
 
@@ -72,24 +106,27 @@ class Prediction:
         return field
 
     def rows(self, index: Tensor) -> "Prediction":  # (M,) int64 or (N,) bool
-        """The same fields of some rows, without the routing."""
+        """The same fields of some rows, without the routing and the sums over all rows."""
         some: dict[str, Any] = {name: field[index] for name, field in _tensors(self).items()}
-        return replace(self, routing=None, **some)
+        subsets = None if self.subsets is None else {name: mask[index] for name, mask in self.subsets.items()}
+        return replace(self, routing=None, whole=None, subsets=subsets, **some)
 
 
 def joined(parts: Sequence[Prediction]) -> Prediction:
-    """The rows of several predictions of one arm in one, with the fields that all of them have.
+    """The rows of several predictions of one arm in one, with the fields that all of them have; subsets only of a single one.
 
     >>> one = Prediction(torch.tensor([[0.9, 0.1]]), target=torch.tensor([0]))
     >>> joined([one, one]).target
     tensor([0, 0])
     """
+    if len(parts) == 1:
+        return replace(parts[0], routing=None)
     columns = [_tensors(part) for part in parts]
     together: dict[str, Any] = {
         name: torch.cat([own[name] for own in columns]) if all(name in own for own in columns) else None
         for name in columns[0]
     }
-    return replace(parts[0], routing=None, **together)
+    return replace(parts[0], routing=None, subsets=None, whole=None, **together)
 
 
 def _tensors(prediction: Prediction) -> dict[str, Tensor]:

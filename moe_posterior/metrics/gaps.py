@@ -55,7 +55,15 @@ class GapSums:
         return self.count * self.weight
 
 
-def gap_sums(arms: Sequence[Sets], n_bins: int, rows: Any = None) -> GapSums:
+def moments_of(confidence: Tensor, correct: Tensor, n_bins: int) -> Tensor:  # (N,), (N,) float64 -> (6, B)
+    """Sums over the rows in each bin, which add up over chunks of rows: all of :class:`GapSums` but the correlations.
+
+    The six are the count, the confidences c, the grades r, c(1 − c), r² and (c − r)².
+    """
+    return _moments(confidence, correct, bin_indices(confidence, n_bins), n_bins)
+
+
+def gap_sums(arms: Sequence[Sets], n_bins: int, rows: Any = None, totals: Sequence[Tensor] | None = None) -> GapSums:
     """The sums of each arm's evaluation sets, in bins of equal width.
 
     Sets of equal size hold the same rows in the same order, in every arm; sets of different sizes hold different rows.
@@ -64,6 +72,8 @@ def gap_sums(arms: Sequence[Sets], n_bins: int, rows: Any = None) -> GapSums:
         arms: the sets of each arm, at least one set each.
         n_bins: bins on [0, 1].
         rows: (N,) data row behind each prediction, if sets hold copies of rows; by default all differ.
+        totals: if the sets are samples, the :func:`moments_of` all rows of each set, arm after arm. The sums are then exact, and only
+            the correlations are those of the sample.
 
     Raises:
         InvalidArgumentError: a shape, dtype or value that does not fit, naming the argument.
@@ -74,10 +84,10 @@ def gap_sums(arms: Sequence[Sets], n_bins: int, rows: Any = None) -> GapSums:
     row, total = _numbered(sizes, rows)
     confidence, correct = (torch.cat(parts) for parts in zip(*judged, strict=True))
     place = torch.cat([bin_indices(said, n_bins) + n_bins * index for index, (said, _) in enumerate(judged)])
-    columns = [torch.ones_like(correct), confidence, correct, confidence * (1 - confidence), correct.square()]
-    columns.append((confidence - correct).square())
-    full = torch.zeros(len(columns), len(sets) * n_bins, dtype=torch.float64)
-    count, said, seen, spread, grades, alone = full.index_add_(1, place, torch.stack(columns))
+    sampled = _moments(confidence, correct, place, len(sets) * n_bins)
+    full = sampled if totals is None else torch.cat(tuple(totals), dim=1)
+    count, said, seen, spread, grades, _ = full
+    alone = sampled[5]
     used = count > 0
     products = _products(confidence - correct, place, row, used, total, independent=len(sets) == 1 and rows is None)
     binary = seen * (1 - seen / count)  # sum of squares about the mean, if every answer is right or wrong
@@ -87,10 +97,19 @@ def gap_sums(arms: Sequence[Sets], n_bins: int, rows: Any = None) -> GapSums:
     scale = diagonal.clamp(min=1e-300).sqrt()
     correlation = (products / scale / scale[:, None]).fill_diagonal_(1.0)
     which = torch.tensor([arm for arm, *_ in sets]).repeat_interleave(n_bins)[used]
-    weights = [1 / (own * max(size, 1)) for (_, own, *_), size in zip(sets, sizes, strict=True)]
+    whole = sizes if totals is None else [float(one[0].sum()) for one in totals]
+    weights = [1 / (own * max(size, 1)) for (_, own, *_), size in zip(sets, whole, strict=True)]
+    total = total if totals is None else round(total * sum(whole) / max(sum(sizes), 1))
     weight = torch.tensor(weights, dtype=torch.float64).repeat_interleave(n_bins)[used]
     kept = [part[used] for part in (count, said, seen, spread)]
     return GapSums(total, which, weight, kept[0], kept[1], kept[2], kept[3], copies * graded, correlation)
+
+
+def _moments(confidence: Tensor, correct: Tensor, place: Tensor, places: int) -> Tensor:  # -> (6, places)
+    columns = [torch.ones_like(correct), confidence, correct, confidence * (1 - confidence), correct.square()]
+    columns.append((confidence - correct).square())
+    full = torch.zeros(len(columns), places, dtype=torch.float64)
+    return full.index_add_(1, place, torch.stack(columns))
 
 
 def _numbered(sizes: Sequence[int], rows: Any) -> tuple[Tensor, int]:  # (P,), and how many different ones

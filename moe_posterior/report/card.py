@@ -5,6 +5,7 @@ from dataclasses import replace
 from moe_posterior.escape import markdown
 from moe_posterior.report import promise, tables
 from moe_posterior.report.checklist import ABSENT, checklist, standard, tally
+from moe_posterior.report.missing import left_out_lines
 from moe_posterior.report.schema import Report
 from moe_posterior.results.tables import Table, to_markdown
 
@@ -46,6 +47,8 @@ def to_card(report: Report) -> str:
         "Inputs that share a displayed confidence across configurations": _section(tables.shared_confidence(report)),
         "Calibrators": _section(tables.calibrators(report)),
     }
+    if missing := left_out_lines(report):
+        parts["Left out"] = markdown("; ".join(missing)) + "."
     body = "\n\n".join(f"### {name}\n\n{text}" for name, text in parts.items())
     return f"## Calibration of the routed aggregate\n\n{body}\n"
 

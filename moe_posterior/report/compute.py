@@ -50,7 +50,8 @@ def evaluate_predictions(
         predictions: one per (arm, shift, severity), read once, in any order; every arm covers the same evaluation sets.
             Severity 0 are the stored test rows, under one name: "clean", or the shift that they are under as they stand.
         subsets: bool masks over the rows, for instance hard and easy ones; "overall" is always added, and a mask of all rows is
-            left out, being the same. With subsets, every evaluation set has the masks' number of rows, in the same order.
+            left out, being the same. With subsets, every evaluation set has the masks' number of rows, in the same order. Predictions
+            may have subsets of their own too.
         n_bins: equal-width bins of the top-label ECE; 15 is the paper's.
         resamples: bootstrap resamples; 1,000 settle the second digit of a 95 % interval.
         seed: of the resamples.
@@ -79,9 +80,10 @@ def evaluate_predictions(
     whole = [name for name, mask in subsets.items() if is_everything(mask)]
     subsets = {name: mask for name, mask in subsets.items() if name not in whole}
     against = baseline if len(arms) > 1 else None
+    own = dict.fromkeys(name for one in evaluations.values() for name in one.subsets)
     records: list[Record] = []
     paired: list[Pair] = []
-    for subset, mask in {OVERALL: None, **subsets}.items():
+    for subset, mask in {OVERALL: None, **own, **subsets}.items():
         found, differences = records_of(evaluations, subset, mask, against, n_bins, resamples, seed)
         records += found
         paired += differences
@@ -94,7 +96,11 @@ def evaluate_predictions(
         "seed": seed,
         "arms": arms,
         "baseline": against,
-        "subsets": {OVERALL: None, **{name: int(mask.sum()) for name, mask in subsets.items()}},
+        "subsets": {
+            OVERALL: None,
+            **{name: _size(evaluations, name) for name in own},
+            **{name: int(mask.sum()) for name, mask in subsets.items()},
+        },
         "shifted_from": shifted_from,
         "pools": pools,
         "records": records,
@@ -107,6 +113,12 @@ def evaluate_predictions(
             *(f"Subset {name!r} holds every row and is not shown apart." for name in whole),
         ],
     }
+
+
+def _size(evaluations: Mapping[Key, Evaluation], subset: str) -> int:
+    """Rows of a subset that the sets define: those among the stored test rows, or in the first set that has any."""
+    sizes = [one.part(subset, None).n for _, one in sorted(evaluations.items(), key=lambda item: bool(item[0][2]))]
+    return next((size for size in sizes if size), 0)
 
 
 def is_everything(mask: Tensor) -> bool:  # (n,) bool

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_posterior.metrics import BinSums, calibration_from_sums, holm, wilson_interval
 from moe_posterior.metrics.floor import binomial_deviation
-from moe_posterior.metrics.gaps import GapSums, gap_sums
+from moe_posterior.metrics.gaps import GapSums, gap_sums, moments_of
 from moe_posterior.metrics.inference import DRAWS, difference_of_sums, interval_of_sums
 from moe_posterior.report.schema import Configuration, ConfigurationPlace, Difference, EceEstimate, Pair
 
@@ -25,11 +25,12 @@ class Answers(NamedTuple):
 
     confidence: Tensor  # (n,)
     correct: Tensor  # (n,)
+    totals: Tensor | None = None  # (6, B) moments of all rows, where these are a sample
 
 
 def ece_record(sets: Sequence[Answers], n_bins: int, seed: int, rows: Tensor | None = None) -> EceEstimate:
     """The mean ECE of the sets: its debiased value, interval, plain value and noise floor; None where there are no rows."""
-    sums = gap_sums([sets], n_bins, rows)
+    sums = joint_sums([sets], n_bins, rows)
     found = interval_of_sums(sums, level=LEVEL, draws=_draws(sums), seed=seed)
     low, high = finite(found.low), finite(found.high)
     return {
@@ -43,10 +44,20 @@ def ece_record(sets: Sequence[Answers], n_bins: int, seed: int, rows: Tensor | N
 
 def ece_difference(sets: Sequence[Answers], baseline: Sequence[Answers], n_bins: int, seed: int) -> Difference:
     """The mean ECE of the sets less that of the baseline on the same rows: value, interval and p-value."""
-    sums = gap_sums([sets, baseline], n_bins)
+    sums = joint_sums([sets, baseline], n_bins)
     found = difference_of_sums(sums, level=LEVEL, draws=_draws(sums), seed=seed)
     low, high = finite(found.low), finite(found.high)
     return {"value": finite(found.value), "low": low, "high": high, "p_value": finite(found.p_value)}
+
+
+def joint_sums(arms: Sequence[Sequence[Answers]], n_bins: int, rows: Tensor | None = None) -> GapSums:
+    """The sums of each arm's sets: exact where totals are known, with the correlations of the sampled rows."""
+    every = [one for sets in arms for one in sets]
+    sampled = [one.totals is not None for one in every]
+    totals = None
+    if any(sampled):  # a set without totals holds all of its rows
+        totals = [moments_of(*one[:2], n_bins) if one.totals is None else one.totals for one in every]
+    return gap_sums([[one[:2] for one in sets] for sets in arms], n_bins, rows, totals)
 
 
 def _draws(sums: GapSums) -> int:

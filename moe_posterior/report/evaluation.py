@@ -12,12 +12,22 @@ from torch import Tensor
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics import BinSums, bin_sums, brier_score, negative_log_likelihood, top_label
 from moe_posterior.metrics.calibration import validate_predictions
-from moe_posterior.prediction import Prediction
+from moe_posterior.prediction import ConfigurationName, Prediction, Whole
 from moe_posterior.report.ece import Answers
 from moe_posterior.report.places import ALL_SHIFTS, CLEAN
 from moe_posterior.report.schema import OVERALL, Key
 
-__all__ = ["Evaluation", "reduced", "validate_arms", "validate_prediction"]
+__all__ = ["Evaluation", "Part", "reduced", "scored_rows", "validate_arms", "validate_prediction"]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The rows of one subset of an evaluation set."""
+
+    answers: Answers  # (n,) each
+    scores: Tensor  # (n, 3) float64: correct, nll, brier
+    sums: Tensor | None  # (3,) of the scores of all rows, where these are a sample
+    n: int  # all rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,24 +38,66 @@ class Evaluation:
     answers: Answers  # (n,) each
     scores: Tensor  # (n, 3) float64: correct, nll, brier
     sums: BinSums  # (1, B)
-    configurations: dict[tuple[int | None, tuple[int, ...]], BinSums]  # (cluster, experts) -> (1, B)
+    configurations: Mapping[ConfigurationName, BinSums]  # (cluster, experts) -> (1, B)
+    subsets: Mapping[str, Tensor]  # name -> (n,) bool, those of this set alone
+    whole: Whole | None  # where the rows are a sample
+    confidences: bool = False  # the target is the answers' correctness
+
+    @property
+    def n(self) -> int:
+        """All rows, also where only a sample is held."""
+        return len(self.target) if self.whole is None else self.whole.overall.n
+
+    def part(self, subset: str, mask: Tensor | None) -> Part:  # (n,) bool
+        """The rows of a subset: those of a mask, of this set's own subset of that name, or all of them."""
+        mask = self.subsets.get(subset) if mask is None else mask.cpu()
+        if mask is None and subset != OVERALL:
+            mask = torch.zeros(len(self.target), dtype=torch.bool)
+        rows = slice(None) if mask is None else mask
+        confidence, correct = self.answers[:2]
+        found, scores = Answers(confidence[rows], correct[rows]), self.scores[rows]
+        if self.whole is None:
+            return Part(found, scores, None, len(scores))
+        totals = self.whole.overall if subset == OVERALL else self.whole.subsets.get(subset)
+        if totals is None:
+            return Part(found, scores, None, len(scores))
+        return Part(found._replace(totals=totals.moments), scores, totals.scores, totals.n)
+
+
+def scored_rows(probs: Tensor, target: Tensor) -> tuple[Answers, Tensor]:  # (n, K) or (n,), (n,) -> , (n, 3)
+    """The answers, and each row's correctness, NLL and Brier score, in float64."""
+    confidence, correct = top_label(probs, target)
+    scores = [correct, negative_log_likelihood(probs, target, "none"), brier_score(probs, target, "none")]
+    return Answers(confidence, correct), torch.stack(scores, dim=1)
 
 
 def reduced(item: Prediction, n_bins: int) -> Evaluation:
-    probs, target = item.probs.cpu(), item.need("target").cpu().long()
-    confidence, correct = top_label(probs, target)
-    scores = [correct, negative_log_likelihood(probs, target, "none"), brier_score(probs, target, "none")]
-    return Evaluation(
-        target=target,
-        answers=Answers(confidence, correct),
-        scores=torch.stack(scores, dim=1),
-        sums=bin_sums(confidence, correct, torch.zeros_like(target), 1, n_bins),
-        configurations=_configuration_sums(item, confidence, correct, n_bins),
-    )
+    probs, target = item.probs.cpu(), item.need("target").cpu()
+    target = target.long() if item.classes else target
+    answers, scores = scored_rows(probs, target)
+    confidence, correct, _ = answers
+    if item.whole is None:
+        sums = bin_sums(confidence, correct, torch.zeros(len(target), dtype=torch.int64), 1, n_bins)
+        configurations = _configuration_sums(item, confidence, correct, n_bins)
+    else:
+        count, said, right = item.whole.overall.moments[:3, None]
+        sums = BinSums(said, right, count)
+        names = item.configuration_names or {}
+        configurations = {names[index]: one for index, one in item.whole.configurations.items()}
+    return Evaluation(target, answers, scores, sums, configurations, item.subsets or {}, item.whole, not item.classes)
 
 
 def _configuration_sums(item: Prediction, confidence: Tensor, correct: Tensor, n_bins: int) -> dict:
     """Sums of each routing configuration: the cluster and the set of chosen experts, of whichever are known."""
+    if item.configuration_names is not None:
+        found, ids = item.need("configuration").cpu().unique(return_inverse=True)
+        sums = bin_sums(confidence, correct, ids, len(found), n_bins)
+        names = [item.configuration_names.get(index) for index in found.tolist()]
+        return {
+            name: BinSums(*(x[i : i + 1] for x in vars(sums).values()))
+            for i, name in enumerate(names)
+            if name is not None
+        }
     parts = {"cluster_ids": item.cluster_ids, "expert_indices": item.expert_indices}
     for name, part in parts.items():
         if part is not None and (len(part) != len(confidence) or part.ndim != 1 + (name == "expert_indices")):
@@ -72,11 +124,13 @@ def validate_prediction(item: Prediction, subsets: Mapping[str, Tensor], seen: b
         raise InvalidArgumentError(
             f"shift must be 'clean' with severity 0, or another name than 'all shifts' with severity ≥ 0; got {name}"
         )
-    if item.probs.ndim != 2 or not len(item.probs):
-        raise InvalidArgumentError(f"{name}: probs must have shape (n ≥ 1, K); got {tuple(item.probs.shape)}")
+    if item.probs.ndim not in (1, 2) or not len(item.probs):
+        raise InvalidArgumentError(
+            f"{name}: probs must have shape (n ≥ 1, K), or (n ≥ 1,) if confidences; got {tuple(item.probs.shape)}"
+        )
     target = item.need("target")
     validate_predictions(item.probs, target)
-    for subset, mask in subsets.items():
+    for subset, mask in {**subsets, **(item.subsets or {})}.items():
         if subset == OVERALL or mask.dtype != torch.bool or mask.shape != target.shape:
             raise InvalidArgumentError(
                 f"subsets must be bool of shape {tuple(target.shape)} under a name other than 'overall'; got "
@@ -100,8 +154,15 @@ def validate_arms(evaluations: Mapping[Key, Evaluation], baseline: str) -> list[
         raise InvalidArgumentError(f"baseline must be one of the arms {arms}; got {baseline!r}")
     for _, shift, severity in evaluations:
         present = [evaluations[key] for arm in arms if (key := (arm, shift, severity)) in evaluations]
-        if len(present) < len(arms) or not all(one.target.equal(present[0].target) for one in present):
+        if len(present) < len(arms) or not all(_same_rows(one, present[0]) for one in present):
             raise InvalidArgumentError(
                 f"predictions must cover {shift!r}, severity {severity}, with the same target in every arm of {arms}"
             )
     return sorted(arms, key=lambda arm: arm != baseline)
+
+
+def _same_rows(one: Evaluation, other: Evaluation) -> bool:
+    """Whether two arms can have predicted the same rows: of answers alone, whose targets differ by arm, only the number tells."""
+    if one.n != other.n or len(one.target) != len(other.target):
+        return False
+    return one.confidences or other.confidences or one.target.equal(other.target)

@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_posterior.report import charts, promise, tables
 from moe_posterior.report.checklist import ABSENT, checklist, standard, tally
+from moe_posterior.report.missing import left_out_lines
 from moe_posterior.report.schema import Report
 from moe_posterior.results.page import Section, details, page, paragraph, table
 from moe_posterior.results.tables import Table
@@ -40,7 +41,7 @@ def to_html(report: Report) -> str:
         _configurations(report),
         _calibrators(report),
         _action(report),
-        Section("notes", "How to read this", "".join(map(paragraph, report.get("notes") or [])) or _absent()),
+        Section("notes", "How to read this", _notes(report)),
     ])  # fmt: skip
 
 
@@ -117,6 +118,12 @@ def _action(report: Report) -> Section:
         if value:
             html += paragraph(f"{label}: {value if isinstance(value, str) else '; '.join(map(str, value))}.")
     return Section("action", "Action threshold and use", html)
+
+
+def _notes(report: Report) -> str:
+    missing = left_out_lines(report)
+    html = paragraph(f"Left out of this report: {'; '.join(missing)}.") if missing else ""
+    return html + "".join(map(paragraph, report.get("notes") or [])) or _absent()
 
 
 def _table(content: Table | None, what: str = "") -> str:

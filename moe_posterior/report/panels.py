@@ -10,6 +10,8 @@ from operator import add
 import torch
 
 from moe_posterior.metrics import BinSums, curve_from_sums
+from moe_posterior.metrics.gaps import moments_of
+from moe_posterior.prediction import ConfigurationName
 from moe_posterior.report.ece import Answers, configuration_rows, ece_record, finite
 from moe_posterior.report.evaluation import Evaluation
 from moe_posterior.report.places import ALL_SHIFTS, place_name, pool_name
@@ -44,9 +46,7 @@ def panels(evaluations: Mapping[Key, Evaluation], shifted_from: int) -> dict[tup
 def pools(evaluations: Mapping[Key, Evaluation], shifted_from: int) -> list[Pool]:
     """What the names stand for that hold several sets; sizes are those of one arm."""
     first = next(iter(evaluations))[0]
-    rows = {
-        (shift, severity or 0): len(one.target) for (arm, shift, severity), one in evaluations.items() if arm == first
-    }
+    rows = {(shift, severity or 0): one.n for (arm, shift, severity), one in evaluations.items() if arm == first}
     shifted = [one for one in rows if one[1]]
     severe = [one for one in panels_of(rows, shifted_from) if one[1]]
     return [
@@ -70,7 +70,14 @@ def curve(arm: str, panel: str, members: list[Evaluation], n_bins: int, seed: in
     pooled = reduce(add, (one.sums for one in members))
     bins = {name: [finite(x) for x in value.tolist()] for name, value in vars(curve_from_sums(pooled)).items()}
     total = float(pooled.count.sum())
-    together = Answers(*(torch.cat(parts) for parts in zip(*(one.answers for one in members), strict=True)))
+    confidence, correct = (torch.cat(parts) for parts in zip(*(one.answers[:2] for one in members), strict=True))
+    totals = None
+    if any(one.whole for one in members):
+        moments = (
+            moments_of(*one.answers[:2], n_bins) if one.whole is None else one.whole.overall.moments for one in members
+        )
+        totals = torch.stack(list(moments)).sum(0)
+    together = Answers(confidence, correct, totals)
     # Sets of one size hold the same rows under different shifts.
     rows = torch.cat([torch.arange(len(one.target)) + 2**32 * len(one.target) for one in members])
     found = ece_record([together], n_bins, seed, rows)
@@ -91,7 +98,7 @@ def curve(arm: str, panel: str, members: list[Evaluation], n_bins: int, seed: in
 
 def configurations(arm: str, panel: str, members: list[Evaluation]) -> list[Configuration]:
     """Calibration of each routing configuration, the most frequent first."""
-    pooled: dict[tuple[int | None, tuple[int, ...]], BinSums] = {}
+    pooled: dict[ConfigurationName, BinSums] = {}
     for one in members:
         for name, sums in one.configurations.items():
             pooled[name] = pooled[name] + sums if name in pooled else sums

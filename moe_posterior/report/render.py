@@ -12,6 +12,7 @@ from moe_posterior.escape import markdown, terminal
 from moe_posterior.files.atomic import write_text
 from moe_posterior.report import promise
 from moe_posterior.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of, where_of
+from moe_posterior.report.missing import left_out_lines
 from moe_posterior.report.places import ALL_SHIFTS, base_of, members_of, place_name, sets_of, size
 from moe_posterior.report.schema import METRICS, OVERALL, Report
 from moe_posterior.results.tables import grid
@@ -78,6 +79,8 @@ def render_table(report: Report, console: "Console | None" = None) -> None:
             members = [one for one in rows if (one.evaluation, one.subset) == previous]
             lines += [Text(terminal(text), "dim") for text in _floors(members)]
         lines.append(line(row.arm, (text.replace(" ", TERMINAL_SIGNS[mark], 1) for text, mark in row.cells)))
+    if missing := left_out_lines(report):
+        lines.append(Text(textwrap.fill(terminal(f"Left out: {'; '.join(missing)}."), 80)))
     (console or Console()).print(
         Group(*lines, Text(textwrap.fill(f"*: better; {MEANING}; {where_of(report)}", 80), "italic"))
     )
@@ -93,7 +96,8 @@ def to_markdown(report: Report) -> str:
         rows.append([markdown(row.evaluation), markdown(row.subset), row.n, markdown(row.arm), *cells])
     right = [name == "n" or name in TITLES.values() for name in columns]
     legend = f"Bold: better; {MEANING}; {where_of(report)}. Noise: the plain ECE that noise alone shows."
-    parts = [*_promise_markdown(report), f"**{_title(report)}**", grid(columns, rows, right), legend]
+    missing = [f"Left out: {markdown('; '.join(lines))}." for lines in [left_out_lines(report)] if lines]
+    parts = [*_promise_markdown(report), f"**{_title(report)}**", grid(columns, rows, right), legend, *missing]
     return "\n\n".join(parts) + "\n"
 
 
@@ -182,6 +186,8 @@ def _rows(report: Report) -> Iterator[_Row]:
         name, members = place_name(sets, shift, severity), members_of(sets, shift, severity)
         for arm in report["arms"]:
             keys = [(arm, shift, severity, subset, metric) for metric in METRICS]
+            if keys[0] not in records:  # no such rows there
+                continue
             cells = tuple((_cell(records[key]), marks.get(key)) for key in keys)
             floor = records[keys[METRICS.index("ece")]].get("floor")
             yield _Row(name, subset, size(records[keys[0]]["n"], len(members)).text, arm, cells, floor)
@@ -205,6 +211,8 @@ def _cell(record: Mapping[str, Any]) -> str:
     """``.912 [.905,.918]``: four of them fit beside each other."""
     if record["value"] is None:
         return "no rows"
+    if record["low"] is None or record["high"] is None:
+        return f"{_short(record['value'])} "
     value, low, high = (_short(record[name]) for name in ("value", "low", "high"))
     return f"{value} [{low},{high}]"
 

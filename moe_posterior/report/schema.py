@@ -145,7 +145,7 @@ class ConfigurationPlace(TypedDict, total=False):
 
     arm: str
     panel: str
-    cluster: int | None
+    cluster: int | str | None  # or the name that the data give a configuration
     experts: Sequence[int]
 
 
@@ -243,6 +243,14 @@ class Core(TypedDict):
     notes: Sequence[str]
 
 
+class LeftOut(TypedDict, total=False):
+    """A part of the report that could not be measured, and what was missing for it."""
+
+    arm: str  # where other arms have it
+    section: str
+    reason: str
+
+
 class Sections(TypedDict, total=False):
     """What :func:`~moe_posterior.report.further_sections` adds, with calibrators and validation rows."""
 
@@ -254,6 +262,7 @@ class Sections(TypedDict, total=False):
     risk_coverage: Sequence[Curve]
     rce: Sequence[Curve]
     online: Sequence[Curve]
+    left_out: Sequence[LeftOut]  # absent where nothing is
 
 
 class Report(Core, Sections, total=False):

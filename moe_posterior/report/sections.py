@@ -24,7 +24,6 @@ from moe_posterior.metrics import (
     Configurations,
     action_threshold,
     calibration_error,
-    calibration_interval,
     negative_log_likelihood,
     rce_curve,
     risk_coverage,
@@ -32,7 +31,10 @@ from moe_posterior.metrics import (
     top_label,
     worst_group,
 )
+from moe_posterior.metrics.inference import interval_of_sums
 from moe_posterior.prediction import Prediction, normalised, numbered_configurations
+from moe_posterior.report.ece import Answers, joint_sums
+from moe_posterior.report.missing import left_out
 from moe_posterior.report.promise import Scored, promise_rows
 from moe_posterior.report.schema import Sections
 
@@ -55,8 +57,14 @@ FLOOR_DRAWS = 10
 
 
 def fit_calibrators(validation: Prediction) -> dict[str, Calibrator]:
-    """Every calibrator of :data:`CALIBRATORS`, fitted on validation rows."""
-    return {name: kind().fit(validation.outputs, validation.need("target")) for name, kind in CALIBRATORS.items()}
+    """Every calibrator of :data:`CALIBRATORS` whose inputs the validation rows have, fitted on them."""
+    known = {name for name in validation.outputs._fields if getattr(validation.outputs, name) is not None}
+    kinds = CALIBRATORS if validation.classes else {}
+    return {
+        name: kind().fit(validation.outputs, validation.need("target"))
+        for name, kind in kinds.items()
+        if known.issuperset(kind.fit_needs + kind.call_needs)
+    }
 
 
 def further_sections(
@@ -68,16 +76,28 @@ def further_sections(
     base: str = "clean",
     sets: Mapping[str, Sequence[Scored]] | None = None,  # by arm: every evaluation set
     n_bins: int = 15,
+    max_risk: float = MAX_RISK,
     seed: int = 0,
 ) -> Sections:
     """The optional keys of a report (see :mod:`~moe_posterior.report.schema`) that need outputs and validation rows.
 
-    ``base`` names the panel of the stored test rows; ``sets`` are what the action threshold is judged on, by default that panel alone.
+    What an arm's predictions do not have is left out of its sections, and ``left_out`` says so. An arm without validation rows has
+    neither calibrators nor an action threshold.
+
+    Args:
+        fitted, validation, panels, subsets: what to measure. Predictions may have subsets of their own besides.
+        base: the panel of the stored test rows.
+        sets: what the action threshold is judged on, by default the stored test rows alone.
+        n_bins: of the ECE.
+        max_risk: that the action threshold promises: the share of wrong answers among those acted on.
+        seed: of every draw.
     """
     if sets is None:
         sets = {arm: [scored(judged)] for arm, judged in panels[base].items()}
     everywhere = [(panel, arm, judged) for panel, arms in panels.items() for arm, judged in arms.items()]
-    sections = {
+    routed = [(panel, arm, judged) for panel, arm, judged in everywhere if judged.configuration is not None]
+    online = [one for one in routed if {"temperature", "configuration"} <= fitted.get(one[1], {}).keys()]
+    sections: dict[str, Any] = {
         "metric": {
             "name": "top-label ECE",
             "binning": "equal width",
@@ -88,24 +108,34 @@ def further_sections(
         "subgroups": [
             row for arm, judged in panels[base].items() for row in _subgroups(arm, judged, subsets, n_bins, seed)
         ],
-        "shared_confidence": [_shared(panel, arm, judged) for panel, arm, judged in everywhere],
+        "shared_confidence": [_shared(panel, arm, judged) for panel, arm, judged in routed],
         "calibrators": [
             row
             for panel, arm, judged in everywhere
+            if fitted.get(arm)
             for row in _calibrated(panel, arm, judged, fitted[arm], n_bins, seed)
         ],
-        "action": [row for arm, members in sets.items() for row in _action(arm, validation[arm], members)],
+        "action": [
+            row
+            for arm, members in sets.items()
+            if arm in validation
+            for row in _action(arm, validation[arm], members, max_risk)
+        ],
         "risk_coverage": [_risk_coverage(panel, arm, judged) for panel, arm, judged in everywhere],
         "rce": [
-            curve for panel, arm, judged in everywhere for curve in _reweighted(panel, arm, judged, fitted[arm], seed)
+            curve
+            for panel, arm, judged in routed
+            for curve in _reweighted(panel, arm, judged, fitted.get(arm, {}), seed)
         ],
         "online": [
             curve
-            for panel, arm, judged in everywhere
+            for panel, arm, judged in online
             for curve in [_online(panel, arm, judged, validation[arm], fitted[arm]["temperature"], seed)]
             if curve is not None
         ],
     }
+    if missing := left_out(panels[base], validation, fitted, bool(subsets)):
+        sections["left_out"] = missing
     return _finite(sections)
 
 
@@ -118,10 +148,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _ece(probs: Tensor, target: Tensor, row: Tensor, n_bins: int, seed: int, level: float = 0.95) -> dict[str, Any]:
+def _ece(answers: Answers, row: Tensor, n_bins: int, seed: int, level: float = 0.95) -> dict[str, Any]:
     """The debiased ECE with its interval and noise floor; a row brings all its copies under other shifts along."""
     copies = row if len(row.unique()) < len(row) else None
-    found = calibration_interval(probs, target, n_bins=n_bins, rows=copies, seed=seed, level=level)
+    found = interval_of_sums(joint_sums([[answers]], n_bins, copies), seed=seed, level=level)
     return {
         "ece": found.value,
         "interval": [found.low, found.high],
@@ -135,39 +165,43 @@ def _subgroups(
 ) -> list[dict[str, Any]]:
     """Every subgroup; the largest ECE is called the worst only if it is beyond noise, the choice among all of them allowed for."""
     rows: list[dict[str, Any]] = []
-    chosen = [name for name, mask in subsets.items() if bool(mask.any())]
-    for name in chosen:
-        mask = subsets[name]
-        probs, target, row = normalised(judged.probs[mask]), judged.need("target")[mask], judged.need("row")[mask]
+    masks = {**(judged.subsets or {}), **subsets}
+    totals = {} if judged.whole is None else judged.whole.subsets
+    answers = answers_of(judged)
+    chosen: list[tuple[Answers, Tensor]] = []
+    for name, mask in masks.items():
+        if not bool(mask.any()):
+            continue
+        whole = totals.get(name)
+        own = Answers(answers.confidence[mask], answers.correct[mask], None if whole is None else whole.moments)
+        chosen.append((own, rows_of(judged)[mask]))
         rows.append(
             {
                 "arm": arm,
                 "group": name,
-                "n": len(target),
-                "accuracy": float((probs.argmax(dim=1) == target).double().mean()),
-                **_ece(probs, target, row, n_bins, seed),
+                "n": len(own.correct) if whole is None else whole.n,
+                "accuracy": float(own.correct.mean() if whole is None else whole.scores[0] / whole.n),
+                **_ece(*chosen[-1], n_bins, seed),
                 "worst": False,
             }
         )
     if rows:
         errors = torch.tensor([row["ece"] for row in rows], dtype=torch.float64)
         most = worst_group(errors, torch.tensor([row["n"] for row in rows])).index or 0
-        mask = subsets[chosen[most]]
-        parts = normalised(judged.probs[mask]), judged.need("target")[mask], judged.need("row")[mask]
         rows[most]["worst"] = True
-        rows[most]["within_noise"] = _ece(*parts, n_bins, seed, level=1 - 0.05 / len(rows))["interval"][0] <= 0
+        rows[most]["within_noise"] = _ece(*chosen[most], n_bins, seed, level=1 - 0.05 / len(rows))["interval"][0] <= 0
     return rows
 
 
 def _shared(panel: str, arm: str, judged: Prediction) -> dict[str, Any]:
-    found = shared_confidence(normalised(judged.probs), _configurations(judged))
+    found = shared_confidence(_confidences(judged), _configurations(judged))
     return {"arm": arm, "panel": panel, "n": int(found.total), "shared": int(found.shared), "decimals": 2}
 
 
 def _calibrated(
     panel: str, arm: str, judged: Prediction, fitted: Mapping[str, Calibrator], n_bins: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    outputs, target, row = judged.outputs, judged.need("target"), judged.need("row")
+    outputs, target, row = judged.outputs, judged.need("target"), rows_of(judged)
     for name, probs in [("none", outputs.probs), *((name, kind(outputs)) for name, kind in fitted.items())]:
         probs = normalised(probs)
         yield {
@@ -175,24 +209,37 @@ def _calibrated(
             "panel": panel,
             "name": name,
             "accuracy": float((probs.argmax(dim=1) == target).double().mean()),
-            **_ece(probs, target, row, n_bins, seed),
+            **_ece(Answers(*top_label(probs, target)), row, n_bins, seed),
             "nll": float(negative_log_likelihood(probs, target)),
         }
 
 
-def _action(arm: str, validation: Prediction, sets: Sequence[Scored]) -> list[dict[str, Any]]:
-    chosen = action_threshold(*top_label(normalised(validation.probs), validation.need("target")), MAX_RISK)
-    return promise_rows(arm, chosen, MAX_RISK, sets)
+def _action(arm: str, validation: Prediction, sets: Sequence[Scored], max_risk: float) -> list[dict[str, Any]]:
+    chosen = action_threshold(*answers_of(validation)[:2], max_risk)
+    return promise_rows(arm, chosen, max_risk, sets)
 
 
 def scored(judged: Prediction) -> Scored:
     """The confidences and correctness by which the action threshold is judged on one evaluation set."""
-    answers = top_label(normalised(judged.probs), judged.need("target"))
-    return Scored(judged.shift, judged.severity, *answers)
+    return Scored(judged.shift, judged.severity, *answers_of(judged)[:2])
+
+
+def answers_of(judged: Prediction) -> Answers:
+    """The confidence and correctness of every answer."""
+    return Answers(*top_label(_confidences(judged), judged.need("target")))
+
+
+def rows_of(judged: Prediction) -> Tensor:  # (n,) int64
+    """Which row of the data each prediction is about; all differ where nothing is known."""
+    return torch.arange(len(judged.probs)) if judged.row is None else judged.row
+
+
+def _confidences(judged: Prediction) -> Tensor:  # (n, K) or (n,) float64
+    return normalised(judged.probs) if judged.classes else judged.probs.double()
 
 
 def _risk_coverage(panel: str, arm: str, judged: Prediction) -> dict[str, Any]:
-    coverage, risk = risk_coverage(*top_label(normalised(judged.probs), judged.need("target")))
+    coverage, risk = risk_coverage(*answers_of(judged)[:2])
     shown = torch.linspace(0, len(coverage) - 1, min(CURVE_POINTS, len(coverage))).round().long()
     return {"name": arm, "panel": panel, "x": coverage[shown].tolist(), "y": risk[shown].tolist()}
 
@@ -202,11 +249,11 @@ def _reweighted(
 ) -> Iterator[dict[str, Any]]:
     outputs, target = judged.outputs, judged.need("target")
     configurations = _configurations(judged)
-    for name in ("none", "temperature", "configuration"):
-        probs = normalised(outputs.probs if name == "none" else fitted[name](outputs))
+    for name in ("none", *(name for name in ("temperature", "configuration") if name in fitted)):
+        probs = _confidences(judged) if name == "none" else normalised(fitted[name](outputs))
         curve = rce_curve(probs, target, configurations, RHOS)
         yield {"name": f"{arm}, {name}", "panel": panel, "x": list(RHOS), "y": curve.value.tolist()}
-    confidence, _ = top_label(normalised(outputs.probs), target)
+    confidence, _ = top_label(_confidences(judged), target)
     floor = _reweighted_floor(confidence, configurations, seed)
     yield {"name": f"{arm}, noise floor", "panel": panel, "x": list(RHOS), "y": floor}
 
@@ -223,7 +270,7 @@ def _online(
     panel: str, arm: str, judged: Prediction, validation: Prediction, static: Calibrator, seed: int
 ) -> dict[str, Any] | None:
     """Debiased ECE on rows of the data whose outcome never arrives, under no shift; None where there are too few."""
-    outputs, target, row = judged.outputs, judged.need("target"), judged.need("row")
+    outputs, target, row = judged.outputs, judged.need("target"), rows_of(judged)
     _, which = row.unique(return_inverse=True)
     count = int(which.max()) + 1
     steps = [delivered for delivered in DELIVERED if delivered + LEFT_TO_JUDGE <= count]

@@ -10,7 +10,7 @@ from moe_posterior.report.compute import evaluate_predictions, is_everything
 from moe_posterior.report.panels import panels_of
 from moe_posterior.report.promise import Scored
 from moe_posterior.report.schema import OVERALL, Report
-from moe_posterior.report.sections import further_sections, scored
+from moe_posterior.report.sections import MAX_RISK, further_sections, scored
 
 __all__ = ["SEVERE", "report_of"]
 
@@ -24,6 +24,9 @@ def report_of(
     subsets: Mapping[str, Tensor],  # name -> (n,) bool, over the stored test rows
     sets: Sequence[tuple[str, int]],
     *,
+    baseline: str | None = None,
+    max_risk: float = MAX_RISK,
+    n_bins: int = 15,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Report:
@@ -32,10 +35,13 @@ def report_of(
     Args:
         predictions: as for :func:`~moe_posterior.report.evaluate_predictions`, read once; only those of the stored test rows
             and of severe shifts are held in memory together.
-        validation: each arm's predictions on validation rows, on which the action threshold is chosen.
+        validation: predictions on validation rows, on which the action threshold is chosen, of the arms that have some.
         fitted: calibrators, fitted on the same rows.
         subsets: as for ``evaluate_predictions``; "overall" may be among them.
         sets: (shift, severity) of every evaluation set that ``predictions`` will cover, the stored test rows first.
+        baseline: the arm that the others are compared with; by default "softmax", or else the first.
+        max_risk: share of wrong answers that the action threshold promises not to exceed.
+        n_bins: equal-width bins of the ECE.
         resamples, seed: of the bootstrap.
 
     Raises:
@@ -44,17 +50,20 @@ def report_of(
     masks = {name: mask for name, mask in subsets.items() if name != OVERALL}
     panel_of = panels_of(sets, SEVERE)
     judged: dict[str, dict[str, list[Prediction]]] = {}  # panel -> arm -> evaluation sets
-    acted: dict[str, list[Scored]] = {arm: [] for arm in validation}
+    acted: dict[str, list[Scored]] = {}
 
     def noted() -> Iterator[Prediction]:
         for prediction in predictions:
-            acted[prediction.arm].append(scored(prediction))
+            acted.setdefault(prediction.arm, []).append(scored(prediction))
             if panel := panel_of.get((prediction.shift, prediction.severity)):
                 judged.setdefault(panel, {}).setdefault(prediction.arm, []).append(prediction)
             yield prediction
 
-    baseline = "softmax" if "softmax" in validation else next(iter(validation))
-    core = evaluate_predictions(noted(), masks, resamples=resamples, seed=seed, baseline=baseline, shifted_from=SEVERE)
+    if baseline is None:
+        baseline = "softmax" if "softmax" in validation else next(iter(validation))
+    core = evaluate_predictions(
+        noted(), masks, n_bins=n_bins, resamples=resamples, seed=seed, baseline=baseline, shifted_from=SEVERE
+    )
     sections = further_sections(
         fitted,
         validation,
@@ -62,6 +71,8 @@ def report_of(
         {name: mask for name, mask in masks.items() if not is_everything(mask)},
         base=sets[0][0],
         sets=acted,
+        n_bins=n_bins,
+        max_risk=max_risk,
         seed=seed,
     )
     return {**core, **sections}
