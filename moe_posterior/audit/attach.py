@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moe_posterior.audit.limits import require_pool
-from moe_posterior.audit.recorder import BeliefTracker
+from moe_posterior.audit.recorder import BeliefTracker, columns_of
 from moe_posterior.audit.sink import Sink
 from moe_posterior.audit.storage.clock import now
 from moe_posterior.audit.storage.collect import Event, Many, Marked, Resolved
@@ -96,14 +96,9 @@ class GateRecorder:
             versions = self._belief.versions[clusters]
             several = None if members is None else self._belief.members(*members)
         beliefs = self._beliefs(routing, rows)
-        columns = {
-            "cluster": clusters.astype(np.uint32),
-            "distance": routing.distance[rows].detach().float().numpy(force=True).copy(),
-            "version": versions,
-            "experts": routing.expert_indices[rows].numpy(force=True).astype(np.uint16),
-            "scores": routing.scores[rows].detach().float().numpy(force=True).copy(),
-            "flags": np.zeros(len(clusters), dtype=np.uint8),
-        }
+        distance, scores = (part[rows].float().numpy(force=True) for part in (routing.distance, routing.scores))
+        experts = routing.expert_indices[rows].numpy(force=True)
+        columns = columns_of(clusters, distance, versions, experts, scores, np.zeros(len(clusters)))
         time, width = now(), 0 if members is None else members[0].shape[1]
         for piece in _pieces(len(clusters), self.gate.top_k * (1 if beliefs is None else 3), width):
             part = {name: column[piece] for name, column in columns.items()}

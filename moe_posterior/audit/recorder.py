@@ -20,7 +20,7 @@ from moe_posterior.audit.storage.tables import Columns
 from moe_posterior.gates import BeliefGate, PosteriorGate
 from moe_posterior.gates.rules import KNOBS
 from moe_posterior.pending import Members
-from moe_posterior.router import PosteriorRouter
+from moe_posterior.router import Decision, Decisions, PosteriorRouter
 
 MAX_REFUSALS = 1000  # rows of one refused call that are kept; its reason says how many there were
 _ONE_SIZE = 400  # bytes of memory, about, that a single decision's item takes
@@ -31,6 +31,25 @@ Tables = tuple[NDArray, NDArray]  # 2 x (C, E)
 def knobs_of(gate: PosteriorGate, abstain_below: float | None) -> tuple[Any, ...]:
     """What turns a router's belief into decisions and outcomes into evidence."""
     return (*_deciding(gate), abstain_below)
+
+
+def columns_of(
+    clusters: NDArray,  # (N,)
+    distance: NDArray,  # (N,)
+    versions: NDArray,  # (N,)
+    experts: NDArray,  # (N, k)
+    scores: NDArray,  # (N, k)
+    flags: NDArray,  # (N,)
+) -> Columns:
+    """Decisions as a log keeps them; copies, since what the caller gets belongs to the caller."""
+    return {
+        "cluster": clusters.astype(np.uint32),
+        "distance": distance.astype(np.float32),
+        "version": versions.astype(np.uint32),
+        "experts": experts.astype(np.uint16),
+        "scores": scores.astype(np.float32),
+        "flags": flags.astype(np.uint8),
+    }
 
 
 class BeliefTracker:
@@ -182,43 +201,25 @@ class RouterRecorder:
         if reason is not None:
             self.checkpoint(reason)
 
-    def routed_one(
-        self,
-        decision_id: int,
-        cluster: int,
-        distance: float,
-        experts: list[int],
-        scores: list[float],
-        flags: int,
-        members: Members | None = None,
-    ) -> None:
+    def routed_one(self, decision: Decision, scores: list[float], members: Members | None = None) -> None:
         if members is not None:
-            ids, clusters, far = np.array([decision_id]), np.array([cluster]), np.array([distance])
-            self.routed(ids, clusters, far, np.array([experts]), np.array([scores]), np.array([flags]), members)
+            self.routed(_as_batch(decision, scores), members)
             return
         if not self._open:
             self._drop("decisions", 1)
             return
-        belief = self._belief
+        belief, cluster = self._belief, decision.cluster
         if belief.dirty[cluster] and (row := belief.capture_one(self.source, cluster)) is not None:
             self.log.put(row, 800)
-        self.log.reached_id = max(self.log.reached_id, decision_id + 1)
+        self.log.reached_id = max(self.log.reached_id, decision.id + 1)
         if self.router.gate.chooses_per_token:
             self._steps = int(self.router.gate.steps)
-        version = belief.versions[cluster]
-        item = One(self.source, now(), decision_id, self._steps, cluster, distance, version, experts, scores, flags)
-        self.log.put(item, _ONE_SIZE)
+        flags = decision.abstain + 2 * decision.explored
+        made = (cluster, decision.distance, belief.versions[cluster], list(decision.experts), scores, flags)
+        self.log.put(One(self.source, now(), decision.id, self._steps, *made), _ONE_SIZE)
 
-    def routed(
-        self,
-        ids: NDArray,
-        clusters: NDArray,
-        distance: NDArray,
-        experts: NDArray,
-        scores: NDArray,
-        flags: NDArray,
-        members: Members | None = None,
-    ) -> None:
+    def routed(self, decisions: Decisions, members: Members | None = None) -> None:
+        ids, clusters = decisions.ids, decisions.clusters
         if not self._open:
             self._drop("decisions", len(ids))
             return
@@ -227,14 +228,9 @@ class RouterRecorder:
             self.log.put(rows, 400 + rows.alpha.nbytes + rows.beta.nbytes)
         if self.router.gate.chooses_per_token:
             self._steps = int(self.router.gate.steps)
-        columns = {  # copies: what the caller gets belongs to the caller
-            "cluster": clusters.astype(np.uint32),
-            "distance": distance.astype(np.float32),
-            "version": self._belief.versions[clusters],
-            "experts": experts.astype(np.uint16),
-            "scores": scores.astype(np.float32),
-            "flags": flags.astype(np.uint8),
-        }
+        flags = decisions.abstain + 2 * decisions.explored.view(np.uint8)
+        why = (self._belief.versions[clusters], decisions.experts, decisions.scores, flags)
+        columns = columns_of(clusters, decisions.distance, *why)
         first = int(ids[0]) if len(ids) else 0
         self.log.reached_id = max(self.log.reached_id, first + len(ids))
         several = None if members is None else self._belief.members(*members)
@@ -309,3 +305,17 @@ class RouterRecorder:
     def _drop(self, what: str, count: int) -> None:
         self._lost[what] = self._lost.get(what, 0) + count
         self.log.count_dropped(what, count)
+
+
+def _as_batch(decision: Decision, scores: list[float]) -> Decisions:
+    own = (
+        decision.id,
+        decision.experts,
+        scores,
+        decision.cluster,
+        decision.distance,
+        decision.abstain,
+        decision.explored,
+    )
+    fields = (*own, decision.weights, decision.alphas, decision.betas)
+    return Decisions(*(np.array([field]) for field in fields))

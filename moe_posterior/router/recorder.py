@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from moe_posterior.checks import validation
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.pending import Members
+from moe_posterior.router.decisions import Decision, Decisions
 
 
 class Recorder(Protocol):
@@ -22,29 +23,11 @@ class Recorder(Protocol):
     def before(self) -> None:
         """Something is about to be decided or learned; an error here says that it must not be, for it could not be recorded."""
 
-    def routed_one(
-        self,
-        decision_id: int,
-        cluster: int,
-        distance: float,
-        experts: list[int],
-        scores: list[float],
-        flags: int,
-        members: Members | None = None,
-    ) -> None:
-        """One decision; flags are 1 for abstained and 2 for explored; of a query in several clusters, all of them, (1, J)."""
+    def routed_one(self, decision: Decision, scores: list[float], members: Members | None = None) -> None:
+        """One decision and the scores of all its experts; of a query in several clusters, all of them, (1, J)."""
 
-    def routed(
-        self,
-        ids: NDArray,
-        clusters: NDArray,
-        distance: NDArray,
-        experts: NDArray,
-        scores: NDArray,
-        flags: NDArray,
-        members: Members | None = None,
-    ) -> None:
-        """A batch of decisions."""
+    def routed(self, decisions: Decisions, members: Members | None = None) -> None:  # _, (N, J)
+        """A batch of decisions, with consecutive ids."""
 
     def resolved(self, ids: NDArray, outcomes: NDArray) -> None:  # (N,), (N, k)
         """Outcomes that the belief has taken in."""

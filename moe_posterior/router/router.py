@@ -170,11 +170,11 @@ class PosteriorRouter:
             self._pending.put_one(decision_id, known, experts, self._tenure[experts], members)
             below = self.abstain_below is not None and not scores[0] >= self.abstain_below
             abstain = below or distance == np.inf
+            why = (tuple(experts), tuple(weights), tuple(alphas), tuple(betas))
+            decision = Decision(decision_id, experts[0], scores[0], cluster, distance, abstain, explored, *why)
             if self._audit is not None:
-                flags = abstain + 2 * explored
-                self._audit.routed_one(decision_id, cluster, distance, experts, scores, flags, members)
-        why = (tuple(experts), tuple(weights), tuple(alphas), tuple(betas))
-        return Decision(decision_id, experts[0], scores[0], cluster, distance, abstain, explored, *why)
+                self._audit.routed_one(decision, scores, members)
+        return decision
 
     @torch.inference_mode()
     def route_batch(self, embeddings: ArrayLike) -> Decisions:  # (N, D)
@@ -199,11 +199,11 @@ class PosteriorRouter:
             abstain = np.isinf(distance)
             if self.abstain_below is not None:
                 abstain |= ~(scores[:, 0] >= self.abstain_below)
+            why = (routing.routing_weights.numpy(), counts[:, 0], counts[:, 1])
+            decisions = Decisions(ids, experts, scores, clusters, distance, abstain, explored, *why)
             if self._audit is not None:
-                flags = abstain + 2 * explored.view(np.uint8)
-                self._audit.routed(ids, clusters, distance, experts, scores, flags, members)
-        why = (routing.routing_weights.numpy(), counts[:, 0], counts[:, 1])
-        return Decisions(ids, experts, scores, clusters, distance, abstain, explored, *why)
+                self._audit.routed(decisions, members)
+        return decisions
 
     def resolve(self, decision_id: int, outcome: float | ArrayLike) -> None:  # () or (k,)
         """Say how a decision turned out: a competence signal in [0, 1] for its expert, or one for each of its k; NaN = unknown.

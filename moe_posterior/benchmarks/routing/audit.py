@@ -118,13 +118,12 @@ def sustained(seed: int) -> dict[str, float]:
         recorder = log.follow(router)
         made = [router.route_batch(embeddings[i::8]) for i in range(8)]
         signal = (random.random((SUSTAINED_BATCH, 1)) < 0.9).astype(np.float64)
-        zeros = np.zeros(SUSTAINED_BATCH, dtype=np.uint8)
         began = time.perf_counter()
         for turn in range(SUSTAINED // SUSTAINED_BATCH):
             one = made[turn % 8]
             ids = np.arange(turn * SUSTAINED_BATCH, (turn + 1) * SUSTAINED_BATCH)
             recorder.before()
-            recorder.routed(ids, one.clusters, one.distance, one.experts, one.scores, zeros)
+            recorder.routed(one._replace(ids=ids))
             recorder.before()
             recorder.resolved(ids, signal)
         log.flush()
