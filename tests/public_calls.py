@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import moe_posterior as mp
-from moe_posterior import audit, calibrators, gates, losses, metrics, serving
+from moe_posterior import audit, calibrators, gates, losses, metrics, monitoring, serving
 from moe_posterior.replay import find_gates, load_recording, recording_from_experts, save_recording
 
 N, K, E, C, D, G = 24, 3, 4, 2, 6, 3
@@ -192,6 +192,25 @@ def calibrator_calls() -> Iterator[Call]:
     _fitted(running)
     yield Call("OnlineConfigurationCalibrator.__call__", running, {"outputs": OUTPUTS})
     yield Call("OnlineConfigurationCalibrator.observe", running.observe, {"outputs": OUTPUTS, "correct": CORRECT})
+
+
+def monitor_calls() -> Iterator[Call]:
+    """The calibration monitor: making one, its baseline, an update, a reset and its state."""
+    options = {
+        "alpha": 0.1,
+        "tolerance": 0.01,
+        "expected_configurations": 4,
+        "global_share": 0.5,
+        "max_configurations": 8,
+    }
+    yield _call(monitoring.CalibrationMonitor, **options)
+    rows = {"confidence": CONFIDENCE, "correct": CORRECT, "configuration": GROUPS}
+    yield Call("CalibrationMonitor.set_baseline", monitoring.CalibrationMonitor().set_baseline, rows)
+    running = monitoring.CalibrationMonitor()
+    running.update(**rows)
+    yield Call("CalibrationMonitor.update", running.update, rows)
+    yield Call("CalibrationMonitor.reset", running.reset, {"configuration": int(GROUPS[0])})
+    yield Call("CalibrationMonitor.load_state_dict", running.load_state_dict, {"state": running.state_dict()})
 
 
 def gate_calls() -> Iterator[Call]:

@@ -47,6 +47,7 @@ LEAVES = {
     "losses",
     "metrics",
     "calibrators",
+    "monitoring",
     "results",
     "escape",
 }  # may use the first row and files, and be used by any room after the gates
