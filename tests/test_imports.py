@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_posterior"
 # Rooms in the order in which they may use each other: each only those before it.
 ORDER = [
-    ["bins", "checks", "errors", "precision"],
+    ["bins", "checks", "errors", "precision", "threads"],
     ["files", "forking", "pending"],
     ["beta", "forgetting", "evidence"],
     ["kernels"],

@@ -20,6 +20,7 @@ from moe_posterior.escape import lines
 from moe_posterior.files.atomic import write_text
 from moe_posterior.files.reading import decoding, read_json, read_text
 from moe_posterior.files.rows import read_rows, write_rows
+from moe_posterior.threads import one_thread
 from moe_posterior.training.outputs import outputs_of
 from moe_posterior.training.runs import Run
 from moe_posterior.training.study import measure
@@ -96,13 +97,8 @@ def one_by_one(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _run(plan: Study, asked: argparse.Namespace, command: str, console: Console) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # heads are small: threads would only wait for each other
-    try:
-        with Run(Path(asked.run_dir) / f"study-{plan.name}").locked():
-            return _locked_run(plan, asked, command, console)
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), Run(Path(asked.run_dir) / f"study-{plan.name}").locked():  # the heads are small
+        return _locked_run(plan, asked, command, console)
 
 
 def _locked_run(plan: Study, asked: argparse.Namespace, command: str, console: Console) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from moe_posterior.audit.verify import verify
 from moe_posterior.benchmarks.cells import text_table
 from moe_posterior.benchmarks.records import Record
 from moe_posterior.benchmarks.routing.environments import synthetic
-from moe_posterior.benchmarks.routing.latency import SIZES, one_thread, open_loop
+from moe_posterior.benchmarks.routing.latency import SIZES, open_loop
 from moe_posterior.results.tables import Table
 from moe_posterior.router import PosteriorRouter
+from moe_posterior.threads import one_thread
 
 LOAD = 50_000  # decisions offered per second
 SECONDS = 2.0  # of load, with and without a log, in each repeat

@@ -9,17 +9,16 @@ a router that falls behind shows it. Embedding the query is not included; the pa
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from moe_posterior.benchmarks.cells import decimal, plain, text_table
 from moe_posterior.benchmarks.records import Record
 from moe_posterior.results.tables import Table
 from moe_posterior.router import PosteriorRouter
+from moe_posterior.threads import one_thread
 
 LOADS = (1_000, 5_000, 10_000, 20_000, 50_000, 100_000)  # queries per second
 PAPER_P90 = {1: 3.8, 10_000: 8.7, 50_000: 44.2}  # ms: one decision (benchmark A), and "Latency Under Load"
@@ -82,17 +81,6 @@ def measure(
                 for metric, value in found.items():
                     yield _record(small, name, {"load": load, **options}, seed, metric, value)
                 advance()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread: a decision is too small to gain from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def parts(loads: tuple[int, ...] = LOADS) -> int:
