@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_posterior.metrics.calibration import validate_arguments
 from moe_posterior.prediction import Prediction
 from moe_posterior.report import panels
+from moe_posterior.report.conditions import TOLERANCE, conditions
 from moe_posterior.report.ece import correct_for_many
 from moe_posterior.report.evaluation import Evaluation, reduced, validate_arms, validate_prediction
 from moe_posterior.report.marks import is_main
@@ -43,6 +44,7 @@ def evaluate_predictions(
     seed: int = 0,
     baseline: str = "softmax",
     shifted_from: int = 3,
+    tolerance: float = TOLERANCE,
 ) -> Core:
     """Accuracy, NLL, Brier score and debiased ECE of every arm, shift, severity and subset, with intervals and paired comparisons.
 
@@ -57,6 +59,8 @@ def evaluate_predictions(
         seed: of the resamples.
         baseline: the arm that the others are compared with, where there are several.
         shifted_from: severities pooled in the reliability curves of shifted sets; if no set reaches it, all shifted sets.
+        tolerance: largest calibration error inside which a condition passes, in (0, 1]; by default half of the risk that the action
+            threshold promises.
 
     Returns:
         The core of a report, strict JSON (NaN became None): see :class:`~moe_posterior.report.schema.Core`.
@@ -107,6 +111,7 @@ def evaluate_predictions(
         "paired": paired,
         "reliability": [panels.curve(*name, sets, n_bins, seed) for name, sets in members.items()],
         "configurations": [row for name, sets in members.items() for row in panels.configurations(*name, sets)],
+        "conditions": conditions(evaluations, subsets, tolerance=tolerance, n_bins=n_bins, seed=seed),
         "notes": [
             *NOTES,
             *(NOTES_ON_SHIFTS if pools else ()),

@@ -5,7 +5,7 @@ Dimensions: n rows of an evaluation set, J sets, G configurations.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,13 @@ def ece_record(sets: Sequence[Answers], n_bins: int, seed: int, rows: Tensor | N
         "floor": finite(found.floor),
         "plain": finite(found.plain),
     }
+
+
+def ece_of(answers: Answers, rows: Tensor, n_bins: int, seed: int, level: float = LEVEL) -> dict[str, Any]:
+    """The debiased ECE with its interval, plain value and noise floor; a data row brings all its copies under other shifts along."""
+    copies = rows if len(rows.unique()) < len(rows) else None
+    found = interval_of_sums(joint_sums([[answers]], n_bins, copies), seed=seed, level=level)
+    return {"ece": found.value, "interval": [found.low, found.high], "plain": found.plain, "floor": found.floor}
 
 
 def ece_difference(sets: Sequence[Answers], baseline: Sequence[Answers], n_bins: int, seed: int) -> Difference:

@@ -12,12 +12,22 @@ from torch import Tensor
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.metrics import BinSums, bin_sums, brier_score, negative_log_likelihood, top_label
 from moe_posterior.metrics.calibration import validate_predictions
-from moe_posterior.prediction import ConfigurationName, Prediction, Whole
+from moe_posterior.prediction import ConfigurationName, Prediction, Whole, normalised
 from moe_posterior.report.ece import Answers
 from moe_posterior.report.places import ALL_SHIFTS, CLEAN
 from moe_posterior.report.schema import OVERALL, Key
 
-__all__ = ["Evaluation", "Part", "reduced", "scored_rows", "validate_arms", "validate_prediction"]
+__all__ = [
+    "Evaluation",
+    "Part",
+    "answers_of",
+    "confidences_of",
+    "reduced",
+    "rows_of",
+    "scored_rows",
+    "validate_arms",
+    "validate_prediction",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +79,21 @@ def scored_rows(probs: Tensor, target: Tensor) -> tuple[Answers, Tensor]:  # (n,
     confidence, correct = top_label(probs, target)
     scores = [correct, negative_log_likelihood(probs, target, "none"), brier_score(probs, target, "none")]
     return Answers(confidence, correct), torch.stack(scores, dim=1)
+
+
+def answers_of(judged: Prediction) -> Answers:
+    """The confidence and correctness of every answer."""
+    return Answers(*top_label(confidences_of(judged), judged.need("target")))
+
+
+def rows_of(judged: Prediction) -> Tensor:  # (n,) int64
+    """Which row of the data each prediction is about; all differ where nothing is known."""
+    return torch.arange(len(judged.probs)) if judged.row is None else judged.row
+
+
+def confidences_of(judged: Prediction) -> Tensor:  # (n, K) or (n,) float64
+    """The probabilities of every class, each row's adding up to 1; or the confidences, where only those are known."""
+    return normalised(judged.probs) if judged.classes else judged.probs.double()
 
 
 def reduced(item: Prediction, n_bins: int) -> Evaluation:

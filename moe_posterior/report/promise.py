@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_posterior.metrics import ActionThreshold, selective_risk, wilson_interval
+from moe_posterior.metrics import ActionThreshold, selective_risk
+from moe_posterior.report.copies import share_of_copies
 from moe_posterior.report.places import severities_text
 
 HELD, FAILED, IDLE = "held", "failed", "nothing acted on"
@@ -154,10 +155,4 @@ def _interval(members: Sequence[Scored], threshold: float) -> list[float]:
     rows = torch.cat(
         [torch.arange(len(one.confidence)) + sum(s for s in sizes if s < len(one.confidence)) for one in members]
     )
-    count, errors = acted.sum(), wrong.sum()
-    share = errors / count
-    residual = torch.zeros(int(rows.max()) + 1, dtype=torch.float64).index_add_(0, rows, wrong - share * acted)
-    simple = count * share * (1 - share)
-    copies = (residual.square().sum() / simple).clamp(min=1.0) if simple > 0 else torch.tensor(float(len(members)))
-    low, high = wilson_interval(errors / copies, count / copies)
-    return [float(low), float(high)]
+    return share_of_copies(wrong, acted, rows)

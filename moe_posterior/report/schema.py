@@ -8,7 +8,8 @@ Intervals are ``[low, high]``. A report read back from JSON may lack any of the 
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
-SCHEMA = "moe-posterior/calibration-report/2"
+SCHEMA = "moe-posterior/calibration-report/3"
+READABLE = ("moe-posterior/calibration-report/2", SCHEMA)  # files that every rendering still reads
 METRICS = ("accuracy", "nll", "brier", "ece")
 OVERALL = "overall"  # the subset of all rows
 
@@ -216,6 +217,109 @@ class Curve(TypedDict, total=False):
     high: Sequence[Number]
 
 
+class ConditionPlace(TypedDict):
+    """One arm on one evaluation set, on all its rows or on those of one group."""
+
+    arm: str
+    shift: str
+    severity: int  # 0: the stored test rows
+    group: str  # a subset, or "overall"
+    family: str  # which conditions the intervals hold for together
+    comparisons: int  # how many those are
+
+
+class Condition(ConditionPlace):
+    """Whether the confidences hold there within a tolerance."""
+
+    n: int  # predictions
+    tolerance: float  # largest calibration error that passes
+    level: float  # of each interval: 1 − 0.05 / comparisons
+    ece: Number  # debiased
+    interval: Interval  # of the ECE
+    gap: Number  # mean confidence − accuracy
+    gap_interval: Interval
+    verdict: str  # "pass", "fail", "cannot say"
+
+
+class Baseline(TypedDict, total=False):
+    """The model, or a trivial baseline chosen on validation rows, on one panel."""
+
+    arm: str
+    panel: str
+    name: str  # "the model", "constant confidence", …
+    detail: str  # what was chosen: the constant, the expert, the weights
+    n: int
+    accuracy: Number
+    ece: Number  # debiased
+    interval: Interval  # of the ECE
+    floor: Number
+    plain: Number
+    brier: Number
+    nll: Number
+
+
+class Versus(TypedDict, total=False):
+    """A baseline less the model, or a calibrator less temperature scaling, on the same rows."""
+
+    arm: str
+    panel: str
+    name: str
+    against: str  # "the model", "temperature"
+    metric: str  # "ece", "brier", "nll": of each less is better
+    value: Number
+    low: Number
+    high: Number
+    p_value: Number
+    p_holm: Number  # within its arm, panel and opponent
+    comparisons: int
+
+
+class Abstention(TypedDict, total=False):
+    """What is left wrong after abstaining on a share of the rows: the most disputed, or the least confident."""
+
+    share: float
+    kept: int
+    risk_disagreement: Number
+    interval_disagreement: Interval
+    risk_confidence: Number
+    interval_confidence: Interval
+
+
+class Disagreement(TypedDict, total=False):
+    """Abstaining where experts disagree beside abstaining where the confidence is low."""
+
+    arm: str
+    panel: str
+    n: int
+    risk: Number  # without abstaining
+    aurc_confidence: Number  # area under risk against coverage
+    aurc_disagreement: Number
+    difference: Number  # disagreement − confidence
+    interval: Interval  # of the difference
+    abstentions: Sequence[Abstention]
+
+
+class AuditEvidence(TypedDict, total=False):
+    """The log of routing decisions that the user named for incident review."""
+
+    path: str
+    verified: bool | None  # None: not checked
+    head: str  # last hash of the chain
+    decisions: int
+    problem: str  # the first that was found
+
+
+class About(TypedDict, total=False):
+    """What only the user can know of a deployment."""
+
+    model: str
+    version: str
+    training_data: str
+    routing: str
+    intended_use: str
+    contact: str
+
+
 class Operation(TypedDict, total=False):
     """What the governance standard asks of the deployment and no evaluation can measure."""
 
@@ -240,6 +344,7 @@ class Core(TypedDict):
     paired: Sequence[Pair]
     reliability: Sequence[ReliabilityCurve]
     configurations: Sequence[Configuration]
+    conditions: NotRequired[Sequence[Condition]]
     notes: Sequence[str]
 
 
@@ -263,6 +368,9 @@ class Sections(TypedDict, total=False):
     rce: Sequence[Curve]
     online: Sequence[Curve]
     left_out: Sequence[LeftOut]  # absent where nothing is
+    baselines: Sequence[Baseline]
+    versus: Sequence[Versus]
+    disagreement: Sequence[Disagreement]
 
 
 class Report(Core, Sections, total=False):

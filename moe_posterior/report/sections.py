@@ -31,9 +31,11 @@ from moe_posterior.metrics import (
     top_label,
     worst_group,
 )
-from moe_posterior.metrics.inference import interval_of_sums
 from moe_posterior.prediction import Prediction, normalised, numbered_configurations
-from moe_posterior.report.ece import Answers, joint_sums
+from moe_posterior.report.baselines import beside
+from moe_posterior.report.disagreement import disagreement_curve, disagreement_row
+from moe_posterior.report.ece import Answers, ece_of
+from moe_posterior.report.evaluation import answers_of, confidences_of, rows_of
 from moe_posterior.report.missing import left_out
 from moe_posterior.report.promise import Scored, promise_rows
 from moe_posterior.report.schema import Sections
@@ -97,6 +99,7 @@ def further_sections(
     everywhere = [(panel, arm, judged) for panel, arms in panels.items() for arm, judged in arms.items()]
     routed = [(panel, arm, judged) for panel, arm, judged in everywhere if judged.configuration is not None]
     online = [one for one in routed if {"temperature", "configuration"} <= fitted.get(one[1], {}).keys()]
+    baselines, versus = beside(everywhere, validation, fitted, n_bins, seed)
     sections: dict[str, Any] = {
         "metric": {
             "name": "top-label ECE",
@@ -121,7 +124,12 @@ def further_sections(
             if arm in validation
             for row in _action(arm, validation[arm], members, max_risk)
         ],
-        "risk_coverage": [_risk_coverage(panel, arm, judged) for panel, arm, judged in everywhere],
+        "risk_coverage": [
+            curve
+            for where in everywhere
+            for curve in (_risk_coverage(*where), disagreement_curve(*where, CURVE_POINTS))
+            if curve is not None
+        ],
         "rce": [
             curve
             for panel, arm, judged in routed
@@ -133,6 +141,9 @@ def further_sections(
             for curve in [_online(panel, arm, judged, validation[arm], fitted[arm]["temperature"], seed)]
             if curve is not None
         ],
+        "baselines": baselines,
+        "versus": versus,
+        "disagreement": [row for where in everywhere if (row := disagreement_row(*where)) is not None],
     }
     if missing := left_out(panels[base], validation, fitted, bool(subsets)):
         sections["left_out"] = missing
@@ -146,18 +157,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _ece(answers: Answers, row: Tensor, n_bins: int, seed: int, level: float = 0.95) -> dict[str, Any]:
-    """The debiased ECE with its interval and noise floor; a row brings all its copies under other shifts along."""
-    copies = row if len(row.unique()) < len(row) else None
-    found = interval_of_sums(joint_sums([[answers]], n_bins, copies), seed=seed, level=level)
-    return {
-        "ece": found.value,
-        "interval": [found.low, found.high],
-        "plain": found.plain,
-        "floor": found.floor,
-    }
 
 
 def _subgroups(
@@ -181,7 +180,7 @@ def _subgroups(
                 "group": name,
                 "n": len(own.correct) if whole is None else whole.n,
                 "accuracy": float(own.correct.mean() if whole is None else whole.scores[0] / whole.n),
-                **_ece(*chosen[-1], n_bins, seed),
+                **ece_of(*chosen[-1], n_bins, seed),
                 "worst": False,
             }
         )
@@ -189,12 +188,12 @@ def _subgroups(
         errors = torch.tensor([row["ece"] for row in rows], dtype=torch.float64)
         most = worst_group(errors, torch.tensor([row["n"] for row in rows])).index or 0
         rows[most]["worst"] = True
-        rows[most]["within_noise"] = _ece(*chosen[most], n_bins, seed, level=1 - 0.05 / len(rows))["interval"][0] <= 0
+        rows[most]["within_noise"] = ece_of(*chosen[most], n_bins, seed, level=1 - 0.05 / len(rows))["interval"][0] <= 0
     return rows
 
 
 def _shared(panel: str, arm: str, judged: Prediction) -> dict[str, Any]:
-    found = shared_confidence(_confidences(judged), _configurations(judged))
+    found = shared_confidence(confidences_of(judged), _configurations(judged))
     return {"arm": arm, "panel": panel, "n": int(found.total), "shared": int(found.shared), "decimals": 2}
 
 
@@ -209,7 +208,7 @@ def _calibrated(
             "panel": panel,
             "name": name,
             "accuracy": float((probs.argmax(dim=1) == target).double().mean()),
-            **_ece(Answers(*top_label(probs, target)), row, n_bins, seed),
+            **ece_of(Answers(*top_label(probs, target)), row, n_bins, seed),
             "nll": float(negative_log_likelihood(probs, target)),
         }
 
@@ -224,20 +223,6 @@ def scored(judged: Prediction) -> Scored:
     return Scored(judged.shift, judged.severity, *answers_of(judged)[:2])
 
 
-def answers_of(judged: Prediction) -> Answers:
-    """The confidence and correctness of every answer."""
-    return Answers(*top_label(_confidences(judged), judged.need("target")))
-
-
-def rows_of(judged: Prediction) -> Tensor:  # (n,) int64
-    """Which row of the data each prediction is about; all differ where nothing is known."""
-    return torch.arange(len(judged.probs)) if judged.row is None else judged.row
-
-
-def _confidences(judged: Prediction) -> Tensor:  # (n, K) or (n,) float64
-    return normalised(judged.probs) if judged.classes else judged.probs.double()
-
-
 def _risk_coverage(panel: str, arm: str, judged: Prediction) -> dict[str, Any]:
     coverage, risk = risk_coverage(*answers_of(judged)[:2])
     shown = torch.linspace(0, len(coverage) - 1, min(CURVE_POINTS, len(coverage))).round().long()
@@ -250,10 +235,10 @@ def _reweighted(
     outputs, target = judged.outputs, judged.need("target")
     configurations = _configurations(judged)
     for name in ("none", *(name for name in ("temperature", "configuration") if name in fitted)):
-        probs = _confidences(judged) if name == "none" else normalised(fitted[name](outputs))
+        probs = confidences_of(judged) if name == "none" else normalised(fitted[name](outputs))
         curve = rce_curve(probs, target, configurations, RHOS)
         yield {"name": f"{arm}, {name}", "panel": panel, "x": list(RHOS), "y": curve.value.tolist()}
-    confidence, _ = top_label(_confidences(judged), target)
+    confidence, _ = top_label(confidences_of(judged), target)
     floor = _reweighted_floor(confidence, configurations, seed)
     yield {"name": f"{arm}, noise floor", "panel": panel, "x": list(RHOS), "y": floor}
 

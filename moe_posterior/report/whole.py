@@ -7,6 +7,7 @@ from torch import Tensor
 from moe_posterior.calibrators import Calibrator
 from moe_posterior.prediction import Prediction, joined
 from moe_posterior.report.compute import evaluate_predictions, is_everything
+from moe_posterior.report.conditions import TOLERANCE
 from moe_posterior.report.panels import panels_of
 from moe_posterior.report.promise import Scored
 from moe_posterior.report.schema import OVERALL, Report
@@ -29,6 +30,7 @@ def report_of(
     n_bins: int = 15,
     resamples: int = 1000,
     seed: int = 0,
+    tolerance: float = TOLERANCE,
 ) -> Report:
     """The report of several arms, without its provenance and identity.
 
@@ -43,6 +45,7 @@ def report_of(
         max_risk: share of wrong answers that the action threshold promises not to exceed.
         n_bins: equal-width bins of the ECE.
         resamples, seed: of the bootstrap.
+        tolerance: as for ``evaluate_predictions``.
 
     Raises:
         InvalidArgumentError: predictions, masks or names that do not fit together.
@@ -62,7 +65,14 @@ def report_of(
     if baseline is None:
         baseline = "softmax" if "softmax" in validation else next(iter(validation))
     core = evaluate_predictions(
-        noted(), masks, n_bins=n_bins, resamples=resamples, seed=seed, baseline=baseline, shifted_from=SEVERE
+        noted(),
+        masks,
+        n_bins=n_bins,
+        resamples=resamples,
+        seed=seed,
+        baseline=baseline,
+        shifted_from=SEVERE,
+        tolerance=tolerance,
     )
     sections = further_sections(
         fitted,

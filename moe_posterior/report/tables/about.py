@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_posterior.report.places import ALL_SHIFTS, size
-from moe_posterior.report.schema import OVERALL, SCHEMA, Report
+from moe_posterior.report.schema import OVERALL, READABLE, Report
 from moe_posterior.report.tables.cells import joined, rows_of, without_empty_columns
 from moe_posterior.results.tables import Table
 
@@ -47,7 +47,7 @@ def identity_values(report: Report) -> dict[str, str]:
 def metric_settings(report: Report) -> str | None:
     """How calibration was measured, as a sentence."""
     settings = report.get("metric")
-    if not settings and report.get("schema") == SCHEMA and "n_bins" in report:
+    if not settings and report.get("schema") in READABLE and "n_bins" in report:
         settings = {"name": "top-label ECE", "binning": "equal width", "n_bins": report["n_bins"], "norm": "l1"}
         settings["debiased"] = True
     if not settings:
