@@ -7,22 +7,17 @@ its activations to the host, and ``import moe_posterior`` needs torch and einops
 the tests.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_posterior import kmeans
 from moe_posterior.checks import validation
 from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError, NotFittedError
-from moe_posterior.kernels import cpu, dispatch, reference
+from moe_posterior.kernels import dispatch, reference
 from moe_posterior.precision import FixedPrecision
-
-_CHUNK = 16_384  # rows an assignment step handles at a time: bounds memory to chunk x C floats
-_RADIUS_QUANTILE = 0.99
-_FEW_MEMBERS = 20  # below it a cluster's own 99th percentile says little; the pooled one stands in
-_REPAIRS = 100
 
 
 class Clusterer(FixedPrecision):
@@ -169,14 +164,14 @@ class Clusterer(FixedPrecision):
         """
         points = self._validated_points(hidden)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        centroids = _seed_centroids(points, self.num_clusters, generator)
+        centroids = kmeans.seed_centroids(points, self.num_clusters, generator)
         scale = float(points.var(dim=0, correction=0).sum().sqrt())
         if batch_size is None:
-            centroids = _lloyd(points, centroids, max_iterations, tolerance * scale)
+            centroids = kmeans.lloyd(points, centroids, max_iterations, tolerance * scale)
         else:
-            centroids = _mini_batches(points, centroids, batch_size, max_iterations, tolerance * scale, generator)
-        centroids, assignment = _without_empty_clusters(points, centroids)
-        radius = _radius(assignment, self.num_clusters)
+            centroids = kmeans.mini_batches(points, centroids, batch_size, max_iterations, tolerance * scale, generator)
+        centroids, assignment = kmeans.without_empty_clusters(points, centroids)
+        radius = kmeans.radius_of(assignment, self.num_clusters)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # Evidence is summed over ranks: cluster c must be the same cluster on all of them.
             torch.distributed.broadcast(centroids, src=0)
@@ -232,127 +227,10 @@ class Clusterer(FixedPrecision):
         self.directions, self.offsets = prepared.directions, prepared.offsets
         self.rounded, self.reach = reference.round_directions(prepared.directions)
         self._fitted = self.centroids.device.type != "meta" and bool(torch.isfinite(self.centroids).all())
-        self._levels = _group(prepared) if self.levels == 2 and self._fitted else None
+        self._levels = kmeans.two_levels(prepared) if self.levels == 2 and self._fitted else None
 
 
 def _refresh_after_load(module: torch.nn.Module, incompatible_keys: object) -> None:
     if isinstance(module, Clusterer):
         with torch.no_grad():
             module._refresh()
-
-
-def _squared_distances(points: Tensor, centre: Tensor) -> Tensor:  # (N, D), (D,) -> (N,)
-    """Directly, not by the expanded square: a point that equals the centre must come out as exactly zero."""
-    return torch.cat([(chunk - centre).square().sum(dim=1) for chunk in points.split(_CHUNK)])
-
-
-def _seed_centroids(points: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:  # (N, D) -> (C, D)
-    """Greedy k-means++: of 2 + log C candidates drawn in proportion to squared distance, keep the one that helps most."""
-    candidates = 2 + int(math.log(num_clusters))
-    first = int(torch.randint(len(points), (), generator=generator))
-    chosen, nearest = [first], _squared_distances(points, points[first])
-    while len(chosen) < num_clusters:
-        cumulative = nearest.double().cumsum(0).cpu()
-        if not cumulative[-1] > 0:
-            raise InvalidArgumentError(
-                f"hidden must hold at least num_clusters={num_clusters} distinct rows; got {len(chosen)} distinct ones"
-            )
-        draws = torch.rand(candidates, generator=generator, dtype=torch.float64) * cumulative[-1]
-        drawn = torch.searchsorted(cumulative, draws, right=True).clamp(max=len(points) - 1)
-        reduced = [torch.minimum(nearest, _squared_distances(points, points[i])) for i in drawn.tolist()]
-        best = min(range(candidates), key=lambda j: float(reduced[j].sum(dtype=torch.float64)))
-        chosen.append(int(drawn[best]))
-        nearest = reduced[best]
-    return points[torch.tensor(chosen, device=points.device)].clone()
-
-
-def _assign(points: Tensor, centroids: Tensor) -> reference.Assignment:
-    prepared = reference.prepare_centroids(centroids)
-    parts = [reference.assign(chunk, prepared) for chunk in points.split(_CHUNK)]
-    return reference.Assignment(torch.cat([p.cluster_ids for p in parts]), torch.cat([p.distance for p in parts]))
-
-
-@torch.no_grad()
-def _group(centroids: reference.Centroids) -> reference.Levels:
-    """Two levels, on the CPU, where alone they are used; the same centroids give the same groups."""
-    points = centroids.points.cpu()
-    num_groups = min(round(math.sqrt(2 * len(points))), len(points.unique(dim=0)))
-    means = _seed_centroids(points, num_groups, torch.Generator().manual_seed(0))
-    means = _lloyd(points, means, max_iterations=20, tolerance=0.0)
-    groups = _assign(points, means).cluster_ids
-    return cpu.prepare_levels(reference.prepare_centroids(points), means, groups, math.ceil(len(points) / 8))
-
-
-def _lloyd(
-    points: Tensor, centroids: Tensor, max_iterations: int, tolerance: float
-) -> Tensor:  # (N, D), (C, D) -> (C, D)
-    for _ in range(max_iterations):
-        ids = _assign(points, centroids).cluster_ids
-        counts = torch.bincount(ids, minlength=len(centroids))
-        sums = torch.zeros_like(centroids).index_add_(0, ids, points)
-        updated = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
-        moved = float((updated - centroids).norm(dim=1).max())
-        centroids = updated
-        if moved <= tolerance:
-            break
-    return centroids
-
-
-def _mini_batches(
-    points: Tensor,  # (N, D)
-    centroids: Tensor,  # (C, D)
-    batch_size: int,
-    passes: int,
-    tolerance: float,
-    generator: torch.Generator,
-) -> Tensor:  # (C, D)
-    """Each centroid is the running mean of the points assigned to it so far."""
-    seen = torch.zeros(len(centroids), device=points.device)
-    for _ in range(passes):
-        before = centroids
-        for rows in torch.randperm(len(points), generator=generator).split(batch_size):
-            batch = points[rows.to(points.device)]
-            ids = _assign(batch, centroids).cluster_ids
-            counts = torch.bincount(ids, minlength=len(centroids))
-            seen = seen + counts
-            offsets = torch.zeros_like(centroids).index_add_(0, ids, batch - centroids[ids])
-            centroids = centroids + offsets / seen.clamp(min=1)[:, None]
-        if float((centroids - before).norm(dim=1).max()) <= tolerance:
-            break
-    return centroids
-
-
-def _without_empty_clusters(points: Tensor, centroids: Tensor) -> tuple[Tensor, reference.Assignment]:
-    """Move each empty cluster onto the point that is farthest from its own centroid, until none is empty."""
-    for _ in range(_REPAIRS):
-        assignment = _assign(points, centroids)
-        empty = (torch.bincount(assignment.cluster_ids, minlength=len(centroids)) == 0).nonzero().flatten()
-        if not len(empty):
-            return centroids, assignment
-        distance = _squared_to_own(points, centroids, assignment.cluster_ids)
-        centroids = centroids.clone()
-        for cluster in empty.tolist():
-            farthest = int(distance.argmax())
-            centroids[cluster] = points[farthest]
-            distance = torch.minimum(distance, _squared_distances(points, points[farthest]))
-    raise InvalidArgumentError(
-        f"hidden must hold at least num_clusters={len(centroids)} rows that float32 can tell apart; "
-        f"{len(empty)} clusters stayed empty"
-    )
-
-
-def _squared_to_own(points: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:  # (N, D), (C, D), (N,) -> (N,)
-    pairs = zip(points.split(_CHUNK), ids.split(_CHUNK), strict=True)
-    return torch.cat([(chunk - centroids[own]).square().sum(dim=1) for chunk, own in pairs])
-
-
-def _radius(assignment: reference.Assignment, num_clusters: int) -> Tensor:  # -> (C,)
-    pooled = _quantile(assignment.distance)
-    members = [assignment.distance[assignment.cluster_ids == c] for c in range(num_clusters)]
-    return torch.stack([_quantile(m) if len(m) >= _FEW_MEMBERS else pooled for m in members])
-
-
-def _quantile(distance: Tensor) -> Tensor:  # (n,) -> ()
-    """By a sort: torch.quantile refuses more than 2^24 values."""
-    ordered = distance.sort().values
-    return ordered[math.ceil(_RADIUS_QUANTILE * len(ordered)) - 1]

@@ -20,7 +20,7 @@ ORDER = [
     ["files", "forking", "pending"],
     ["beta", "forgetting", "evidence"],
     ["kernels"],
-    ["posterior", "clustering"],
+    ["posterior", "kmeans", "clustering"],
     ["memberships"],
     ["gates"],
     ["prediction"],
@@ -39,7 +39,8 @@ AUDIT_ORDER = [
     ["sink", "limits", "belief"],
     ["entries"],
     ["recorder", "read"],
-    ["attach", "rebuild", "verify"],
+    ["attach", "rebuild", "recompute"],
+    ["verify"],
     ["log"],
     ["views"],
 ]
