@@ -48,6 +48,7 @@ LEAVES = {
     "losses",
     "metrics",
     "calibrators",
+    "guarantees",
     "monitoring",
     "results",
     "escape",
