@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from moe_posterior import beta as beta_functions
 from moe_posterior.checks.declared import as_declared
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
@@ -17,19 +16,18 @@ from moe_posterior.evidence import ProxyNoise
 from moe_posterior.gates import exploration as exploring
 from moe_posterior.gates import race
 from moe_posterior.gates.base import ForeseenRouting, Routing, SharedRouting, refuse_export
+from moe_posterior.gates.believed import TokenBelief
 from moe_posterior.gates.learned import LearnedPrior, read_prior
-from moe_posterior.gates.learner import PriorLearner
-from moe_posterior.gates.novelty import Novelty, discounted
+from moe_posterior.gates.novelty import Novelty
 from moe_posterior.gates.rules import KNOBS, Mean, Rule, Score, require_knobs, rule_of
-from moe_posterior.gates.tables import counts_at
 from moe_posterior.kernels import dispatch, reference
-from moe_posterior.memberships import Memberships, SeveralClusters, mixed, mixed_at
+from moe_posterior.memberships import SeveralClusters
 from moe_posterior.posterior import BetaPosterior, Pooling
 
 _ROW_BITS = 32  # of a draw's number, for the row of the batch; the rest counts observe calls
 
 
-class PosteriorGate(PriorLearner):
+class PosteriorGate(TokenBelief):
     """Route by proven competence: the k experts with the highest lower confidence bound in the token's cluster.
 
     The gate reads its :class:`BetaPosterior` and keeps no counts of its own. Where score, choice and weights depend on the cluster
@@ -502,61 +500,8 @@ class PosteriorGate(PriorLearner):
         chosen = race.draw(self.running(alpha, beta, leaders), self.seed, numbers.numpy(force=True))
         return torch.from_numpy(chosen).to(leaders.device)
 
-    def assign(self, hidden: Tensor) -> tuple[reference.Assignment, Memberships | None]:  # (N, D)
-        """Cluster and distance of each token, and its memberships where it has several.
-
-        Cluster 0 at distance 0 where a learned prior decides alone: clusters mean nothing yet.
-        """
-        if self.from_map_alone:
-            ids = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-            return reference.Assignment(ids, torch.zeros(hidden.shape[0], device=hidden.device)), None
-        if self.members is None:
-            return self.clusterer(hidden), None
-        return self.members(self.clusterer, hidden)
-
-    def _members_of(self, routing: Routing) -> Memberships | None:
-        if self.members is None:
-            return None
-        if routing.members is None:
-            raise InvalidArgumentError(
-                "routing must be this gate's, in which a token has several clusters; it holds no members"
-            )
-        return routing.members
-
     def _generator(self, device: torch.device, purpose: Literal["route", "shadow"]) -> torch.Generator:
         return exploring.generator_for(device, self.seed, self.steps, purpose)
-
-    def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
-        """Posterior mean competence of the chosen experts as of now."""
-        members = self._members_of(routing)
-        if self.prior is not None:
-            counts = self.counts_of(routing)
-            return beta_functions.mean(counts[:, 0], counts[:, 1]).float()
-        if members is not None:
-            return beta_functions.mean(*mixed_at(self.posterior, members, routing.expert_indices)).float()
-        return super().expected_outcome(routing)
-
-    @torch.no_grad()
-    def estimates(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N, E) float64
-        """Posterior mean competence of every expert on every token, as of now, chosen or not."""
-        self.validate_hidden(hidden)
-        expected = None if self.prior is None else self.prior(hidden)
-        return beta_functions.mean(*self.believed_of(*self.assign(hidden), expected))
-
-    @torch.no_grad()
-    def counts_of(self, routing: Routing) -> Tensor:  # -> (N, 2, k) float64
-        """Alpha and beta of the chosen experts as of now: what mean and interval of their competence come from.
-
-        With ``novelty="discount"`` those that the token was given, far from its cluster fewer than the cluster has.
-        """
-        members = self._members_of(routing)
-        if self.novelty == "discount" or self.prior is not None:
-            assignment = reference.Assignment(routing.cluster_ids, routing.distance)
-            believed = self.believed_of(assignment, members, self.expected_of(routing))
-            return counts_at(*believed, routing.expert_indices)
-        if members is not None:
-            return torch.stack(mixed_at(self.posterior, members, routing.expert_indices), dim=1)
-        return super().counts_of(routing)
 
     def greedy(self, routing: Routing) -> Tensor:  # -> (N, k) int64
         """The experts that the belief, as of now, would choose for these tokens without drawing."""
@@ -571,20 +516,3 @@ class PosteriorGate(PriorLearner):
         else:
             scores = self.scores(*self.believed_of(assignment, members))
         return reference.select(scores, routing.cluster_ids, self.top_k).expert_indices
-
-    def believed_of(
-        self,
-        assignment: reference.Assignment,
-        members: Memberships | None,
-        expected: Tensor | None = None,  # (N, E)
-    ) -> tuple[Tensor, Tensor]:  # 2 x (N, E)
-        """Alpha and beta of every expert, for each token: what :meth:`decide` routes by. ``expected`` is a learned prior's mean."""
-        near = None if members is None else mixed(self.posterior, members)
-        if self.prior is not None:
-            near = self.posterior.parameters_of(assignment.cluster_ids, expected)
-        if self.novelty == "discount" and not self.from_map_alone:
-            if self.prior is None or near is None:
-                return discounted(self.posterior, assignment, self.clusterer.radius, near)
-            worth = (near[0] + near[1]).detach().clamp(max=2)  # a novel token is never surer than one at home
-            return discounted(self.posterior, assignment, self.clusterer.radius, near, worth)
-        return self.posterior.parameters_of(assignment.cluster_ids) if near is None else near
