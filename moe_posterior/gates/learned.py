@@ -56,7 +56,7 @@ class LearnedPrior(FixedPrecision):
         warmup_epochs: ≥ 0; so many epochs all experts weigh the same while the map learns from their outcomes alone. Default 0.
 
     Raises:
-        InvalidArgumentError: an argument out of range, or the prior already belongs to a gate.
+        InvalidArgumentError: an argument out of range; the prior already belongs to a gate, or is used before it does.
 
     Source: the competence prior of *Bayesian Posterior Routing in Multi-Agent Systems*, made a function of the token.
 
@@ -187,6 +187,10 @@ class LearnedPrior(FixedPrecision):
 
     @property
     def _output(self) -> nn.Linear:
+        if "map" not in self._modules:
+            raise InvalidArgumentError(
+                "prior must belong to a gate, which knows its sizes, before it is used; make one: PosteriorGate(..., prior=prior)"
+            )
         last = self.map[-1]
         assert isinstance(last, nn.Linear)
         return last

@@ -57,11 +57,15 @@ class PriorLearner(TabledGate):
         """The log score of a learned prior on the experts' own outcomes, by its weight; its gradient reaches the map alone.
 
         Outcomes are binarised at ``threshold`` as evidence is; NaN is not observed.
+
+        Raises:
+            InvalidArgumentError: an outcome outside [0, 1], or of another shape.
         """
         if self.prior is None:
             return None
         self.validate_hidden(hidden)
-        if self.threshold is not None:
+        if self.threshold is not None:  # comparing would make a valid outcome of a wrong one
+            outcome = validation.outcomes("outcome", outcome, (len(hidden), self.num_experts))
             outcome = torch.where(outcome.isnan(), torch.nan, (outcome >= self.threshold).to(outcome.dtype))
         return self.prior.weight * self.prior.loss(hidden, outcome)
 

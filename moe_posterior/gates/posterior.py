@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from moe_posterior.checks import validation
 from moe_posterior.checks.declared import as_declared
 from moe_posterior.clustering import Clusterer
 from moe_posterior.errors import InvalidArgumentError
@@ -153,9 +154,10 @@ class PosteriorGate(TokenBelief):
                 f"clusterings and neighbours must be 1 with a learned prior; got {clusterings} and {neighbours}"
             )
         if learned is not None:
-            learned.bind(self.hidden_size, self.num_experts)
             shrinkage = learned.shrinkage if shrinkage is None else shrinkage
             if learned.strength is not None:
+                for name, value in (("prior_alpha", prior_alpha), ("prior_beta", prior_beta)):
+                    validation.number(name, value, above=0.0)
                 share = prior_alpha / (prior_alpha + prior_beta)
                 prior_alpha, prior_beta = learned.strength * share, learned.strength * (1 - share)
         if temperature is None:
@@ -183,6 +185,8 @@ class PosteriorGate(TokenBelief):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.configure(**named, temperature=temperature, exploration=exploration)
         self.posterior.subscribe(self.refresh)
+        if learned is not None:  # last: a gate that refuses its arguments leaves the prior free for another
+            learned.bind(self.hidden_size, self.num_experts)
 
     def configure(  # type: ignore[override]  # by name, so that each knob is documented and checked
         self,

@@ -540,6 +540,47 @@ def test_one_prior_belongs_to_one_gate() -> None:
         PosteriorGate(D, E, prior=prior)
 
 
+REFUSED = [
+    {"num_clusters": 0},
+    {"top_k": E + 1},
+    {"score": "best"},
+    {"half_life": -1.0},
+    {"prior_alpha": -1.0},
+    {"false_positive_rate": 2.0},
+    {"threshold": 2.0},
+    {"temperature": 0.0},
+    {"exploration": 1.0},
+    {"backend": "other"},
+]
+
+
+@pytest.mark.parametrize("wrong", REFUSED, ids=str)
+def test_a_gate_that_is_refused_leaves_its_prior_to_another(wrong: dict) -> None:
+    prior = LearnedPrior(9)
+    with pytest.raises(InvalidArgumentError):
+        PosteriorGate(D, E, prior=prior, **wrong)
+    assert PosteriorGate(D, E, prior=prior)(data(3)).expert_indices.shape == (3, 2)
+
+
+def test_a_prior_without_a_gate_says_that_it_needs_one() -> None:
+    for used in (lambda prior: prior(data(3)), lambda prior: prior.loss(data(3), outcomes(3))):
+        with pytest.raises(
+            InvalidArgumentError, match=r"prior must belong to a gate.* PosteriorGate\(\.\.\., prior=prior\)"
+        ):
+            used(LearnedPrior())
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_the_loss_refuses_what_is_no_outcome_and_takes_lists(threshold: float | None) -> None:
+    gate = gate_of(threshold=threshold)
+    seen = outcomes(4)
+    assert torch.equal(gate.loss(data(4), seen.tolist()), gate.loss(data(4), seen))
+    with pytest.raises(InvalidArgumentError, match=r"outcome must lie in \[0, 1\] or be NaN"):
+        gate.loss(data(4), torch.full((4, E), 7.0))
+    with pytest.raises(InvalidArgumentError, match="outcome must be numbers of shape"):
+        gate.loss(data(4), seen[:, :-1])
+
+
 class World:
     """Four experts, each right on its own side of the plane and seldom elsewhere; one can be broken."""
 
