@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_posterior.checks import validation
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate
 from moe_posterior.results.figures import STYLES, band, canvas, save
@@ -41,7 +42,10 @@ class Recovery:
 
 @torch.no_grad()
 def damage_expert(expert: nn.Module, generator: torch.Generator) -> None:
-    """Put noise of the same spread in the place of every parameter: the expert answers as surely as before, and at random.
+    """Put noise of the same size in the place of every parameter: the expert answers as surely as before, and at random.
+
+    The size is the root mean square. The standard deviation is 0 for weights that are all alike, such as those of a fresh norm, and would
+    silence the expert instead. Parameters that are all 0 stay so.
 
     >>> layer = nn.Linear(3, 2)
     >>> before = layer.weight.clone()
@@ -51,7 +55,7 @@ def damage_expert(expert: nn.Module, generator: torch.Generator) -> None:
     """
     for parameter in expert.parameters():
         noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-        parameter.copy_(noise * parameter.std(correction=0))
+        parameter.copy_(noise * parameter.square().mean().sqrt())
 
 
 @torch.no_grad()
@@ -68,17 +72,19 @@ def recovery_of(
         batches: rows with labels, which neither training nor the prior has seen.
         arm: its name.
         seed: of the damage and of the orders.
-        streams: S.
+        streams: S, at least 1; with 1 the table has no standard errors.
 
     Raises:
-        InvalidArgumentError: fewer rows than two batches.
+        InvalidArgumentError: fewer rows than two batches, or no stream.
     """
+    streams = validation.count("streams", streams)
     model = copy.deepcopy(model).eval()
     gate = model.moe.gate
     parts = [(model.features(batch["input"].to(model.device)), batch["target"].to(model.device)) for batch in batches]
+    rows = sum(len(target) for _, target in parts)
+    if rows < 2 * BATCH:
+        raise InvalidArgumentError(f"batches must hold at least {2 * BATCH} rows to see a recovery; got {rows}")
     hidden, target = (torch.cat(part) for part in zip(*parts, strict=True))
-    if len(hidden) < 2 * BATCH:
-        raise InvalidArgumentError(f"batches must hold at least {2 * BATCH} rows to see a recovery; got {len(hidden)}")
     before = model.predict_from(hidden)
     assert before.routing is not None
     chosen, weights = before.routing.expert_indices, before.routing.routing_weights
@@ -135,7 +141,10 @@ def _windows(recovery: Recovery) -> list[tuple[str, Tensor]]:
 
 
 def recovery_records(recoveries: Sequence[Recovery]) -> list[dict[str, Any]]:
-    """Every figure of the table as plain values: arm, window of outcomes, accuracy and share, each with two standard errors."""
+    """Every figure of the table as plain values: arm, window of outcomes, accuracy and share, each with two standard errors.
+
+    A single stream has no standard error: None.
+    """
     records: list[dict[str, Any]] = []
     for one in recoveries:
         beginning = {"arm": one.arm, "expert": one.expert, "outcomes": "before the damage"}
@@ -145,18 +154,31 @@ def recovery_records(recoveries: Sequence[Recovery]) -> list[dict[str, Any]]:
             for name, table in (("accuracy", one.accuracy), ("share", one.share)):
                 by_stream = table[:, inside].mean(dim=1)
                 values[name] = float(by_stream.mean())
-                values[f"{name}_error"] = 2 * float(by_stream.std(correction=0)) / max(1, len(by_stream) - 1) ** 0.5
+                values[f"{name}_error"] = _two_errors(by_stream)
             records.append({**values, "streams": len(one.accuracy)})
     return records
+
+
+def _two_errors(by_stream: Tensor) -> float | None:  # (S,)
+    """Two standard errors of the mean over streams."""
+    if len(by_stream) == 1:
+        return None
+    return 2 * float(by_stream.std(correction=0)) / (len(by_stream) - 1) ** 0.5
 
 
 def recovery_table(recoveries: Sequence[Recovery]) -> str:
     """Accuracy, and the share of rows that the broken expert is chosen for, before the damage and as outcomes come in; Markdown."""
     records = recovery_records(recoveries)
     columns = list(dict.fromkeys(record["outcomes"] for record in records))
+    streams = records[0]["streams"]
+    averaged = (
+        f"Mean of {streams} orders of the test rows ± 2 standard errors"
+        if streams > 1
+        else "One order of the test rows"
+    )
     lines = [
         "The most used expert of each arm breaks after training: accuracy / share of rows it is chosen for, by the outcomes observed",
-        f"since (of the chosen experts alone). Mean of {records[0]['streams']} orders of the test rows ± 2 standard errors.",
+        f"since (of the chosen experts alone). {averaged}.",
         "",
         "| arm | " + " | ".join(columns) + " |",
         "|---|" + "---|" * len(columns),

@@ -105,6 +105,25 @@ def test_the_sample_is_uniform_bounded_and_independent_of_how_the_stream_is_cut(
     assert abs(float(counts.var()) - 19) < 3.5
 
 
+@pytest.mark.parametrize("capacity", [20, 50, 90])
+def test_a_sample_resumed_with_another_capacity_is_that_of_the_smallest_keys(capacity: int) -> None:
+    keys, hidden = row_keys(1000, ("stream",)), torch.arange(1000.0)[:, None]
+    outcome = torch.full((1000, 2), torch.nan)
+    before = Reservoir(50)
+    before.add(keys[:500], hidden[:500], outcome[:500])
+    after = Reservoir(capacity)
+    after.load_state_dict(before.state_dict())
+    rows = 500 + after.admitted(keys[500:])
+    after.add(keys[rows], hidden[rows], outcome[rows])
+    dropped = keys[:500].sort().values[49]  # above this key the first half is incomplete
+    known = keys[keys <= dropped].sort().values
+    assert 90 < len(known) < 1000
+    assert after.keys.sort().values.tolist() == known[:capacity].tolist()
+    again = Reservoir(capacity)
+    again.load_state_dict(after.state_dict())
+    assert (again.bound, again.keys.tolist()) == (after.bound, after.keys.tolist())
+
+
 def test_rows_that_are_not_finite_are_not_sampled() -> None:
     sample = Reservoir(4)
     hidden = torch.tensor([[1.0], [torch.nan], [torch.inf], [2.0]])

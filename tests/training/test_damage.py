@@ -50,7 +50,20 @@ def recoveries(models: dict[str, MoEClassifier]) -> dict:
     return {name: recovery_of(model, data.test_dataloader(), name, streams=4) for name, model in models.items()}
 
 
-def test_noise_of_the_same_spread_takes_the_place_of_every_parameter() -> None:
+def test_weights_that_are_all_alike_get_noise_of_their_size() -> None:
+    norm = nn.LayerNorm(2000)
+    nn.init.constant_(norm.weight, 3.0)
+    layer = nn.Linear(2000, 1)
+    bias = float(layer.bias.detach())
+    for expert in (norm, layer):
+        damage_expert(expert, torch.Generator().manual_seed(0))
+    assert float(norm.weight.square().mean().sqrt()) == pytest.approx(3.0, rel=0.1)
+    assert float(norm.weight.std()) == pytest.approx(3.0, rel=0.1)
+    assert not bool(norm.bias.any())
+    assert 0 < abs(float(layer.bias.detach())) != abs(bias)
+
+
+def test_noise_of_the_same_size_takes_the_place_of_every_parameter() -> None:
     expert = nn.Sequential(nn.Linear(40, 30), nn.Softmax(dim=-1))
     before = copy.deepcopy(expert)
     damage_expert(expert, torch.Generator().manual_seed(0))
@@ -107,3 +120,18 @@ def test_too_few_rows_are_refused(models: dict[str, MoEClassifier]) -> None:
     rows = {"input": torch.zeros(5, 1, 8, 8), "target": torch.zeros(5, dtype=torch.int64)}
     with pytest.raises(InvalidArgumentError, match="batches must hold at least 32 rows to see a recovery; got 5"):
         recovery_of(models["softmax"], [rows])
+    with pytest.raises(InvalidArgumentError, match="batches must hold at least 32 rows to see a recovery; got 0"):
+        recovery_of(models["softmax"], [])
+    with pytest.raises(InvalidArgumentError, match="streams must be an integer of at least 1; got 0"):
+        recovery_of(models["softmax"], [rows], streams=0)
+
+
+def test_a_single_order_has_no_standard_error(models: dict[str, MoEClassifier], tmp_path: Path) -> None:
+    one = [recovery_of(models["learned"], Digits(seed=1).test_dataloader(), "learned", streams=1)]
+    records = recovery_records(one)
+    assert records[1]["accuracy_error"] is None
+    assert 0 < records[1]["accuracy"] < 1
+    table = recovery_table(one)
+    assert "One order of the test rows." in table
+    assert "±" not in table
+    assert recovery_figure(one, tmp_path / "damage.png").is_file()

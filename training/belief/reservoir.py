@@ -50,6 +50,9 @@ def _shifted(bits: Tensor, by: int) -> Tensor:
 class Reservoir:
     """The rows with the smallest keys, on the CPU in float32.
 
+    A state may be loaded into a reservoir of another capacity. The sample stays uniform: into a smaller one go the smallest keys, and a
+    larger one admits no key above those that were dropped before, so that it fills up more slowly.
+
     Args:
         capacity: most rows that are kept.
 
@@ -65,21 +68,20 @@ class Reservoir:
         self.keys = torch.empty(0, dtype=torch.int64)  # (n,)
         self.hidden = torch.empty(0, 0)  # (n, D) float32
         self.outcome = torch.empty(0, 0)  # (n, E) float32, NaN where not observed
+        self.bound = LARGEST  # rows with this key or a larger one may have been dropped
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def admitted(self, keys: Tensor) -> Tensor:  # (N,) -> (M,) int64
         """The positions of the keys that are small enough to get in, in a full reservoir only those below its largest."""
-        if len(self) < self.capacity:
-            return torch.arange(len(keys))
-        return (keys < self.keys.max()).nonzero().flatten()
+        return (keys < self.bound).nonzero().flatten()
 
     def add(self, keys: Tensor, hidden: Tensor, outcome: Tensor) -> None:  # (N,), (N, D), (N, E)
         """Take in rows with their keys; rows that hold NaN or inf are left out."""
         hidden, outcome = (part.detach().to("cpu", torch.float32) for part in (hidden, outcome))
-        finite = torch.isfinite(hidden).all(dim=1)
-        keys, hidden, outcome = keys[finite], hidden[finite], outcome[finite]
+        wanted = torch.isfinite(hidden).all(dim=1) & (keys < self.bound)
+        keys, hidden, outcome = keys[wanted], hidden[wanted], outcome[wanted]
         if not len(keys):
             return
         room = min(self.capacity - len(self), len(keys))
@@ -94,6 +96,7 @@ class Reservoir:
         evicted, accepted = (~kept[: len(self)]).nonzero().flatten(), kept[len(self) :].nonzero().flatten()
         self.keys[evicted] = keys[accepted]
         self.hidden[evicted], self.outcome[evicted] = hidden[accepted], outcome[accepted]
+        self._close_if_full()
 
     def merged(self, device: torch.device, sizes: tuple[int, int]) -> "Reservoir":
         """The sample of what all ranks have seen, sorted by key and the same on each; collective under torch.distributed.
@@ -103,15 +106,17 @@ class Reservoir:
             sizes: D and E, which a rank that has seen nothing does not know.
         """
         whole = Reservoir(self.capacity)
+        whole.bound = self.bound
         order = self.keys.argsort()
         whole.keys = self.keys[order]
         whole.hidden = self.hidden[order] if len(self) else torch.empty(0, sizes[0])
         whole.outcome = self.outcome[order] if len(self) else torch.empty(0, sizes[1])
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return whole
-        held = _gathered(whole.keys, self.capacity, device)  # (ranks, capacity)
+        held, bounds = _gathered(whole.keys, self.bound, self.capacity, device)  # (ranks, capacity), (ranks,)
+        whole.bound = int(bounds.min())
         keys = held.unique()
-        keys = keys[keys < LARGEST][: self.capacity]
+        keys = keys[(keys < LARGEST) & (keys <= whole.bound)][: self.capacity]
         rank = torch.distributed.get_rank()
         # After a resume several ranks hold the same rows; the lowest of them sends each.
         before = held[:rank].flatten()
@@ -120,17 +125,19 @@ class Reservoir:
         whole.hidden = _collected(whole.hidden[mine], places, len(keys), device)
         whole.outcome = _collected(whole.outcome[mine], places, len(keys), device)
         whole.keys = keys
+        whole._close_if_full()
         return whole
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rows and their keys."""
-        return {"keys": self.keys, "hidden": self.hidden, "outcome": self.outcome}
+        """The rows and their keys, and the bound below which no key was dropped."""
+        bound = torch.tensor(self.bound)
+        return {"keys": self.keys, "hidden": self.hidden, "outcome": self.outcome, "bound": bound}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the rows of an earlier :meth:`state_dict`.
+        """Take the rows of an earlier :meth:`state_dict`: all of them, or as many with the smallest keys as there is room for.
 
         Raises:
-            InvalidArgumentError: it is none, or of a reservoir with a larger capacity.
+            InvalidArgumentError: it is none.
         """
         parts = [state.get(name) for name in ("keys", "hidden", "outcome")]
         rows = [part for part in parts if isinstance(part, Tensor)]
@@ -138,20 +145,30 @@ class Reservoir:
             raise InvalidArgumentError(
                 f"state must hold tensors keys, hidden and outcome of as many rows; got {sorted(state)}"
             )
-        if len(rows[0]) > self.capacity:
-            raise InvalidArgumentError(
-                f"capacity must be at least the {len(rows[0])} rows of the state; got {self.capacity}"
-            )
-        self.keys, self.hidden, self.outcome = (part.clone() for part in rows)
+        kept = rows[0].argsort()[: self.capacity].sort().values  # in their order
+        self.keys, self.hidden, self.outcome = (part[kept] for part in rows)
+        self.bound = int(
+            state.get("bound", LARGEST)
+        )  # version 0.2 had none; its samples are resumed with the same capacity
+        self._close_if_full()
+
+    def _close_if_full(self) -> None:
+        """A full reservoir admits only what would push out its largest key."""
+        if len(self) == self.capacity:
+            self.bound = min(self.bound, int(self.keys.max()))
 
 
-def _gathered(keys: Tensor, capacity: int, device: torch.device) -> Tensor:  # (n,) -> (ranks, capacity), on the CPU
-    """Every rank's keys, filled up with the largest number."""
-    padded = torch.full((capacity,), LARGEST, dtype=torch.int64)
+def _gathered(
+    keys: Tensor, bound: int, capacity: int, device: torch.device
+) -> tuple[Tensor, Tensor]:  # (n,) -> (ranks, capacity), (ranks,), on the CPU
+    """Every rank's keys, filled up with the largest number, and its bound."""
+    padded = torch.full((capacity + 1,), LARGEST, dtype=torch.int64)
     padded[: len(keys)] = keys
+    padded[capacity] = bound
     parts = [torch.empty_like(padded, device=device) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, padded.to(device))
-    return torch.stack(parts).cpu()
+    whole = torch.stack(parts).cpu()
+    return whole[:, :capacity], whole[:, capacity]
 
 
 def _collected(rows: Tensor, places: Tensor, count: int, device: torch.device) -> Tensor:  # (m, W), (m,) -> (count, W)
