@@ -44,8 +44,8 @@ class Recovery:
 def damage_expert(expert: nn.Module, generator: torch.Generator) -> None:
     """Put noise of the same size in the place of every parameter: the expert answers as surely as before, and at random.
 
-    The size is the root mean square. The standard deviation is 0 for weights that are all alike, such as those of a fresh norm, and would
-    silence the expert instead. Parameters that are all 0 stay so.
+    The size is the root mean square. The standard deviation is 0 for weights that are all alike, such as those of a fresh norm, and
+    would silence the expert instead. Parameters that are all 0 stay so.
 
     >>> layer = nn.Linear(3, 2)
     >>> before = layer.weight.clone()

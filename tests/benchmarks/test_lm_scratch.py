@@ -7,11 +7,12 @@ pytest.importorskip("transformers")
 
 from moe_posterior.benchmarks.lm import models
 from moe_posterior.benchmarks.lm.data import Corpus
-from moe_posterior.benchmarks.lm.models import Recipe
+from moe_posterior.benchmarks.lm.models import Recipe, evaluate
 from moe_posterior.benchmarks.lm.scratch import (
     ARMS,
     balance_loss,
     build_arm,
+    finish,
     make_gate,
     move_centroids,
     traffic,
@@ -89,6 +90,25 @@ def test_an_interrupted_arm_ends_with_the_belief_of_an_uninterrupted_one(corpus,
     assert len(beliefs) == 2
     assert all(float(states[0][name].sum()) > 0 for name in beliefs)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_learned_prior_routes_from_its_map_while_it_trains_and_starts_without_evidence(corpus, tmp_path) -> None:
+    arm = "learned, balanced"
+    start = build_arm(arm, TINY, 0)
+    found = train_arm(arm, corpus, TINY, 0, tmp_path / "learned.pt")
+    trained = torch.load(tmp_path / "learned.pt", weights_only=True)["model"]
+    name = "model.layers.0.mlp.gate.prior.map.0.weight"
+    assert not torch.equal(trained[name], start.state_dict()[name])
+    assert not [key for key, value in trained.items() if "successes" in key and bool(value.any())]
+    start.load_state_dict(trained)
+    before = evaluate(start, corpus.windows("evaluate", torch.Generator().manual_seed(0))[:256])
+    assert found["loss"] == pytest.approx(before.loss, rel=1e-6)  # clusters without evidence change no decision
+    finish(start, corpus, 0)
+    for decoder in start.model.layers:
+        gate = decoder.mlp.gate
+        assert gate.clusterer.fitted
+        assert not bool(gate.posterior.evidence[0].any() or gate.posterior.evidence[1].any())
+        assert float(gate.posterior.prior_alpha.std()) > 0  # what the held-out text said of the experts
 
 
 def test_traffic_counts_every_slot_of_every_layer(corpus) -> None:
