@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import moe_posterior as mp
-from moe_posterior import audit, calibrators, gates, losses, metrics, monitoring, serving
+from moe_posterior import audit, calibrators, gates, guarantees, losses, metrics, monitoring, serving
 from moe_posterior.replay import find_gates, load_recording, recording_from_experts, save_recording
 
 N, K, E, C, D, G = 24, 3, 4, 2, 6, 3
@@ -211,6 +211,26 @@ def monitor_calls() -> Iterator[Call]:
     yield Call("CalibrationMonitor.update", running.update, rows)
     yield Call("CalibrationMonitor.reset", running.reset, {"configuration": int(GROUPS[0])})
     yield Call("CalibrationMonitor.load_state_dict", running.load_state_dict, {"state": running.state_dict()})
+
+
+def guarantee_calls() -> Iterator[Call]:
+    """Thresholds and prediction sets, with a promise."""
+    level = {"max_risk": 0.5, "error_probability": 0.2}
+    yield _call(guarantees.select_threshold, **RANKED, **level, starts={0.1: 1.0})
+    pooling = {"parents": {0: 1, 1: 1}, "min_rows": 5, "max_groups": 2, "starts": {0.1: 1.0}}
+    yield _call(guarantees.select_group_thresholds, **RANKED, groups=GROUPS, **level, **pooling)
+    yield _call(guarantees.OnlineActionThreshold, **level, step=0.1, alarm=9.0)
+    online = guarantees.OnlineActionThreshold(**level)
+    for method in (online.calibrate, online.update):
+        yield Call(f"OnlineActionThreshold.{method.__name__}", method, RANKED)
+    yield Call("OnlineActionThreshold.acts", online.acts, {"confidence": CONFIDENCE})
+    yield Call("OnlineActionThreshold.load_state_dict", online.load_state_dict, {"state": online.state_dict()})
+    yield _call(guarantees.PredictionSets, error_rate=0.2, score="raps", within="group", penalty=0.1, free_ranks=2)
+    sets = guarantees.PredictionSets(0.2, within="group")
+    rows = {"probs": PROBS, "groups": GROUPS, "weights": CONFIDENCE + 1, "generator": torch.Generator()}
+    yield Call("PredictionSets.calibrate", sets.calibrate, {**rows, "target": TARGET})
+    given = guarantees.PredictionSets(0.2, "aps", "group").calibrate(**{**rows, "target": TARGET})
+    yield Call("PredictionSets.predict", given.predict, rows)
 
 
 def gate_calls() -> Iterator[Call]:

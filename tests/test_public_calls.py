@@ -12,6 +12,7 @@ from public_calls import (
     belief_calls,
     calibrator_calls,
     gate_calls,
+    guarantee_calls,
     loss_calls,
     metric_calls,
     model_calls,
@@ -34,12 +35,33 @@ WORDS = {
 # Not held to it: the arithmetic of moe_posterior.beta and moe_posterior.evidence, which takes tensors alone and runs inside every
 # routing, where a look at each argument would cost more than the sum; moe_posterior.serving.choose, which an engine compiles; and
 # the plain records (named tuples, frozen dataclasses), which hold whatever they are given and are checked by what takes them.
-PARTS = [metric_calls, loss_calls, calibrator_calls, monitor_calls, gate_calls, belief_calls, router_calls, model_calls]
+PARTS = [
+    metric_calls,
+    loss_calls,
+    calibrator_calls,
+    monitor_calls,
+    gate_calls,
+    guarantee_calls,
+    belief_calls,
+    router_calls,
+    model_calls,
+]
 
 
 MODULES = [
     import_module(f"moe_posterior{part}")
-    for part in ("", ".gates", ".metrics", ".losses", ".calibrators", ".monitoring", ".serving", ".audit", ".replay")
+    for part in (
+        "",
+        ".gates",
+        ".metrics",
+        ".losses",
+        ".calibrators",
+        ".guarantees",
+        ".monitoring",
+        ".serving",
+        ".audit",
+        ".replay",
+    )
 ]
 NOT_WALKED = {
     *("BeliefGate", "Calibrator", "CustomRouting", "Gate"),  # abstract: walked in what derives from them

@@ -38,6 +38,10 @@ def benchmark(arguments: Sequence[str]) -> int:
         from moe_posterior.benchmarks.lm.command import lm
 
         return lm(list(arguments[1:]), _about(""))
+    if list(arguments[:1]) == ["guarantees"]:
+        from moe_posterior.benchmarks.guarantees.command import guarantees
+
+        return guarantees(list(arguments[1:]), _about(""), progress)
     asked = parser().parse_args(list(arguments))
     if asked.seeds is None:
         asked.seeds = 20 if asked.horizon else 5
