@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         MoEPosteriorError,
         NotFittedError,
     )
+    from moe_posterior.evaluation import CalibrationReport, evaluate
     from moe_posterior.evidence import Evidence, ProxyNoise
     from moe_posterior.experts import ExpertsFFN
     from moe_posterior.gates import BeliefGate, Gate, LearnedPrior, PosteriorGate, PriorGate, Routing, SoftmaxGate
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BeliefGate",
     "BetaPosterior",
+    "CalibrationReport",
     "Clusterer",
     "DamagedFileError",
     "Decision",
@@ -55,6 +57,7 @@ __all__ = [
     "Routing",
     "SoftmaxGate",
     "Trace",
+    "evaluate",
     "export_routing",
     "record",
     "replay",
@@ -73,6 +76,7 @@ _HOMES = {  # part -> the names of the package that it defines
         "MoEPosteriorError",
         "NotFittedError",
     ),
+    "evaluation": ("CalibrationReport", "evaluate"),
     "evidence": ("Evidence", "ProxyNoise"),
     "experts": ("ExpertsFFN",),
     "gates": ("BeliefGate", "Gate", "LearnedPrior", "PosteriorGate", "PriorGate", "Routing", "SoftmaxGate"),

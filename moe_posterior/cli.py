@@ -41,12 +41,14 @@ COMMANDS = {
         "moe_posterior.training.study.cli", "study", "train", "compare all training methods and calibrators over seeds"
     ),
     "evaluate": _Command(
-        "moe_posterior.training.evaluate",
+        "moe_posterior.evaluation.command",
         "evaluate",
-        "train",
-        "measure a run's accuracy and calibration, also under shift",
+        "evaluate",
+        "measure the accuracy and calibration of predictions, or of a run, also under shift",
     ),
 }
+
+OF_RUN = _Command("moe_posterior.training.evaluate", "evaluate", "train", "")  # `evaluate --run`
 
 
 def usage() -> str:
@@ -79,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"moe-posterior: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    command = COMMANDS[name]
+    of_run = name == "evaluate" and any(word == "--run" or word.startswith("--run=") for word in rest)
+    command = OF_RUN if of_run else COMMANDS[name]
     try:
         if {"-h", "--help"} & set(rest):
             _help(name, rest)

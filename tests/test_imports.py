@@ -25,6 +25,7 @@ ORDER = [
     ["gates"],
     ["prediction"],
     ["report"],
+    ["evaluation"],
     ["dispatch", "experts"],
     ["layer", "router"],
     ["replay"],

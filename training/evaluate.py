@@ -11,25 +11,18 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_posterior.calibrators import Calibrator
-from moe_posterior.commands.evaluate import parser
+from moe_posterior.commands.evaluate import misplaced, parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
 from moe_posterior.escape import terminal
 from moe_posterior.files.atomic import copy, replacing_folder, write_text
 from moe_posterior.files.tensorfile import save_plain
 from moe_posterior.gates import BeliefGate
 from moe_posterior.prediction import Prediction
-from moe_posterior.report import (
-    posterior_heatmap,
-    reliability_diagram,
-    render_table,
-    to_card,
-    to_html,
-    to_markdown,
-    write_json,
-)
+from moe_posterior.report import posterior_heatmap, render_table
 from moe_posterior.report.schema import Report
 from moe_posterior.report.sections import fit_calibrators
 from moe_posterior.report.whole import report_of
+from moe_posterior.report.writing import write_report
 from moe_posterior.training.damage import (
     Recovery,
     recovery_figure,
@@ -118,6 +111,8 @@ def predict(model: MoEClassifier, arm: str, item: EvaluationSet) -> Prediction:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser().parse_args(arguments)
+    if wrong := misplaced(options):
+        raise InvalidArgumentError(wrong)
     options.severities = sorted(set(options.severities))
     if options.resamples < LEAST_RESAMPLES:
         raise InvalidArgumentError(
@@ -153,11 +148,7 @@ def _write(
 ) -> Path:
     """Write the whole report, or leave the earlier one as it was: tables and figures belong together."""
     with replacing_folder(folder) as draft:
-        write_json(report, draft / "report.json")
-        write_text(draft / "table.md", to_markdown(report).rstrip() + "\n")
-        write_text(draft / "index.html", to_html(report))
-        write_text(draft / "model_card.md", to_card(report))
-        reliability_diagram(report, draft / "reliability.png")
+        write_report(report, draft)
         for name, model in models.items():
             gate = model.moe.gate
             if isinstance(gate, BeliefGate):

@@ -56,7 +56,7 @@ class IsotonicCalibration(Calibrator):
         try:
             from sklearn.isotonic import IsotonicRegression
         except ImportError:
-            raise MissingDependencyError("scikit-learn", "train") from None
+            raise MissingDependencyError("scikit-learn", "evaluate") from None
         confidence = top_confidence(outputs.probs)
         correct = top_label(outputs.probs).eq(target).double()
         fitted = IsotonicRegression(y_min=0, y_max=1).fit(confidence.cpu().numpy(), correct.cpu().numpy())

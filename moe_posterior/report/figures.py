@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ARM_STYLES = tuple(
     {**STYLES[i], "marker": marker, "linewidth": 1.2} for i, marker in ((1, "o"), (0, "s"), (2, "^"), (3, "D"))
 )
+MOST_ARMS = len(ARM_STYLES)
 HATCHES = ("", "///", "...", "xxx")
 FEW = 10  # predictions in a bin, below which its accuracy is drawn faint
 MAX_ANNOTATED = 200  # cells; beyond it numbers no longer fit
@@ -40,8 +41,8 @@ def reliability_diagram(report: Report, path: str | os.PathLike[str]) -> None:
         InvalidArgumentError: more arms than can be told apart (four).
         MissingDependencyError: without matplotlib.
     """
-    if len(report["arms"]) > len(ARM_STYLES):
-        raise InvalidArgumentError(f"report must hold at most {len(ARM_STYLES)} arms; got {report['arms']}")
+    if len(report["arms"]) > MOST_ARMS:
+        raise InvalidArgumentError(f"report must hold at most {MOST_ARMS} arms; got {report['arms']}")
     panels = list(dict.fromkeys(curve["panel"] for curve in report["reliability"]))
     figure = canvas(width=0.8 + 3.6 * len(panels), height=5.2)
     axes = figure.subplots(

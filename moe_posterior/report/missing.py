@@ -35,11 +35,11 @@ def left_out_lines(report: Report) -> list[str]:
     """What the report leaves out, a line each.
 
     >>> left_out_lines({"left_out": [{"section": "subgroups", "reason": "no groups"}, {"arm": "b", "section": "x", "reason": "y"}]})
-    ['subgroups: no groups', 'x of b: y']
+    ['subgroups (no groups)', 'x of b (y)']
     """
     found: Sequence[Mapping[str, Any]] = report.get("left_out") or []
     return [
-        f"{' of '.join(str(one[key]) for key in ('section', 'arm') if one.get(key))}: {one['reason']}" for one in found
+        f"{' of '.join(str(one[key]) for key in ('section', 'arm') if one.get(key))} ({one['reason']})" for one in found
     ]
 
 
@@ -62,4 +62,4 @@ def _missing(
         missing = "probabilities of each expert" if judged.expert_probs is None else "routing weights"
         yield "temperature per expert", f"no {missing}"
     if not routed:
-        yield "calibration per configuration", ROUTING
+        yield "calibration per configuration", "no routing weights"

@@ -55,7 +55,7 @@ def render_table(report: Report, console: "Console | None" = None) -> None:
         from rich.table import Table
         from rich.text import Text
     except ImportError as error:
-        raise MissingDependencyError("rich", "train") from error
+        raise MissingDependencyError("rich", "evaluate") from error
 
     def line(first: str, cells: Iterable[str], style: str = "") -> Table:
         grid = Table.grid(padding=(0, 1, 0, 0))
