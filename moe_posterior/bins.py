@@ -1,4 +1,4 @@
-"""Which bin a value belongs to: the one convention of every binned figure in this library.
+"""Which bin a value belongs to: one convention for every binned figure in this library.
 
 B bins of equal width have the edges k / B. A bin holds its lower edge and not its upper one, except the last, which holds 1 too; so a
 value on an inner edge belongs to the bin above, and no bin is made for the confidence 1.0 alone. Bins of equal mass do the same with
@@ -13,7 +13,7 @@ from moe_posterior.checks.declared import as_declared
 from moe_posterior.checks.validation import count, floats
 from moe_posterior.errors import InvalidArgumentError
 
-MOST_BINS = 1 << 20  # edges of a million bins take 8 MB; more bins than that is a slip of the keyboard
+MOST_BINS = 1 << 20  # edges of a million bins take 8 MB; more is a typing error
 
 
 def place(values: Tensor, edges: Tensor) -> Tensor:  # (...), (B − 1,) rising inner edges -> (...) int64 in [0, B)

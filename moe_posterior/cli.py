@@ -5,7 +5,7 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     sys.path.pop(
         0
-    )  # `python -m` puts the working folder first; as with the console script, nothing in it may hide a package
+    )  # `python -m` puts the working folder first; as with the console script, nothing there may shadow a package
 
 import importlib
 from collections.abc import Sequence
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _help(name: str, rest: Sequence[str]) -> None:
-    """Print the help and exit; return if the words do not ask for it."""
+    """Print the help and exit if the arguments ask for it."""
     if (name, *rest[:1]) == ("benchmark", "lm"):
         name, rest = "lm", rest[1:]
     importlib.import_module(f"moe_posterior.commands.{name}").parser().parse_known_args(rest)

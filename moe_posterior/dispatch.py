@@ -25,7 +25,7 @@ def dispatch(expert_indices: Tensor, num_experts: int) -> Dispatch:  # (N, k)
     Dispatch(order=tensor([1, 0, 2, 3]), counts=tensor([1, 2, 1]))
     """
     flat = expert_indices.reshape(-1)
-    # No bincount: it breaks a compiled graph, and waits for an accelerator to know its size.
+    # No bincount: it breaks a compiled graph and synchronises with the accelerator to learn its size.
     counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
     return Dispatch(flat.argsort(stable=True), counts)
 

@@ -14,7 +14,7 @@ class NotFittedError(MoEPosteriorError, RuntimeError):
 
 
 class MissingDataError(MoEPosteriorError, FileNotFoundError):
-    """A data file is absent; the message says where was looked and what to put there."""
+    """A data file is absent; the message says where we looked and what to put there."""
 
 
 class DamagedFileError(MoEPosteriorError, ValueError):
@@ -22,11 +22,11 @@ class DamagedFileError(MoEPosteriorError, ValueError):
 
 
 class UnwritableFileError(MoEPosteriorError, OSError):
-    """A file or folder cannot be written; what was there before is as it was. ``errno`` is the system's, where it gave one."""
+    """A file or folder cannot be written; its previous contents are intact. ``errno`` is the system's, if it gave one."""
 
 
 class DivergedError(MoEPosteriorError, ArithmeticError):
-    """Training left the finite numbers; the message says what diverged, in which epoch, and what to try."""
+    """Training produced NaN or inf; the message says what diverged, in which epoch, and what to try."""
 
 
 class AuditError(MoEPosteriorError):
@@ -42,7 +42,7 @@ class AuditLockedError(AuditError):
 
 
 class ForkedError(MoEPosteriorError, RuntimeError):
-    """Something was used in a forked child that another thread of the parent was changing at that moment."""
+    """An object was used in a forked child while another thread of the parent was changing it at the fork."""
 
 
 class MissingDependencyError(MoEPosteriorError, ImportError):

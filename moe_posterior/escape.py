@@ -1,7 +1,7 @@
-"""Names and messages made harmless for what they are shown in: one function for each kind of output.
+"""Make names and messages safe to display: one escape function for each kind of output.
 
-Arms, data sets, routers and experts are named by whoever made them, and a log or a report may come from anywhere. So nothing that
-is shown may steer a terminal, add markup, break a table, run text backwards or be taken for a formula.
+Arms, data sets, routers and experts are named by users, and a log or a report may come from anywhere. So displayed text must not
+control a terminal, add markup, break a table, reverse text direction or be read as a formula.
 """
 
 import re
@@ -9,15 +9,15 @@ from html import escape as _escape_html
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~$#]|:(?=//)|(?<=www)\.)")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-_LINE_ENDS = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"  # Python's blanks that are no mere width
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets take for one at the start of a text
+_LINE_ENDS = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"  # Python's whitespace that is not merely a width
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what makes a spreadsheet treat a text as a formula
 
 
 def terminal(text: object) -> str:
-    r"""One line of text that does nothing to a terminal: what is not plainly printable stands as its escape.
+    r"""One line of text that cannot control a terminal: whatever is not plainly printable is shown as its escape.
 
-    Not printable are control characters, line ends, what directs or hides text (bidirectional controls, zero widths) and lone
-    surrogates. Blanks of any width are plain ones.
+    Control characters, line ends, characters that redirect or hide text (bidirectional controls, zero widths) and lone surrogates
+    are escaped. Whitespace of any width becomes a plain space.
 
     >>> print(terminal("a\x1b[2Jb\nc"), terminal("é"))
     a\x1b[2Jb\nc é
@@ -26,7 +26,7 @@ def terminal(text: object) -> str:
 
 
 def ascii_line(text: object) -> str:
-    r"""As :func:`terminal`, for terminals of any encoding: whatever is not ASCII is escaped too.
+    r"""As :func:`terminal`, for terminals of any encoding: non-ASCII characters are escaped too.
 
     >>> print(ascii_line("é"))
     \xe9
@@ -35,7 +35,7 @@ def ascii_line(text: object) -> str:
 
 
 def lines(text: object) -> str:
-    r"""As :func:`terminal`, but line ends stay.
+    r"""As :func:`terminal`, but line ends are kept.
 
     >>> print(lines("a\x1b\nb"))
     a\x1b
@@ -45,7 +45,7 @@ def lines(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    r"""One line of text that stays text in Markdown, in a paragraph or in a cell of a table, and in the HTML made of it.
+    r"""One line of plain text for Markdown, in a paragraph or a table cell, and for the HTML rendered from it.
 
     >>> print(markdown("a|b <script>\n# *c*"))
     a\|b &lt;script&gt; \# \*c\*
@@ -55,7 +55,7 @@ def markdown(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """A code span of Markdown, which no backtick within ends.
+    """A Markdown code span that no backtick inside the text can end.
 
     >>> print(code("a `b`"))
     `` a `b` ``
@@ -67,7 +67,7 @@ def code(text: object) -> str:
 
 
 def html(text: object) -> str:
-    r"""Text that stays text in HTML, also within a quoted attribute; line ends are blanks there anyway.
+    r"""Plain text for HTML, also inside a quoted attribute; line ends are whitespace there anyway.
 
     >>> print(html("<b>\x1b&\u202e"))
     &lt;b&gt;\x1b&amp;\u202e
@@ -76,7 +76,7 @@ def html(text: object) -> str:
 
 
 def label(text: object) -> str:
-    r"""One line of text that matplotlib draws as it is: no formula, and never hidden from a legend.
+    r"""One line of text that matplotlib draws literally: not as a formula, and never hidden from a legend.
 
     >>> print(label("$a_b$"))
     \$a_b\$
@@ -86,7 +86,7 @@ def label(text: object) -> str:
 
 
 def spreadsheet(text: object) -> str:
-    """One line of text that no spreadsheet takes for a formula: such a text gets an apostrophe in front.
+    """One line of text that a spreadsheet does not treat as a formula: a leading apostrophe is added where needed.
 
     >>> spreadsheet("=1+1"), spreadsheet("a")
     ("'=1+1", 'a')

@@ -34,11 +34,11 @@ class ProxyNoise(NamedTuple):
 
     @property
     def contrast(self) -> float:
-        """``1 - false_positive - false_negative``: 1 for a perfect signal, 0 for one that says nothing."""
+        """``1 - false_positive - false_negative``: 1 for a perfect signal, 0 for one that carries no information."""
         return 1.0 - self.false_positive - self.false_negative
 
     def validate(self) -> None:
-        """Raise InvalidArgumentError unless both are probabilities and the signal says more than nothing."""
+        """Raise InvalidArgumentError unless both are probabilities and the signal carries information."""
         rates = real(self.false_positive), real(self.false_negative)
         if not all(rate is not None and 0 <= rate < 1 for rate in rates) or not self.contrast > 0:
             raise InvalidArgumentError(
@@ -73,7 +73,7 @@ def proxy_ece_bound(noise: ProxyNoise, uncertainty: float) -> float:
     score that equals it. Sampling error comes on top.
 
     Raises:
-        InvalidArgumentError: the rates are no rates, or the uncertainty is negative.
+        InvalidArgumentError: invalid rates, or a negative uncertainty.
 
     >>> round(proxy_ece_bound(ProxyNoise(0.1, 0.1), 0.02), 3)
     0.025

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def retention(half_life: float) -> float:
-    """The factor by which one more observation of a cell discounts what was seen there before: ``2^(-1/half_life)``."""
+    """The factor by which one more observation of a cell discounts the earlier ones: ``2^(-1/half_life)``."""
     return 2.0 ** (-1.0 / half_life)
 
 
@@ -17,7 +17,7 @@ def discounts(
     fading: float,
     weight: Tensor | None = None,  # (M,)
 ) -> Tensor:  # (M,) float64
-    """What is left of each observation of a batch once the batch has been observed row by row.
+    """How much of each observation of a batch remains once the batch has been observed row by row.
 
     ``fading`` is the :func:`retention` of one observation; one of part weight fades the others by that part.
 

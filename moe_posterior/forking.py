@@ -1,4 +1,4 @@
-"""Locks that a forked child can still use: the thread that held them is not there to release them."""
+"""Locks that a forked child can still use, although the thread that held them does not exist there to release them."""
 
 import os
 import threading
@@ -7,7 +7,7 @@ import weakref
 
 from moe_posterior.errors import ForkedError
 
-_PATIENCE = 1.0  # seconds that a fork waits, in all, for threads that are changing something
+_PATIENCE = 1.0  # seconds a fork waits, in total, for threads that are changing something
 _LOCKS: "weakref.WeakSet[ForkLock]" = weakref.WeakSet()
 _held = threading.local()
 
@@ -15,11 +15,11 @@ _held = threading.local()
 class ForkLock:
     """A reentrant lock, as a context manager, over something that other threads change.
 
-    A process that forks waits for those threads first, a second at most; its child gets the lock free and what it guards whole. Where
-    a thread held it for longer, whatever it was changing may be half changed in the child, and taking the lock there is an error.
+    A process that forks first waits for those threads, for at most a second; the child then gets the lock free and the guarded object
+    consistent. If a thread held it longer, the object may be half changed in the child, and taking the lock there is an error.
 
     Args:
-        guarded: what the message calls the thing.
+        guarded: what the error message calls the guarded object.
 
     Raises:
         ForkedError: on entering, in such a child.

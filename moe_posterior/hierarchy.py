@@ -1,9 +1,9 @@
-"""What the experts' pooled records say of each other: a drift that all share, what is an expert's own, and how sure that is.
+"""Splits the experts' pooled records into a drift shared by all and each expert's own deviation, with their uncertainty.
 
 Dimensions: E experts. All deviations are log odds of success against what the priors foresee.
 
-An expert's deviation is a drift shared by the pool plus its own, ``x_e = g + d_e``, with ``g ~ N(0, 1)``. With outcomes of one expert
-alone nobody can tell the two apart, so the priors decide: most experts are steady, ``d_e ~ N(0, s_e)``, and a few break,
+An expert's deviation is a drift shared by the pool plus its own, ``x_e = g + d_e``, with ``g ~ N(0, 1)``. From the outcomes of a single
+expert the two cannot be told apart, so the priors decide: most experts are steady, ``d_e ~ N(0, s_e)``, and a few break,
 ``d_e ~ N(0, 4)``. A loss of the size that pools share is then taken for shared, and those that were not observed inherit it; a
 collapse is taken for the expert's own. Observing a second expert settles it.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 DRIFT_VARIANCE = 1.0  # of what all experts share
 BROKEN_SHARE = 0.05  # prior probability that an expert's own deviation is a break
 BROKEN_VARIANCE = 4.0
-ALIKE = 50.0  # observations that a pooled record is worth in a cluster, where nothing is known of how alike the clusters are
+ALIKE = 50.0  # observations a pooled record is worth in a cluster, while it is unknown how alike the clusters are
 _STEADY_LOG_ODDS = np.log((1 - BROKEN_SHARE) / BROKEN_SHARE)
 _ENOUGH = 10  # observations a cell, on average
 _ROUNDS = 3  # of which experts are broken given the drift, and the drift given those
@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 
 
 class Record(NamedTuple):
-    """Each expert's outcomes over all clusters together, beside what its priors foresaw; (E,) each."""
+    """Each expert's outcomes over all clusters, and what its priors predicted; (E,) each."""
 
     won: Floats
     lost: Floats
@@ -38,11 +38,11 @@ class Record(NamedTuple):
     foreseen_lost: Floats
     centre: Floats  # mean of the prior means
     own_variance: Floats  # s_e
-    known: Floats  # information that the prior itself rests on, in log odds
+    known: Floats  # information behind the prior itself, in log odds
 
 
 class Deviations(NamedTuple):
-    """How the experts stand against their priors, in log odds; (E,) each."""
+    """How far the experts are from their priors, in log odds; (E,) each."""
 
     total: Floats  # shared and own
     by_others: Floats  # the same, but the shared part is what the other experts' records say
@@ -82,12 +82,12 @@ def deviations(record: Record, active: NDArray[np.bool_]) -> Deviations:  # (E,)
 
 
 def _residual(record: Record) -> tuple[Floats, Floats]:
-    """The log odds ratio of what happened to what was foreseen, and its variance; one observation as foreseen keeps both finite."""
+    """The log odds ratio of observed to predicted outcomes, and its variance; one observation as predicted keeps both finite."""
     centre = record.centre
     parts = np.stack(record[:4])
     parts[::2] += centre
     parts[1::2] += 1 - centre
-    # Counts that are de-biased can fall below zero while they are few.
+    # De-biased counts can fall below zero while there are few of them.
     won, lost, foreseen_won, foreseen_lost = np.maximum(parts, 1e-6)
     residual = np.log(won * foreseen_lost / (lost * foreseen_won))
     seen, rate = np.maximum(record.won + record.lost, 0), won / (won + lost)
@@ -97,7 +97,7 @@ def _residual(record: Record) -> tuple[Floats, Floats]:
 def _steady(off: Floats, steady: Floats, broken: Floats) -> Floats:
     """Probability that an expert is steady, from how far it is off the drift and the variances that this has either way.
 
-    1 for one of which so little is known that a break would be nothing unusual.
+    1 for an expert of which too little is known for a break to stand out.
     """
     odds = 0.5 * (np.log(broken / steady) - off**2 * (1 / steady - 1 / broken)) + _STEADY_LOG_ODDS
     return np.where(broken > steady, 1 / (1 + np.exp(-np.clip(odds, -30, 30))), 1.0)

@@ -1,4 +1,4 @@
-"""A mixture-of-experts layer: a gate, experts, and the way between them.
+"""A mixture-of-experts layer: a gate, experts, and the routing between them.
 
 Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token, O output size.
 """
@@ -25,7 +25,7 @@ class MixtureOfExperts(nn.Module):
         gate: the gate that chooses among them; its ``num_experts`` must be their number.
 
     Raises:
-        InvalidArgumentError: there are no experts, or not as many as the gate expects.
+        InvalidArgumentError: no experts, or a number other than the gate expects.
 
     >>> from moe_posterior import SoftmaxGate
     >>> experts = nn.ModuleList([nn.Linear(8, 5) for _ in range(4)])
@@ -67,7 +67,7 @@ class MixtureOfExperts(nn.Module):
         return mixed.reshape(*hidden.shape[:-1], mixed.shape[-1])
 
     def expert_outputs(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., E, O)
-        """What every expert says of every token, chosen or not: for judging experts one by one."""
+        """The output of every expert for every token, chosen or not: for judging experts one by one."""
         tokens = self._flatten(hidden)
         num_experts = self.gate.num_experts
         if isinstance(self.experts, ExpertsFFN):
@@ -156,9 +156,8 @@ class PosteriorMoE(MixtureOfExperts):
         """The same mixture as a trained softmax top-k block, with a belief about its experts; it shares the block's parameters.
 
         The block holds its experts as an ``nn.ModuleList`` named ``experts`` and its router as an ``nn.Linear`` named ``gate`` or
-        ``router``. Put the result in the block's place, ``fit`` its gate and warm-start it. A block of another make, with a router
-        class of its own that returns ``(logits, weights, indices)``, keeps that router and is swapped by
-        :func:`~moe_posterior.swap_gates`.
+        ``router``. Put the result in the block's place, ``fit`` its gate and warm-start it. A block with its own router class, one
+        that returns ``(logits, weights, indices)``, keeps that router and is swapped by :func:`~moe_posterior.swap_gates`.
 
         Args:
             block: maps ``(..., D)`` to ``(..., O)``, or to a tuple that begins with that.

@@ -26,7 +26,7 @@ class Memberships(NamedTuple):
 
 
 class SeveralClusters(FixedPrecision):
-    """What makes a token a member of several clusters.
+    """Assigns a token to several clusters.
 
     In each clustering the token belongs to its ``neighbours`` nearest clusters, with shares softmax(-d² / (softness · s)), d its
     distance and s the mean squared distance of the fitted tokens to their own centroid. So ``softness`` has no unit: between two

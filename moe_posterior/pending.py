@@ -1,4 +1,4 @@
-"""Decisions that wait for their outcome: a ring at id mod size, in constant time, that takes no more memory than decisions were made.
+"""Decisions waiting for their outcome: a ring buffer indexed by id mod size, constant time, memory in proportion to decisions made.
 
 Dimensions: N decisions, k experts per decision, J clusters of a query that belongs to several.
 """
@@ -18,7 +18,7 @@ class Pending:
     """What each waiting decision was: its cluster, its experts, and how often these had been replaced by then.
 
     Args:
-        size: decisions that can wait; an older one gives way to the decision that comes to lie in its place.
+        size: decisions that can wait; a newer decision overwrites the older one in its slot.
         top_k: k.
         width: J; 0 (default) where a query has one cluster alone.
 
@@ -33,7 +33,7 @@ class Pending:
         self.size, self.top_k, self.width = size, top_k, width
         self.names = COLUMNS + MEMBERS if width else COLUMNS
         rows = max(1, min(size, _FIRST // row_size(top_k, width)))
-        self._mark = np.zeros(rows, dtype=np.int64)  # id + 1, so that fresh memory says that nothing lies there
+        self._mark = np.zeros(rows, dtype=np.int64)  # id + 1, so that 0, as in fresh memory, means empty
         self.cluster = np.zeros(rows, dtype=np.int32)  # -1: an embedding that was broken
         self.experts = np.zeros((rows, top_k), dtype=np.int32)
         self.tenure = np.zeros((rows, top_k), dtype=np.int32)
@@ -43,7 +43,7 @@ class Pending:
     def put_one(
         self, decision_id: int, cluster: int, experts: list[int], tenure: NDArray, members: Members | None = None
     ) -> None:
-        """Let one decision wait."""
+        """Store one decision."""
         slot = decision_id % self.size
         if slot >= len(self._mark):
             self._grow(slot + 1)
@@ -60,7 +60,7 @@ class Pending:
         tenure: ArrayLike,  # (N, k)
         members: Members | None = None,
     ) -> None:
-        """Let decisions wait."""
+        """Store decisions."""
         if not len(ids):
             return
         slots = ids % self.size
@@ -72,17 +72,17 @@ class Pending:
             self.members[slots], self.shares[slots] = members
 
     def find(self, ids: NDArray) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:  # (N,) -> (N,), (N,)
-        """Where decisions lie, and whether they do; the place of one that does not is any."""
+        """The slot of each decision, and whether it is stored; the slot is meaningless if it is not."""
         slots = ids % self.size
         inside = slots < len(self._mark)
         slots = np.where(inside, slots, 0)
         return slots, inside & (ids >= 0) & (self._mark[slots] == ids + 1)
 
     def require(self, ids: NDArray, tenure: NDArray, next_id: int) -> NDArray[np.int64]:  # (N,), (E,) -> (N,)
-        """Where decisions lie that are about to be resolved.
+        """The slots of decisions that are about to be resolved.
 
         Raises:
-            InvalidArgumentError: one does not wait, comes twice, or went to an expert that has left or been replaced since.
+            InvalidArgumentError: one is not pending, comes twice, or went to an expert that has left or been replaced since.
         """
         slots, known = self.find(ids)
         if not known.all():
@@ -101,12 +101,12 @@ class Pending:
         return slots
 
     def remove(self, ids: NDArray) -> None:
-        """Let these wait no longer, as far as they do."""
+        """Remove these decisions, where they are stored."""
         slots, known = self.find(ids)
         self._mark[slots[known]] = 0
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all decisions."""
         self._mark[:] = 0
 
     def columns(self) -> dict[str, NDArray]:
@@ -125,8 +125,8 @@ class Pending:
                 setattr(self, name, grown)
         except MemoryError as error:
             raise InvalidArgumentError(
-                f"max_pending={self.size}, top_k={self.top_k} needs {rows * row_size(self.top_k, self.width)} bytes by now, "
-                "more than there are"
+                f"max_pending={self.size}, top_k={self.top_k} needs {rows * row_size(self.top_k, self.width)} bytes, "
+                "more memory than is available"
             ) from error
 
 

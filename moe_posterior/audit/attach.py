@@ -1,4 +1,4 @@
-"""Recording the gates inside a model: a stated share of the tokens, and the outcomes of those.
+"""Records the gates inside a model: a given share of the tokens, and their outcomes.
 
 Dimensions: N tokens, M sampled tokens, C clusters, E experts, k experts per token.
 """
@@ -25,8 +25,8 @@ from moe_posterior.forking import ForkLock
 from moe_posterior.gates import BeliefGate, Gate, Routing
 from moe_posterior.pending import Members
 
-_PIECE = 32 << 20  # bytes of a forward's tokens, or of their outcomes, that are noted down together
-_REMEMBERED = 256  # routings of a gate whose outcome can still be recorded
+_PIECE = 32 << 20  # bytes of a forward's tokens, or of their outcomes, per record
+_REMEMBERED = 256  # most recent routings of a gate whose outcomes can still be recorded
 
 
 class _Sampled(NamedTuple):
@@ -57,7 +57,7 @@ class GateRecorder:
             self._checkpoint("attached")
 
     def detach(self) -> None:
-        """Leave the gate as it was."""
+        """Stop recording and restore the gate."""
         self._hook.remove()
         self.gate.__dict__.pop("observe", None)
         if self._belief is not None:
@@ -110,7 +110,7 @@ class GateRecorder:
             self.log.put(item, 600 + sum(column.nbytes for column in held))
 
     def _beliefs(self, routing: Routing, rows: Tensor) -> Columns | None:  # (M,)
-        """Alpha and beta of the chosen, where a learned prior made them the token's own."""
+        """Alpha and beta of the chosen experts, if a learned prior makes them specific to the token."""
         gate = self.gate
         if not isinstance(gate, BeliefGate) or gate.learned_prior is None:
             return None
@@ -188,7 +188,7 @@ def _knobs_of(gate: Gate) -> dict[str, Any]:
 
 
 def _pieces(rows: int, top_k: int, width: int) -> list[slice]:
-    """Rows of a forward in parts that fit a record each, however many tokens it had."""
+    """The rows of a forward in parts that each fit one record."""
     step = max(1, _PIECE // (16 + 8 * top_k + 12 * width))
     return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
 
@@ -200,7 +200,7 @@ class Attachment:
         self.recorders = recorders
 
     def detach(self) -> None:
-        """Record these gates no longer."""
+        """Stop recording these gates."""
         for recorder in self.recorders:
             recorder.detach()
 
@@ -219,9 +219,9 @@ def attach(log: Sink, model: nn.Module, rate: float, name: str, seed: int) -> At
     if not gates:
         raise InvalidArgumentError(f"model must hold at least one Gate; {type(model).__name__} holds none")
     if any("observe" in gate.__dict__ for gate in gates.values()):
-        raise AuditError("a gate of this model is recorded already")
+        raise AuditError("a gate of this model is already being recorded")
     names = [f"{name}.{place}" if place else name for place in gates]
-    for gate, full in zip(gates.values(), names, strict=True):  # all of them before the first is touched
+    for gate, full in zip(gates.values(), names, strict=True):  # check all of them before changing the first
         require_pool(gate)
         log.source_of(full)
     recorders = [

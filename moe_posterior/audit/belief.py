@@ -1,4 +1,4 @@
-"""The posterior rows that decisions rested on, put together again from checkpoints and changed cells.
+"""The posterior rows behind decisions, reassembled from checkpoints and changed cells.
 
 Dimensions: N decisions, C clusters, E experts, R rows of the posterior in one group.
 """
@@ -13,11 +13,11 @@ from moe_posterior.audit.storage.tables import Columns, Group
 from moe_posterior.checks.soundness import require_sound
 from moe_posterior.errors import AuditError, InvalidArgumentError
 
-_MOST_CELLS = 1 << 24  # of one group's rows, beside two whole tables: far above what a writer puts into one
+_MOST_CELLS = 1 << 24  # of one group's rows, in addition to two whole tables: far more than a writer produces
 
 
 class RowsOfGroup(NamedTuple):
-    """Rows of one group, ordered by (cluster, version); a decision rests on the last one that is not after its version."""
+    """Rows of one group, ordered by (cluster, version); a decision uses the latest one up to its version."""
 
     keys: NDArray[np.int64]  # (R,) cluster * 2^32 + version
     alpha: NDArray[np.float64]  # (R, E)
@@ -29,9 +29,9 @@ class RowsOfGroup(NamedTuple):
         return np.searchsorted(self.keys, _keys(decisions["cluster"], decisions["version"]), side="right") - 1
 
     def believed(self, group: Group, kept: NDArray) -> tuple[NDArray, NDArray]:  # (n,) -> 2 x (n, E)
-        """What these decisions of the group rested on: their cluster's row, or their clusters' by share, added in the same steps.
+        """The belief behind these decisions of the group: their cluster's row, or several mixed by share in the same order.
 
-        Where the group holds what was believed of the chosen, it is that, and NaN for the experts that were not chosen.
+        If the group records the belief about the chosen experts, that, with NaN for the others.
         """
         if group.rows("beliefs"):
             experts = group.tables["decisions"]["experts"][kept].astype(np.int64)
@@ -57,7 +57,7 @@ def _keys(clusters: NDArray, versions: NDArray) -> NDArray[np.int64]:
 
 
 class BeliefState:
-    """One source's posterior rows as far as a reader has come."""
+    """One source's posterior rows, as of the reader's current position."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         arrays = checkpoint.arrays
@@ -70,23 +70,23 @@ class BeliefState:
         shape = self.alpha.shape
         sound = len(shape) == 2 and self.beta.shape == shape and self.alpha.dtype == self.beta.dtype == np.float64
         if not sound or self.versions.shape != shape[:1] or self.active.shape != shape[1:]:
-            raise AuditError("a checkpoint's posterior has arrays that do not fit each other")
+            raise AuditError("a checkpoint's posterior has arrays of different shapes")
         _require_sound({"alpha": self.alpha, "beta": self.beta})
         options = checkpoint.settings.get("options")
         self.clusterings = options.get("clusterings", 1) if isinstance(options, dict) else 1
         if type(self.clusterings) is not int or self.clusterings < 1 or shape[0] % self.clusterings:
-            raise AuditError(f"a checkpoint's {shape[0]} clusters are not those of {self.clusterings!r} clusterings")
+            raise AuditError(f"a checkpoint's {shape[0]} clusters do not divide into {self.clusterings!r} clusterings")
 
     def shown(self) -> tuple[NDArray, NDArray]:  # 2 x (C, E)
-        """Alpha and beta of the first clustering, in which each decision has its cluster: it has seen all that the others have."""
+        """Alpha and beta of the first clustering, which holds each decision's cluster: it has seen the same outcomes as the others."""
         rows = len(self.alpha) // self.clusterings
         return self.alpha[:rows], self.beta[:rows]
 
     def advance(self, group: Group) -> RowsOfGroup:
-        """Take in a group's changed cells, and give the rows its decisions rest on.
+        """Apply a group's changed cells and return the rows its decisions used.
 
         Raises:
-            AuditError: there are more than a writer would put into one group, or pseudo-counts that are none.
+            AuditError: more rows than a writer would put into one group, or invalid pseudo-counts.
         """
         cells, decisions = group.tables["posterior"], group.tables["decisions"]
         _require_sound(cells)
@@ -122,7 +122,7 @@ def _require_sound(tables: Columns) -> None:
     try:
         require_sound(tables)
     except InvalidArgumentError as error:
-        raise AuditError(f"a posterior row that was logged is none: {error}") from error
+        raise AuditError(f"a logged posterior row is invalid: {error}") from error
 
 
 def belief_of(checkpoint: Checkpoint) -> BeliefState | None:
@@ -131,13 +131,13 @@ def belief_of(checkpoint: Checkpoint) -> BeliefState | None:
 
 
 def knobs(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How competence became decisions when the checkpoint was made."""
+    """The knobs in force when the checkpoint was made."""
     found = checkpoint.settings.get("knobs")
     return found if isinstance(found, dict) else {}
 
 
 class Source(NamedTuple):
-    """What a reader knows of one router or gate at one point of the log."""
+    """What a reader knows about one router or gate at one point of the log."""
 
     name: str
     checkpoint: Checkpoint

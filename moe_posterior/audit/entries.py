@@ -1,4 +1,4 @@
-"""The tables that an auditor asks for: decisions with their beliefs and outcomes, outcomes alone, cells of the posterior.
+"""The tables for an auditor: decisions with their beliefs and outcomes, outcomes alone, cells of the posterior.
 
 Dimensions: N decisions, E experts, k experts per decision.
 """
@@ -62,7 +62,7 @@ def cells_of_group(group: Group, name: str) -> Any:
 
 
 def selected(group: Group, ids: list[int] | None, expert: int | None, cluster: int | None) -> NDArray[np.int64]:
-    """Which of a group's decisions an auditor asked for."""
+    """Which of a group's decisions were asked for."""
     decisions = group.tables["decisions"]
     keep = np.ones(group.rows("decisions"), dtype=np.bool_)
     if ids is not None:

@@ -1,4 +1,4 @@
-"""What fits into a log's records, asked before anything is recorded: a writer that finds out later can only fail for ever.
+"""The limits of a log's records, checked before anything is recorded: a writer that exceeds one later fails on every attempt.
 
 Dimensions: C clusters, E experts, k experts per decision.
 """
@@ -16,11 +16,11 @@ from moe_posterior.pending import row_size
 from moe_posterior.router import PosteriorRouter
 
 MAX_EXPERTS = 1 << 16  # an expert is 2 bytes in every record
-MAX_TOP_K = MAX_EXPERTS - 1  # so is how many there are per decision
+MAX_TOP_K = MAX_EXPERTS - 1  # so is the number of them per decision
 MAX_NAME = 1000  # characters
-MAX_NAMES = 512 << 10  # bytes of all names together, which every segment begins with
+MAX_NAMES = 512 << 10  # bytes of all names together, which every segment repeats in its first record
 MAX_OPTIONS = 64 << 10  # bytes of a router's options as JSON
-_BESIDE = 128 << 10  # bytes of a checkpoint beside its arrays, at most
+_BESIDE = 128 << 10  # bytes of a checkpoint besides its arrays, at most
 
 
 def require_pool(gate: Gate, num_experts: int | None = None) -> None:
@@ -80,7 +80,7 @@ def require_name(name: str, names: Iterable[str]) -> None:
 
 
 def belief_bytes(gate: BeliefGate, num_experts: int) -> int:
-    """What a checkpoint's arrays take, all of one gate: its state, and the posterior that the state amounts to."""
+    """The size of one gate's arrays in a checkpoint: its state, and the posterior derived from it."""
     belief = gate.posterior
     state = sum(_grown(tensor, belief.num_experts, num_experts) for tensor in gate.state_dict().values())
     return state + gate.num_clusters * (16 * num_experts + 8) + num_experts

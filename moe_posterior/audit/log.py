@@ -1,4 +1,4 @@
-"""The audit log as its users see it: a folder that one process writes and any number read."""
+"""The audit log's public class: a folder that one process writes and any number of processes read."""
 
 import os
 import threading
@@ -40,8 +40,8 @@ _WRITING: "weakref.WeakSet[AuditLog]" = weakref.WeakSet()
 class AuditLog:
     """Every decision, every outcome, and the belief each decision rested on: append-only, hash-chained, crash-safe.
 
-    Recording appends to a queue in memory; a thread writes, in groups, and syncs. Once :meth:`flush` returns, all of it
-    is on the disk. No query and no embedding is stored.
+    Recording appends to a queue in memory; a thread writes in groups and syncs. Once :meth:`flush` returns, everything
+    recorded before is on disk. No query and no embedding is stored.
 
     Args:
         folder: one log. ``"w"`` creates it or resumes it.
@@ -50,18 +50,18 @@ class AuditLog:
         key: 16 to 64 secret bytes make every hash a MAC: without them nobody can rewrite the log unseen. None (default): anyone who can
             write the folder can also rewrite all of it consistently.
         max_queue: bytes of memory for what is not yet on the disk; 128 MiB by default.
-        on_full: what to do when the queue is full or the disk refuses. ``"block"`` (default): wait up to ``max_wait`` seconds for room,
-            then raise, and raise at once while the disk refuses; nothing is decided unrecorded. ``"drop"``: decide on, count what is
-            lost, and write the count and a fresh checkpoint once there is room.
+        on_full: what to do when the queue is full or the disk fails. ``"block"`` (default): wait up to ``max_wait`` seconds for room,
+            then raise, and raise at once while the disk fails; nothing is decided unrecorded. ``"drop"``: go on deciding, count what
+            is lost, and write the count and a fresh checkpoint once there is room.
         rotate_bytes, rotate_seconds: size and age at which a new segment begins, with a checkpoint of the belief; 64 MiB, one hour.
-        compact: turn sealed segments into Parquet in the background, for DuckDB and its like; False by default.
+        compact: turn sealed segments into Parquet in the background, for DuckDB and similar tools; False by default.
         retain_bytes, retain_seconds: remove the oldest sealed segments beyond this total size or age; None (default) keeps
-            all. A note keeps their totals and their place in the chain. Age is time that passed while the log was written; of the time
-            between two runs of a writer, which its clock alone shows, a day at most is believed.
+            all. A note keeps their totals and their place in the chain. Age is time that passed while the log was being written;
+            between two runs of a writer, for which there is only the clock, at most one day counts.
         files: for tests: the calls that touch the disk.
 
     Raises:
-        AuditLockedError: another writer has the folder. AuditWriteError: it cannot be written. AuditError: what is there is no sound
+        AuditLockedError: another writer has the folder. AuditWriteError: it cannot be written. AuditError: the folder holds no valid
             log. InvalidArgumentError: an option out of range.
 
     >>> import tempfile, numpy as np
@@ -106,7 +106,7 @@ class AuditLog:
             if not value >= 1:
                 raise InvalidArgumentError(f"{name} must be at least 1; got {value}")
         self.on_full, self.max_wait = on_full, max_wait
-        self.reached_id = 0  # no id below was ever given, as far as the log knows
+        self.reached_id = 0  # every id the log knows of is below this
         self.dropped: dict[str, int] = {}
         self._keeping = threading.Lock()
         self._forked = False
@@ -119,7 +119,7 @@ class AuditLog:
         self._drift = Drift()
         self._policy = (compact, retain_bytes, retain_seconds)
         self._background: threading.Thread | None = None
-        self.folder = self.folder.absolute()  # wherever the process goes
+        self.folder = self.folder.absolute()  # the process may change its working folder
         place = Place(self.folder, self.key, files or FileSystem())
         self._lock_file = place.lock
         try:
@@ -153,7 +153,7 @@ class AuditLog:
         return self._follow(router, name, "attached")
 
     def attach(self, model: nn.Module, *, rate: float = 1.0, name: str = "model", seed: int = 0) -> Attachment:
-        """Record the gates of a model: of every forward a share of the tokens, and their outcomes when the gates observe them.
+        """Record the gates of a model: a share of the tokens of every forward, and their outcomes when the gates observe them.
 
         The rate is written into the log. Hooks see eager forwards only, so a compiled model must be attached to before it is compiled
         and run eagerly; detach from a model before it is pickled or copied.
@@ -161,11 +161,11 @@ class AuditLog:
         Args:
             model: holds at least one :class:`~moe_posterior.Gate`.
             rate: share of the tokens, in (0, 1]; 1 (default) records all.
-            name: the gates stand in the log as ``name.place.in.model``.
-            seed: of the sample, which is drawn apart from everything else.
+            name: the gates appear in the log as ``name.place.in.model``.
+            seed: of the sample, which has its own generator.
 
         Raises:
-            InvalidArgumentError: no gate, or a rate out of range. AuditError: a gate is recorded already.
+            InvalidArgumentError: no gate, or a rate out of range. AuditError: a gate is already being recorded.
 
         >>> import tempfile, torch
         >>> from moe_posterior import PosteriorMoE
@@ -193,7 +193,7 @@ class AuditLog:
         return recorder
 
     def source_of(self, name: str) -> int:
-        """The number that stands for a router or gate in the files."""
+        """The number of a router or gate in the files."""
         if require_text(name) not in self._names:
             require_name(name, self._names)
             self._names[name] = len(self._names)
@@ -201,10 +201,10 @@ class AuditLog:
 
     @classmethod
     def recover(cls, folder: str | PathLike[str], *, name: str = "router", **options: Any) -> PosteriorRouter:
-        """The router that wrote this folder, as of its last durable record, with its pending decisions, recording on.
+        """The router that wrote this folder, as of its last durable record, with its pending decisions, and recording again.
 
-        The belief is rebuilt bit for bit from the last checkpoint and what came after it. After a crash ids go on behind a gap, so that
-        none that was given and not yet written comes twice.
+        The belief is rebuilt bit for bit from the last checkpoint and what came after it. After a crash, ids continue after a gap,
+        so that none that was given but not yet written is given twice.
 
         Args:
             folder: of the log.
@@ -212,7 +212,7 @@ class AuditLog:
             options: of :class:`AuditLog`.
 
         Raises:
-            AuditError: there is no such log or router in it, or it was altered. The rest as :class:`AuditLog`.
+            AuditError: there is no such log, no such router in it, or it was altered. Otherwise as :class:`AuditLog`.
         """
         log = cls(folder, **options)
         try:
@@ -237,16 +237,16 @@ class AuditLog:
         return beside_upkeep(self.folder, lambda: self.read().outcomes())
 
     def flush(self, timeout: float = 60.0) -> None:
-        """Return once everything recorded before is on the disk.
+        """Wait until everything recorded so far is on disk.
 
         Raises:
-            AuditWriteError: it is not, after ``timeout`` seconds or because the disk refuses; it stays queued. Or the folder, its lock
-                or the current segment was removed, renamed or changed by somebody else, and nothing more is recorded.
+            AuditWriteError: it is not, after ``timeout`` seconds or because the disk fails; it stays queued. Or another process
+                removed, renamed or changed the folder, its lock or the current segment, and nothing more is recorded.
         """
         self._require_writer().flush(timeout)
 
     def compact(self) -> int:
-        """Turn every sealed segment into Parquet files now; returns how many. Rotation seals; so does opening a log again."""
+        """Convert every sealed segment to Parquet now; returns how many. Rotation seals a segment; so does reopening a log."""
         with self._keeping, explained(f"{self.folder} cannot be compacted"):
             self._require_writer().flush(60.0)
             return self._upkeep.compact()
@@ -265,8 +265,8 @@ class AuditLog:
         """Write what is left, seal the log's end and release the folder. A closed log can be opened again.
 
         Raises:
-            AuditWriteError: not everything could be written; the rest is lost, and the message says how much. Where the disk still
-                hangs after ``timeout`` seconds, the folder is let go once it no longer does.
+            AuditWriteError: not everything could be written; the rest is lost, and the message says how much. If the disk still
+                hangs after ``timeout`` seconds, the folder is released once it no longer does.
         """
         if self._writer is None:
             return
@@ -289,18 +289,18 @@ class AuditLog:
 
     @property
     def head(self) -> Position:
-        """The end of what is on the disk; write its digest down elsewhere to prove later that nothing before it was changed."""
+        """The end of what is on disk; keep its digest elsewhere to prove later that nothing before it was changed."""
         if self._writer is not None:
             return self._writer.segments.position
         return read_head(self.folder, self.key).position
 
     @property
     def generation(self) -> int:
-        """Rises when the log wants checkpoints to begin a new segment with."""
+        """Rises when the log needs checkpoints to begin a new segment."""
         return self._require_writer().generation
 
     def require_open(self) -> None:
-        """Raise AuditWriteError where nothing can ever be recorded again: the log is closed, or its writer is another process."""
+        """Raise AuditWriteError where nothing can ever be recorded again: the log is closed, or another process is its writer."""
         self._require_writer()
 
     def has_room(self) -> bool:
@@ -308,7 +308,7 @@ class AuditLog:
         return self._require_writer().has_room()
 
     def admit(self) -> bool:
-        """Whether what is about to happen will be recorded; waits or raises as ``on_full`` says."""
+        """Whether the next event will be recorded; waits or raises as ``on_full`` says."""
         writer = self._require_writer()
         if writer.has_room():
             return True
@@ -326,7 +326,7 @@ class AuditLog:
         self.dropped[what] = self.dropped.get(what, 0) + count
 
     def _said_in_segments(self) -> dict[str, Any]:
-        """What each segment's first frame repeats, to resume from its end."""
+        """What each segment's first frame repeats, so that a log can be resumed from its last segment."""
         return {"sources": dict(self._names), "reached": self.reached_id}
 
     def _tell_durably(self, event: dict[str, Any]) -> None:
@@ -334,7 +334,7 @@ class AuditLog:
         self.flush()
 
     def _note_clock(self) -> None:
-        """Record that the clock was set, or runs apart from the time that passes: times in the log then do not follow each other."""
+        """Record that the clock was set or drifts: times in the log are then not in order."""
         step = self._drift.step()
         if step and self._writer is not None:
             self.put(Event(0, {"event": "clock stepped", "time": now(), "seconds": round(step, 3)}))
@@ -360,7 +360,7 @@ class AuditLog:
                 self.compact()
             if max_bytes is not None or max_seconds is not None:
                 self.retain(max_bytes, max_seconds)
-        except (AuditError, OSError) as error:  # the log itself goes on; the next rotation tries again
+        except (AuditError, OSError) as error:  # recording continues; the next rotation tries again
             warnings.warn(f"{self.folder}: upkeep of old segments failed: {error}", RuntimeWarning, stacklevel=2)
 
     def _require_writer(self) -> Writer:
@@ -371,7 +371,7 @@ class AuditLog:
         return self._writer
 
     def _leave_to_parent(self) -> None:
-        """In a forked child: the writer's thread is not here, and neither the log's end nor its lock is ours."""
+        """In a forked child: the writer's thread does not exist here, and the log's end and lock belong to the parent."""
         self._keeping = threading.Lock()
         if self._writer is not None:
             self._writer, self._forked = None, True
@@ -387,7 +387,7 @@ os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 def _close_at_exit(log: AuditLog) -> Finalize:
-    """Also where a worker of ``multiprocessing`` ends, which runs its own finalizers and no others."""
+    """Also when a ``multiprocessing`` worker exits, which runs only its own finalizers."""
     reference = weakref.ref(log)
 
     def close() -> None:

@@ -54,13 +54,13 @@ def records_of(frame: Frame) -> Iterator[Record]:
 class Reader:
     """Groups, checkpoints and events of a log, in order. Every hash is checked before what it covers is read.
 
-    Reading beside the writer is fine: the log ends, for this iteration, where it ended when the iteration came there.
+    Reading while the writer runs is fine: an iteration ends where the log ended when it got there.
     """
 
     def __init__(self, folder: Path, key: bytes | None, *, start: int = 0, files: FileSystem = DISK) -> None:
         self.folder, self.key, self.start, self.files = folder, key, start, files
         self.chain: Chain | None = None  # of the last iteration
-        self.sources: dict[int, Source] = {}  # as of the record given last
+        self.sources: dict[int, Source] = {}  # as of the last record returned
 
     def __iter__(self) -> Iterator[Record]:
         self.chain, self.sources = Chain(self.folder, self.key, start=self.start, files=self.files), {}
@@ -82,7 +82,7 @@ class Reader:
             yield from read_compacted(self.folder, note, self.key, files=self.files)
 
     def frames(self) -> Iterator[Frame]:
-        """The verified frames themselves, without those of compacted segments."""
+        """The verified frames, without those of compacted segments."""
         self.chain = Chain(self.folder, self.key, start=self.start, files=self.files)
         return (frame for frame in self.chain if isinstance(frame, Frame))
 
@@ -95,7 +95,7 @@ class Reader:
                 yield record, source, rows
 
     def events(self) -> Any:
-        """What happened beside decisions and outcomes, oldest first: columns time, source, event, detail (JSON)."""
+        """Events other than decisions and outcomes, oldest first: columns time, source, event, detail (JSON)."""
         rows = []
         for record in self:
             if isinstance(record, Checkpoint):
@@ -192,6 +192,6 @@ def _check_fit(group: Group, checkpoint: Checkpoint) -> None:
     for table, column, size in bounds:
         values = group.tables[table][column]
         if values.size and int(values.max()) >= size:
-            raise AuditError(f"a group of {said['name']!r} speaks of {column} {int(values.max())}; there are {size}")
+            raise AuditError(f"a group of {said['name']!r} names {column} {int(values.max())}; there are {size}")
     if group.top_k != said["top_k"]:
         raise AuditError(f"a group of {said['name']!r} has {group.top_k} experts a decision, not {said['top_k']}")

@@ -1,4 +1,4 @@
-"""Folding a log into the router that wrote it, bit for bit.
+"""Rebuild the router that wrote a log, bit for bit.
 
 Dimensions: N decisions, M outcomes, C clusters, E experts, k experts per decision.
 """
@@ -19,14 +19,14 @@ from moe_posterior.gates.rules import KNOBS
 from moe_posterior.pending import Members
 from moe_posterior.router import PosteriorRouter
 
-_FOLDED = ("rotated", "configured", "recovered", "trust changed")  # reasons of checkpoints that only outcomes lead to
+_FOLDED = ("rotated", "configured", "recovered", "trust changed")  # reasons of checkpoints that outcomes alone lead to
 
 
 def restore(checkpoint: Checkpoint) -> PosteriorRouter:
     """The router of a checkpoint.
 
     Raises:
-        AuditError: the checkpoint is not of a router, or does not fit together.
+        AuditError: the checkpoint is not a router's, or is inconsistent.
     """
     settings, arrays = checkpoint.settings, checkpoint.arrays
 
@@ -46,22 +46,22 @@ def restore(checkpoint: Checkpoint) -> PosteriorRouter:
         router.gate.configure(**{name: knobs[name] for name in KNOBS})
         router.gate.threshold, router.abstain_below = knobs["threshold"], knobs["abstain_below"]
     except (KeyError, TypeError, ValueError, ArithmeticError, IndexError, RuntimeError, MoEPosteriorError) as error:
-        raise AuditError(f"a checkpoint does not make a router: {error}") from error
+        raise AuditError(f"a checkpoint cannot be turned into a router: {error}") from error
     return router
 
 
 class Fold:
-    """A router that is brought forward by what the log says, instead of by queries and outcomes."""
+    """A router that is advanced by the records of a log instead of by queries and outcomes."""
 
     def __init__(self, router: PosteriorRouter) -> None:
         self.router = router
         belief = router.gate.posterior
         self._plain = belief.half_life is None and belief.surprise is None and belief.noise is None
         self._plain = self._plain and not belief.pools and router.gate.members is None
-        belief.mute()  # nobody reads the tables meanwhile
+        belief.mute()  # the tables are not read until the end
 
     def advance(self, group: Group) -> None:
-        """Take in a group.
+        """Apply a group.
 
         Raises:
             AuditError: it refers to decisions that the log does not hold.
@@ -111,12 +111,12 @@ class Fold:
                 shares = share[0] if share else None
                 belief.observe(cluster, outcome, chosen, shares=shares, threshold=threshold, sync=False)
             except InvalidArgumentError as error:
-                raise AuditError(f"the log holds outcomes that no router takes: {error}") from error
+                raise AuditError(f"the log holds outcomes that the router refuses: {error}") from error
 
     def _looked_up(
         self, wanted: NDArray, ids: NDArray, own: list[NDArray], held: list[NDArray]
     ) -> list[NDArray]:  # (M,) and (N,); (N, ...) each, (P, ...) each -> (M, ...) each
-        """Columns of the decisions that outcomes belong to: from this group's own, or from the pending ones that are held."""
+        """Columns of the decisions that outcomes belong to: this group's own, or pending ones from before."""
         slots, waiting = self.router.pending.find(wanted)
         places = np.searchsorted(ids, wanted).clip(max=max(len(ids) - 1, 0))
         here = ids[places] == wanted if len(ids) else np.zeros(len(wanted), dtype=np.bool_)
@@ -129,7 +129,7 @@ class Fold:
         return found
 
     def _add_plainly(self, batch: NDArray, clusters: NDArray, experts: NDArray, signal: NDArray) -> None:
-        """What ``observe`` does call by call, in one go: sums by cell within a call, calls in order; the same additions."""
+        """``observe`` for many calls at once: sums by cell within a call, calls in order; the same additions."""
         gate = self.router.gate
         seen = ~np.isnan(signal)
         cells = (clusters[:, None] * gate.num_experts + experts)[seen]
@@ -155,7 +155,7 @@ def rebuild(reader: Reader, name: str = "router", *, check: bool = False) -> Pos
     Args:
         reader: of the log.
         name: which router.
-        check: fold from the first checkpoint on, and compare with every later one that outcomes alone lead to.
+        check: rebuild from the first checkpoint, and compare with every later one that outcomes alone lead to.
 
     Raises:
         AuditError: the log holds no such router, or (``check``) a checkpoint is not what the records before it lead to.

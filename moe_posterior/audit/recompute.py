@@ -1,4 +1,4 @@
-"""Whether the choices that a log holds follow from the posterior it holds.
+"""Recompute the choices in a log from the posterior it holds.
 
 Dimensions: N decisions, C clusters, E experts, k experts per decision, R rows of the posterior.
 """
@@ -20,7 +20,7 @@ from moe_posterior.gates import PosteriorGate
 from moe_posterior.kernels import reference
 from moe_posterior.memberships import Memberships
 
-_SLACK = 1e-6  # of a score that is no plain arithmetic: a quantile's last bits depend on how many are computed together
+_SLACK = 1e-6  # for scores that are not plain arithmetic: a quantile's last bits depend on the batch size
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Recomputed:
     agree: int = 0
     disagree: list[dict[str, Any]] = field(default_factory=list)  # the first hundred
     disagreements: int = 0
-    skipped: int = 0  # of gates without a belief, or whose draws were not recorded
+    skipped: int = 0  # decisions of gates without a belief, or with draws that were not recorded
 
 
 def verify_decisions(reader: Reader) -> Recomputed:
@@ -49,7 +49,7 @@ def verify_decisions(reader: Reader) -> Recomputed:
         if not count:
             continue
         drawn = source is not None and not _undrawn(source, group)
-        # A gate that overrules a learned router says no score: the logits that it chose by are not in the log.
+        # A gate that overrules a learned router records no score: the logits it chose by are not in the log.
         learned = source is not None and ("score" not in knobs(source.checkpoint) or _by_odds(source))
         if source is None or rows is None or learned or (drawn and source.checkpoint.settings["kind"] != "router"):
             found.skipped += count
@@ -66,7 +66,7 @@ def verify_decisions(reader: Reader) -> Recomputed:
 
 
 def _by_odds(source: Source) -> bool:
-    """Whether a learned prior's log odds ranked, which are not in the log."""
+    """Whether experts were ranked by a learned prior's log odds, which are not in the log."""
     return (source.checkpoint.settings.get("options") or {}).get("scale") == "odds"
 
 
@@ -107,7 +107,7 @@ def _mixed_choices(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDA
 
 
 def _chosen_again(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The chosen experts ranked by what was believed of them, where the log does not say what was believed of the others."""
+    """The chosen experts ranked by their recorded belief, if the log does not hold the belief about the others."""
     beliefs, experts = group.tables["beliefs"], group.tables["decisions"]["experts"].astype(np.int64)
     alpha, beta = (torch.from_numpy(beliefs[name].copy()) for name in ("alpha", "beta"))
     scores = _scores(alpha, beta, knobs(source.checkpoint)).float().numpy()
@@ -124,21 +124,21 @@ def _scores(alpha: Tensor, beta: Tensor, said: dict[str, Any]) -> Tensor:  # (R,
 
 
 class _Replayed(torch.nn.Module):
-    """In place of a clusterer: the assignments that the log holds."""
+    """Stands in for a clusterer: returns the assignments in the log."""
 
     def __init__(self, assignment: reference.Assignment, radius: Tensor) -> None:
         super().__init__()
         self.assignment, self.radius = assignment, radius
 
     def require_fitted(self) -> None:
-        """It is."""
+        """Always fitted."""
 
     def forward(self, hidden: Tensor) -> reference.Assignment:
         return self.assignment
 
 
 class _ReplayedMembers(torch.nn.Module):
-    """In place of a gate's memberships: those that the log holds."""
+    """Stands in for a gate's memberships: returns those in the log."""
 
     def __init__(self, assignment: reference.Assignment, members: Memberships) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class _ReplayedMembers(torch.nn.Module):
 
 
 class _StandIn(PosteriorGate):
-    """A gate whose belief is put in its place, and what the belief has lost trust in with it."""
+    """A gate whose belief, and the experts it has lost trust in, are set from the log."""
 
     lost: Tensor  # (E,) bool
 
@@ -170,7 +170,7 @@ def _stand_in(source: Source) -> _StandIn:
 
 
 def _drawn_choices(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDArray, NDArray]:  # (N, k), (N, k)
-    """Call by call, with a gate whose belief is the recorded rows and whose draws start where they did."""
+    """Recompute call by call, with a gate that has the recorded rows and the recorded state of its draws."""
     assert source.belief is not None
     said = knobs(source.checkpoint)
     gate = _stand_in(source)
@@ -207,7 +207,7 @@ def _drawn_choices(group: Group, source: Source, rows: RowsOfGroup) -> tuple[NDA
 
 
 def _table_walk(belief: BeliefState, rows: RowsOfGroup) -> Any:
-    """A function from the rows that a call used to the whole tables as of that call."""
+    """A function from the rows a call used to the full tables at that call."""
     bases = np.flatnonzero(np.diff(rows.keys >> 32, prepend=-1))
     clusters = rows.keys[bases] >> 32
     alpha, beta = belief.alpha.copy(), belief.beta.copy()

@@ -1,4 +1,4 @@
-"""What an audit log notes down of a router, under the router's lock: a few appends, and the posterior rows a decision rests on.
+"""Records a router in an audit log, under the router's lock: a few appends, and the posterior rows behind each decision.
 
 Dimensions: N decisions, M outcomes, R posterior rows, C clusters, E experts, k experts per decision.
 """
@@ -23,7 +23,7 @@ from moe_posterior.pending import Members
 from moe_posterior.router import Decision, Decisions, PosteriorRouter
 
 MAX_REFUSALS = 1000  # rows of one refused call that are kept; its reason says how many there were
-_ONE_SIZE = 400  # bytes of memory, about, that a single decision's item takes
+_ONE_SIZE = 400  # approximate bytes of memory for the item of a single decision
 _deciding = attrgetter(*KNOBS, "threshold")
 Tables = tuple[NDArray, NDArray]  # 2 x (C, E)
 
@@ -41,7 +41,7 @@ def columns_of(
     scores: NDArray,  # (N, k)
     flags: NDArray,  # (N,)
 ) -> Columns:
-    """Decisions as a log keeps them; copies, since what the caller gets belongs to the caller."""
+    """Decisions as a log keeps them; copies, because the caller may change its arrays."""
     return {
         "cluster": clusters.astype(np.uint32),
         "distance": distance.astype(np.float32),
@@ -59,10 +59,10 @@ class BeliefTracker:
         self.gate = gate
         self.versions = np.zeros(gate.num_clusters, dtype=np.uint32)  # (C,)
         self.dirty = np.zeros(gate.num_clusters, dtype=np.bool_)  # (C,)
-        self.notified = 0  # changes of the belief since somebody last looked
+        self.notified = 0  # changes of the belief since the last check
         self._base: Tables | None = None  # prior pseudo-counts, as of the last snapshot
         self._evidence: Tables
-        self._told: tuple[Tensor, ...] = ()  # what no outcome changes, as of the last snapshot
+        self._told: tuple[Tensor, ...] = ()  # what outcomes do not change, as of the last snapshot
         self._storage = 0  # where the evidence lay then
         self._suspect = False
         self.close = gate.subscribe(self._touch)  # ends the tracking
@@ -75,8 +75,8 @@ class BeliefTracker:
             self.dirty[cluster_ids.numpy(force=True)] = True
 
     def capture(self, source: int, clusters: NDArray) -> Rows | None:  # (N,)
-        """The rows that decisions in these clusters rest on, where the log does not hold them yet."""
-        if self.gate.reads_other_clusters:  # the pooled record of all clusters speaks in each
+        """The rows behind decisions in these clusters that the log does not hold yet."""
+        if self.gate.reads_other_clusters:  # the pooled record of all clusters counts in each
             clusters = np.arange(len(self.dirty))
         wanted = np.zeros_like(self.dirty)
         wanted[clusters] = True
@@ -98,7 +98,7 @@ class BeliefTracker:
         return Rows(source, [cluster], [version], *self._cells(slice(cluster, cluster + 1)))
 
     def members(self, ids: NDArray, shares: NDArray) -> Columns:  # 2 x (N, J)
-        """What the log holds of queries in several clusters, whose rows were captured."""
+        """The log's columns for queries in several clusters, whose rows were captured."""
         flat = ids.reshape(-1)
         return {
             "cluster": flat.astype(np.uint32),
@@ -107,7 +107,7 @@ class BeliefTracker:
         }
 
     def outdated(self) -> bool:
-        """Whether prior, pool or place of the belief are others than at the last snapshot, so that no row can be captured."""
+        """Whether the belief's prior, pool or storage changed since the last snapshot, so that no row can be captured."""
         if self.gate.posterior.successes.data_ptr() != self._storage:
             return True
         suspect, self._suspect = self._suspect, False
@@ -115,11 +115,11 @@ class BeliefTracker:
 
     def _given(self) -> tuple[Tensor, ...]:
         belief = self.gate.posterior
-        plain = () if self._base is None else (belief.trust,)  # else it changes with outcomes
+        plain = () if self._base is None else (belief.trust,)  # otherwise it changes with outcomes
         return (belief.prior_alpha, belief.prior_beta, belief.active, *plain)
 
     def _cells(self, rows: NDArray | slice) -> tuple[NDArray, NDArray, Tables | None, bool]:
-        """What alpha and beta of these rows are made of, copied; the sum itself can wait for the writer's thread."""
+        """Copies of the parts of alpha and beta of these rows; the writer's thread adds them up."""
         if self._base is None:
             ids = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
             device = self.gate.posterior.successes.device
@@ -133,7 +133,7 @@ class BeliefTracker:
         return successes.take(rows, axis=0), failures.take(rows, axis=0), self._base, False
 
     def _prepare(self) -> None:
-        """Where the prior stays and cells are apart, alpha and beta are the prior plus the counts."""
+        """If the prior is fixed and cells are independent, alpha and beta are the prior plus the counts."""
         belief = self.gate.posterior
         self._base = None
         plain = not belief.pools and belief.noise is None and belief.surprise is None
@@ -166,12 +166,12 @@ class RouterRecorder:
         self._generation = -1
         self._knobs: tuple[Any, ...] = ()
         self._steps = 0
-        self._owed: str | None = None  # a change that is still to be written down
+        self._owed: str | None = None  # a change still to be recorded
         self._fallen: NDArray[np.bool_] | None = (
             None  # (E,) whom the draws of a race treat apart, as the log last heard
         )
         self._lost: dict[str, int] = {}  # what was dropped since the log last had room
-        self._open = True  # whether the call under way is recorded
+        self._open = True  # whether the current call is recorded
         with router.locked():
             router.skip_ids(log.reached_id)
             self.checkpoint(reason)
@@ -245,7 +245,7 @@ class RouterRecorder:
         self._steps += 1
         if self._fallen is not None and not np.array_equal(self._fallen, self.router.gate.fallen.numpy()):
             self._owed = self._owed or "trust changed"
-        self._belief.notified -= 1  # if somebody else changed the belief too, the next call writes a checkpoint
+        self._belief.notified -= 1  # if the belief was also changed from outside, the next call writes a checkpoint
         item = Resolved(self.source, now(), self._steps, ids.astype(np.int64), np.array(outcomes, dtype=np.float64))
         self.log.put(item, 400 + item.ids.nbytes + item.signal.nbytes)
 
@@ -265,11 +265,11 @@ class RouterRecorder:
     def changed(self, reason: str) -> None:
         if self.log.has_room():
             self.checkpoint(reason)
-        else:  # it has happened; the next call writes it down or says that it cannot
+        else:  # it has happened; the next call records it or raises
             self._owed = reason
 
     def checkpoint(self, reason: str) -> None:
-        """Write down all there is; under the router's lock."""
+        """Record the complete state; under the router's lock."""
         router, gate = self.router, self.router.gate
         require_router(router)  # somebody may have added experts to its gate
         knobs = knobs_of(gate, router.abstain_below)

@@ -1,4 +1,4 @@
-"""What recorders write to. A log knows its recorders; of the log they know no more than this."""
+"""What recorders write to: all they know of the log."""
 
 from typing import Protocol
 
@@ -8,14 +8,14 @@ from moe_posterior.audit.storage.collect import Item
 class Sink(Protocol):
     """A log as its recorders see it; :class:`~moe_posterior.audit.AuditLog` is one."""
 
-    reached_id: int  # no id below was ever given, as far as the log knows; the recorder that gives ids raises it
+    reached_id: int  # every id given so far is below this; the recorder that gives ids raises it
 
     @property
     def generation(self) -> int:
-        """Rises when the log wants checkpoints to begin a new segment with."""
+        """Rises when the log needs checkpoints to begin a new segment."""
 
     def source_of(self, name: str) -> int:
-        """The number that stands for a router or gate in the files."""
+        """The number of a router or gate in the files."""
 
     def require_open(self) -> None:
         """Raise AuditWriteError where nothing can ever be recorded again."""
@@ -24,7 +24,7 @@ class Sink(Protocol):
         """Whether something can be recorded now."""
 
     def admit(self) -> bool:
-        """Whether what is about to happen will be recorded; waits or raises as the log was told to."""
+        """Whether the next event will be recorded; waits or raises as the log was configured."""
 
     def put(self, item: Item, size: int = 500) -> None:
         """Record an item of about ``size`` bytes."""

@@ -25,16 +25,16 @@ class Verification:
     records: int = 0
     segments: int = 0
     totals: Counter[str] = field(default_factory=Counter)  # rows of decisions, outcomes, refusals, posterior
-    removed: Counter[str] = field(default_factory=Counter)  # the same, of what retention took
+    removed: Counter[str] = field(default_factory=Counter)  # the same, for segments removed by retention
     closed: bool = False
     head: Position | None = None
-    torn: str | None = None  # how a log that was not closed ends, if not with a whole record
+    torn: str | None = None  # how an unclosed log ends, if not with a whole record
     torn_bytes: int = 0
     cut_bytes: int = 0
 
     @property
     def sound(self) -> bool:
-        """Whether nothing was found altered."""
+        """Whether nothing was altered."""
         return self.problem is None
 
 
@@ -46,10 +46,10 @@ def verify(
     Args:
         folder: of the log.
         key: what it was written with.
-        head: a digest (hexadecimal) that the log once ended with, noted elsewhere: it must stand in the chain.
+        head: a digest (hexadecimal) that the log once ended with, kept elsewhere: it must occur in the chain.
         files: for tests: the calls that touch the disk.
 
-    Nothing that is found raises; the first problem is named in the result.
+    Problems do not raise; the first one is named in the result.
     """
     found = Verification()
 
@@ -88,11 +88,11 @@ def _walk(chain: Chain, head: str | None, found: Verification) -> None:
         if digest not in vouched:
             raise AuditError(f"no record vouches for {of}: it was replaced")
     if head is not None and head.lower() not in digests:
-        raise AuditError(f"no record has the hash {head}: the log was cut before it, or written anew")
+        raise AuditError(f"no record has the hash {head}: the log was cut before it, or rewritten")
 
 
 def _count(frame: Frame, found: Verification) -> set[str]:
-    """Count a frame's rows; the digests of notes that it vouches for."""
+    """Count a frame's rows; returns the digests of the notes that it vouches for."""
     try:
         if frame.kind == Kind.GROUP:
             for table, _, _, rows, _ in split(frame.payload()):

@@ -19,7 +19,7 @@ from moe_posterior.precision import require_all_loadable
 class Routing(NamedTuple):
     """Which experts each token goes to, with what weight, and why.
 
-    It can be observed any time later, once: delayed outcomes are normal.
+    It can be observed once, at any later time: delayed outcomes are normal.
     """
 
     expert_indices: Tensor  # (N, k) int64, best first
@@ -30,7 +30,7 @@ class Routing(NamedTuple):
 
     @property
     def members(self) -> Memberships | None:
-        """The clusters of tokens that belong to several, of which ``cluster_ids`` is one; None where each has that one alone."""
+        """The clusters of tokens that belong to several, including ``cluster_ids``; None where each token has one cluster."""
         return None
 
     @property
@@ -39,7 +39,7 @@ class Routing(NamedTuple):
         return None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Routing":
-        """The routing with every tensor changed alike, as moved to a device or reduced to some rows."""
+        """The routing with ``change`` applied to every tensor, to move it to a device or select rows."""
         return Routing(*(change(part) for part in self))
 
     def abstain(self, threshold: float) -> Tensor:  # -> (N,) bool
@@ -51,9 +51,9 @@ class Routing(NamedTuple):
 
 
 class SharedRouting(Routing):
-    """A :class:`Routing` of tokens that belong to several clusters. The five fields are the same; the memberships come beside them.
+    """A :class:`Routing` of tokens that belong to several clusters. The five fields are the same; the memberships are attached.
 
-    They go with :meth:`Routing.map`, ``_replace``, copies and pickles; a routing put together from the five fields alone has lost
+    They survive :meth:`Routing.map`, ``_replace``, copies and pickles; a routing rebuilt from the five fields alone has lost
     them, and its gate refuses to observe it.
     """
 
@@ -78,10 +78,10 @@ class SharedRouting(Routing):
 
 
 class ForeseenRouting(Routing):
-    """A :class:`Routing` by a learned prior. The five fields are the same; what the prior expected of every expert comes beside them.
+    """A :class:`Routing` by a learned prior. The five fields are the same; the prior's expectation of every expert is attached.
 
-    It goes with :meth:`Routing.map`, ``_replace``, copies and pickles. A routing put together from the five fields alone, as a compiled
-    graph returns, has lost it: its outcomes are then held against the prior's mean in the token's cluster.
+    It survives :meth:`Routing.map`, ``_replace``, copies and pickles. A routing rebuilt from the five fields alone, as a compiled
+    graph returns, has lost it: its outcomes are then compared with the prior's mean in the token's cluster.
     """
 
     @property
@@ -108,7 +108,7 @@ class Gate(nn.Module, ABC):
     """A rule that chooses ``top_k`` of ``num_experts`` experts for every token.
 
     ``forward`` decides and changes nothing; ``observe`` learns from outcomes; ``fit`` prepares what must be known before the
-    first decision. Gates that need no preparation or learn by gradient alone inherit the two latter as they are.
+    first decision. Gates that need no preparation, or learn by gradient alone, inherit the last two unchanged.
 
     Args:
         hidden_size: D.
@@ -123,7 +123,7 @@ class Gate(nn.Module, ABC):
         super().__init__()
         self.hidden_size = validation.count("hidden_size", hidden_size)
         self.num_experts = validation.count("num_experts", num_experts)
-        whole = validation.real(top_k)  # None for what is no number
+        whole = validation.real(top_k)  # None if it is not a number
         if whole is None or not whole.is_integer() or not 1 <= whole <= self.num_experts:
             raise InvalidArgumentError(f"top_k must lie in [1, num_experts={num_experts}]; got {top_k!r}")
         self.top_k = int(whole)
@@ -159,10 +159,10 @@ class Gate(nn.Module, ABC):
     def read(self, routing: Routing, outcome: Tensor) -> tuple[Routing, Tensor]:
         """What :meth:`observe` is given, of whatever type, as the tensors it counts by: indices in int64, outcomes floating.
 
-        Whether the values are in range is for the belief to say: under torch.distributed all ranks must then hear of it.
+        The belief checks that values are in range, because under torch.distributed all ranks must learn of an error together.
 
         Raises:
-            InvalidArgumentError: no Routing, or another type or shape.
+            InvalidArgumentError: not a Routing, or a wrong type or shape.
         """
         if not isinstance(routing, Routing):
             raise InvalidArgumentError(f"routing must be a Routing of this gate; got {validation.described(routing)}")
@@ -178,7 +178,7 @@ class Gate(nn.Module, ABC):
         return False
 
     def reweigh(self, hidden: Tensor, routing: Routing, expert_indices: Tensor) -> Routing:  # (N, D), _, (N, k)
-        """This gate's ``routing`` of ``hidden`` with its choice replaced, weighted by its own rule, with gradient where that has one.
+        """This gate's ``routing`` of ``hidden`` with its choice replaced, weighted by its own rule, with gradient if the rule has one.
 
         Raises:
             InvalidArgumentError: the gate has no rule to weigh a given choice.
@@ -194,21 +194,21 @@ class Gate(nn.Module, ABC):
         """Learn from the inputs just routed, without outcomes; only gates that follow the traffic do anything here."""
 
     def loss(self, hidden: Tensor, outcome: Tensor) -> Tensor | None:  # (N, D), (N, E) -> ()
-        """What a training loss must add so that the gate learns from its experts' own outcomes; None for a gate that does not so."""
+        """What a training loss must add so that the gate learns from its experts' own outcomes; None for a gate that does not."""
         return None
 
     @property
     def individual(self) -> float:
-        """How much of every expert's own loss on every row a training loss must hold, so that the ones not chosen stay competent."""
+        """The weight of every expert's own loss on every row in a training loss, so that experts that are not chosen stay competent."""
         return 0.0
 
     def begin_step(self, step: int, epoch: int) -> None:
-        """Hear from the trainer which step of the training begins, in which epoch; only gates with a schedule or draws do anything."""
+        """Called by the trainer as a training step begins; only gates with a schedule or random draws use it."""
 
     def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
         """The gate's estimate, as of now, of each chosen expert's outcome: what its calibration is measured on.
 
-        The scores themselves, unless the gate ranks by something that is no estimate of success (a bound, an index, a margin).
+        The scores themselves, unless the gate ranks by something other than an estimate of success (a bound, an index, a margin).
         """
         return routing.scores
 
@@ -261,7 +261,7 @@ class Gate(nn.Module, ABC):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         require_all_loadable(
             self, state_dict, prefix
-        )  # clusters without the belief that goes with them are worse than neither
+        )  # clusters loaded without their belief are worse than loading neither
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -269,7 +269,7 @@ class Gate(nn.Module, ABC):
 
 
 def refuse_export() -> None:
-    """Call before drawing: the draws of each batch come from a generator of their own, which no exported graph can hold.
+    """Call before drawing: the draws of each batch use their own generator, which an exported graph cannot hold.
 
     Raises:
         InvalidArgumentError: the gate is being exported.

@@ -2,7 +2,7 @@
 
 Dimensions: N tokens, D hidden size, E experts, k experts per token.
 
-The other gates to compare with stand beside it: ``threshold``, ``bandits``, ``neighbours``, ``fixed``. What can be learned from
+The other baselines are beside it: ``threshold``, ``bandits``, ``neighbours``, ``fixed``. What can be learned from
 labelled rows before the first decision goes through one method on all of them, ``warm_start(hidden, outcome)``; what a gate
 expects of the experts it chose is ``expected_outcome(routing)``, since some rank by something else than an estimate.
 """
@@ -40,7 +40,7 @@ class SoftmaxGate(Gate):
     def __init__(self, hidden_size: int, num_experts: int, top_k: int = 2, *, router_width: int | None = None) -> None:
         super().__init__(hidden_size, num_experts, top_k)
         self.router: nn.Module
-        with torch.inference_mode(False):  # weights that are to be trained outlive the block that they were made in
+        with torch.inference_mode(False):  # trainable weights must be created outside inference mode
             if router_width is None:
                 self.router = nn.Linear(hidden_size, num_experts, bias=False)
             else:
@@ -68,7 +68,7 @@ class SoftmaxGate(Gate):
         return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen)
 
     def expected_outcome(self, routing: Routing) -> Tensor:  # -> (N, k)
-        """The router probabilities of the chosen: what such a gate offers for a probability of success."""
+        """The router probabilities of the chosen: its nearest thing to a probability of success."""
         return routing.scores
 
     def warm_start(

@@ -42,9 +42,9 @@ class BeliefGate(Gate, FixedPrecision):
 
     @abstractmethod
     def measure(self, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
-        """Take in how every expert does on rows whose outcomes are known, after a :meth:`fit`.
+        """Learn from rows on which every expert's outcome is known, after a :meth:`fit`.
 
-        Evidence for a gate that decides by the belief; the reference that experts are held to for one that overrules a learned gate.
+        They are evidence for a gate that decides by the belief, and set the reference of one that overrules a learned gate.
         """
 
     @property
@@ -69,7 +69,7 @@ class BeliefGate(Gate, FixedPrecision):
         """Change how the belief becomes a decision, on the same belief.
 
         Raises:
-            InvalidArgumentError: a knob that this gate has not; nothing has changed.
+            InvalidArgumentError: an unknown knob; nothing has changed.
         """
         if knobs:
             raise InvalidArgumentError(f"{type(self).__name__} has nothing to configure; got {sorted(knobs)}")

@@ -1,4 +1,4 @@
-"""Draws beside the choice: which tokens go to an expert that was not chosen, and to which one.
+"""Random exploration: which tokens go to an expert that was not chosen, and to which one.
 
 Dimensions: N tokens, E experts, k experts per token. Every draw comes from a generator that (seed, step, purpose) determine.
 """

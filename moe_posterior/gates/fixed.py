@@ -20,7 +20,7 @@ from moe_posterior.precision import FixedPrecision
 class FixedGate(Gate, FixedPrecision):
     """Send every token to the k experts with the highest mean outcome on labelled rows: for k = 1 the best single expert.
 
-    What a router must beat to be worth having. Nothing is learned after :meth:`warm_start`; exact ties go to the lowest expert,
+    The baseline that a router must beat. Nothing is learned after :meth:`warm_start`; exact ties go to the lowest expert,
     and one that was never observed counts as ½.
 
     Args:

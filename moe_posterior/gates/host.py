@@ -6,7 +6,7 @@ from torch import nn
 
 
 class GateHost(nn.Module):
-    """A router that a gate lives in, as its child; the router is what the model calls."""
+    """A router that holds a gate as its child; the model calls the router."""
 
     @property
     @abstractmethod

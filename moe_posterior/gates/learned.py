@@ -26,8 +26,8 @@ _RMS_EPS = 1e-6
 class LearnedPrior(FixedPrecision):
     """The prior mean of each expert's competence on a token, ``m = sigmoid(z)``, for :class:`~moe_posterior.PosteriorGate`.
 
-    z is the map of ``h / rms(h)``. By default experts are ranked by z, moved by as many log odds as the evidence moves what is
-    believed, and weighed by ``softmax(g z / temperature)``: without evidence a softmax gate that knows what it expects. g ≤ 1 flattens
+    z is the map of ``h / rms(h)``. By default experts are ranked by z plus the shift in log odds that the evidence causes, and
+    weighted by ``softmax(g z / temperature)``: without evidence, a softmax gate whose logits are expectations. g ≤ 1 flattens
     the weights of a novel token, by its angle to the clusters; it never changes the choice.
 
     A gate with such a prior believes, of expert e on a token x in cluster c, ``Beta(κ m_e(x) + S[c, e], κ (1 - m_e(x)) + F[c, e])``:
@@ -46,8 +46,8 @@ class LearnedPrior(FixedPrecision):
         weight: ≥ 0, of the log score in a training loss; default 1.
         own: ≥ 0, of the mean loss of every expert by itself, chosen or not, in a training loss; default 0.03. Without it the experts
             that are seldom chosen know too little to take over from one that breaks.
-        scale: ``"odds"`` (default), as above. ``"competence"`` ranks and weighs by the rule's score of what is believed, as a gate
-            without a learned prior does; with m constant it is that gate.
+        scale: ``"odds"`` (default), as above. ``"competence"`` ranks and weights by the rule's score of the belief, as a gate
+            without a learned prior does; with constant m it is that gate.
         floor: in (0, 1], the least g of scale ``"odds"``; g is ``(d* / d)²``, at most 1, d being one minus the cosine to the
             nearest centroid and d* its median over the rows of ``learn_prior``. 1 switches it off; default 0.3.
         draws: > 0. While the map is trained (before clusters are fitted, in training mode) the k experts are those with the highest
@@ -105,9 +105,9 @@ class LearnedPrior(FixedPrecision):
         """Make the map; called once, by the gate."""
         if "map" in self._modules:
             raise InvalidArgumentError(
-                "prior must be a LearnedPrior of the gate's own; this one belongs to a gate already"
+                "prior must be a LearnedPrior that no other gate uses; this one already belongs to a gate"
             )
-        with torch.inference_mode(False):  # weights that are to be trained outlive the block that they were made in
+        with torch.inference_mode(False):  # trainable weights must be created outside inference mode
             if self.width is None:
                 self.map = nn.Sequential(nn.Linear(hidden_size, num_experts))
             else:

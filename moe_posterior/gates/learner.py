@@ -1,4 +1,4 @@
-"""What a gate with a learned prior has beside its decisions: how the prior is trained, and when evidence begins.
+"""Training a learned prior, and when evidence begins to count; the decisions are in :mod:`~moe_posterior.gates.posterior`.
 
 Dimensions: N tokens, D hidden size, E experts, k experts per token.
 """
@@ -28,8 +28,8 @@ from moe_posterior.posterior import BetaPosterior
 class PriorLearner(TabledGate):
     """A gate that may have a :class:`~moe_posterior.LearnedPrior`; with ``prior=None`` nothing here has any effect.
 
-    First the map alone decides, and :meth:`loss` trains it. Then :meth:`fit` finds clusters and :meth:`learn_prior` says, by rows held
-    out from the training, what the map is worth. From there on outcomes count as evidence.
+    First the map alone decides, and :meth:`loss` trains it. Then :meth:`fit` finds clusters and :meth:`learn_prior` measures,
+    on held-out rows, how many observations the map is worth. From then on outcomes count as evidence.
     """
 
     prior: LearnedPrior | None
@@ -46,7 +46,7 @@ class PriorLearner(TabledGate):
 
     @property
     def from_map_alone(self) -> bool:
-        """Whether the gate has a learned prior and no clusters yet, in which evidence could speak beside it."""
+        """Whether the gate has a learned prior but no clusters yet, so that no evidence counts."""
         return self.prior is not None and not self.clusterer.fitted
 
     @property
@@ -111,7 +111,7 @@ class PriorLearner(TabledGate):
         rows = self.clusterer(hidden)
         broken = ~torch.isfinite(rows.distance).to(outcome.device)
         counts = BetaPosterior(self.num_clusters, self.num_experts, foresees=True).to(hidden.device)
-        if outcome.shape == (len(hidden), self.num_experts):  # else the count refuses it, on all ranks together
+        if outcome.shape == (len(hidden), self.num_experts):  # otherwise observe refuses it, on all ranks together
             outcome = torch.where(broken[:, None], torch.nan, outcome)
         counts.observe(rows.cluster_ids, outcome, threshold=self.threshold, sync=sync, expected=self.prior(hidden))
         won, lost, foreseen = counts.evidence
@@ -140,7 +140,7 @@ class PriorLearner(TabledGate):
         return cosine_distance(hidden, self.clusterer.centroids)
 
     def _usual_of(self, angle: Tensor, sync: bool) -> Tensor:  # (N,) -> ()
-        """The median, of several ranks the mean of theirs."""
+        """The median; across ranks, the mean of their medians."""
         usual = angle.nanmedian() if len(angle) else angle.new_full((), torch.inf)
         if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(usual)
@@ -148,7 +148,7 @@ class PriorLearner(TabledGate):
         return usual
 
     def sharpness(self, hidden: Tensor) -> Tensor:  # (N, D) -> (N,)
-        """By what a token's scores are multiplied before they become weights: 1 where it is like the rows held out, less if novel."""
+        """The factor on a token's scores before they become weights: 1 if it resembles the held-out rows, less if it is novel."""
         assert self.prior is not None
         if self.from_map_alone:
             return torch.ones(len(hidden), device=hidden.device)
@@ -161,7 +161,7 @@ class PriorLearner(TabledGate):
         cluster_ids: Tensor,  # (N,)
         generator: torch.Generator | None = None,
     ) -> Tensor:  # (N, E)
-        """By how much the evidence moves the prior's log odds: those of the rule with it less those without; -inf if removed."""
+        """The shift of the prior's log odds by the evidence: the rule's log odds with it minus those without; -inf if removed."""
         belief = self.posterior
         if self.from_map_alone:
             shift = torch.zeros_like(expected)
@@ -175,7 +175,7 @@ class PriorLearner(TabledGate):
 
     @torch.no_grad()
     def shown(self, odds: Tensor, assignment: Assignment) -> Tensor:  # (N, k) log odds -> (N, k)
-        """The chosen scores as probabilities; of a novel token they fall to what the rule makes of the least of the pooled records."""
+        """The chosen scores as probabilities; for a novel token they fall towards the rule's score of the worst pooled record."""
         scores = torch.sigmoid(odds)
         if self.novelty != "discount" or self.from_map_alone:
             return scores
@@ -197,13 +197,13 @@ class PriorLearner(TabledGate):
         self.put_prior(expert, prior_from)
 
     def put_prior(self, expert: int, prior_from: Mapping[int, float] | None) -> None:
-        """Let the map expect of a newcomer what it expects of its donors, or the same everywhere."""
+        """Make the map expect of a new expert what it expects of its donors, or the same everywhere."""
         if self.prior is not None:
             alpha, beta = self.posterior.initial_prior
             self.prior.put_expert(expert, alpha / (alpha + beta), prior_from)
 
     def expected_of(self, routing: Routing) -> Tensor | None:  # -> (N, E)
-        """What the learned prior expected of these tokens; None where the routing has lost it, or is from before an expert joined."""
+        """What the learned prior expected of these tokens; None if the routing has lost it or predates an added expert."""
         known = routing.logits
         if self.prior is None or known is None or known.shape[1] != self.num_experts:
             return None

@@ -22,10 +22,10 @@ def discounted(
     near: tuple[Tensor, Tensor] | None = None,  # 2 x (N, E)
     worth: Tensor | float = 2.0,  # (N, E), or one for all
 ) -> tuple[Tensor, Tensor]:  # 2 x (N, E)
-    """Alpha and beta for each token: a far one keeps part of its cluster's, and takes the expert's pooled record for the rest.
+    """Alpha and beta for each token: a distant one keeps part of its cluster's and takes the rest from the expert's pooled record.
 
-    That record counts as ``worth`` observations, two by default. ``near`` is what is believed of the token at home, where that is not
-    just its cluster's: of several clusters, or by a prior of its own.
+    That record counts as ``worth`` observations, two by default. ``near`` is the belief about the token at home, if that is not simply
+    its cluster's row: a mix of several clusters, or a learned prior's.
     """
     alpha, beta = belief.parameters_of()
     ids = assignment.cluster_ids

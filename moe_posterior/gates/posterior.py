@@ -224,7 +224,7 @@ class PosteriorGate(TokenBelief):
     def rule(self) -> Rule:
         """How competence becomes a score with the present knobs; see :mod:`moe_posterior.gates.rules`.
 
-        The mean as long as a learned prior is all there is: nothing is known yet of how sure it is.
+        The mean while there is only a learned prior: how certain it is, is not known yet.
         """
         if self.from_map_alone:
             return Mean()
@@ -256,7 +256,7 @@ class PosteriorGate(TokenBelief):
 
     @property
     def reads_other_clusters(self) -> bool:
-        """With ``novelty="discount"`` the pooled record of all clusters speaks in each."""
+        """With ``novelty="discount"`` the pooled record of all clusters counts in each."""
         return self.novelty == "discount"
 
     @property
@@ -360,7 +360,7 @@ class PosteriorGate(TokenBelief):
         else:
             selection = self._choose(scores, belief, assignment, numbers, generator)
         routing = self._routed(selection, assignment, self.sharpness(hidden) if odds else None)
-        # A graph's outputs have no place for what comes beside the five fields.
+        # A compiled graph returns the five fields only.
         return routing if torch.compiler.is_compiling() else ForeseenRouting.of(routing, logits.detach())
 
     def decide(
@@ -370,7 +370,7 @@ class PosteriorGate(TokenBelief):
         assignment: reference.Assignment,
         numbers: Tensor | None = None,  # (N,) int64
     ) -> Routing:
-        """Route tokens by what is believed of every expert for each of them, wherever that comes from.
+        """Route tokens by a given belief about every expert for each of them.
 
         Scores are the rule's, differentiable in alpha and beta where the rule is; draws and exploration as in :meth:`route`.
         """
@@ -395,7 +395,7 @@ class PosteriorGate(TokenBelief):
         return reference.Selection(indices, chosen)
 
     def _among(self, scores: Tensor, drawn: Tensor, assignment: reference.Assignment) -> reference.Selection:
-        """The experts that were drawn, (N, k) in no order, as a selection by score."""
+        """The drawn experts, (N, k) in no order, as a selection by score."""
         beside = torch.ones_like(scores, dtype=torch.bool).scatter_(1, drawn, False)
         return reference.select(scores.masked_fill(beside, -torch.inf), assignment.cluster_ids, self.top_k)
 
@@ -497,7 +497,7 @@ class PosteriorGate(TokenBelief):
     def _raced(
         self, alpha: Tensor, beta: Tensor, leaders: Tensor, numbers: Tensor | None
     ) -> Tensor:  # 2 x (N, E), (N, k), (N,)
-        """The experts drawn for the tokens, on the host, so that a choice is the same wherever it is made again."""
+        """The experts drawn for the tokens, on the host, so that a repeated choice is the same on every device."""
         refuse_export()
         if numbers is None:
             numbers = (int(self.steps) << _ROW_BITS) + torch.arange(len(alpha))
@@ -508,7 +508,7 @@ class PosteriorGate(TokenBelief):
         return exploring.generator_for(device, self.seed, self.steps, purpose)
 
     def greedy(self, routing: Routing) -> Tensor:  # -> (N, k) int64
-        """The experts that the belief, as of now, would choose for these tokens without drawing."""
+        """The experts that the current belief would choose for these tokens without drawing."""
         members = self._members_of(routing)
         if members is None and self.prior is None:
             if self.lazy:

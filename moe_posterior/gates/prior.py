@@ -1,4 +1,4 @@
-"""A learned gate that evidence can overrule: its logits stay, and experts that fell short of themselves lose some.
+"""A learned gate that evidence can overrule: its logits stay, and experts below their own reference are penalised.
 
 Dimensions: N tokens, D hidden size, C clusters, E experts, k experts per token.
 """
@@ -38,9 +38,9 @@ class PriorGate(BeliefGate):
         confidence: z ≥ 0, posterior standard deviations of doubt in the expert's favour; default 2.
         strength: k0 > 0, pseudo-observations that the reference is worth in each cell; default 30.
         half_life: observations of a cell after which what was seen there before counts half; default 300. None never forgets.
-        amnesty: tokens observed by the gate after which all evidence counts half, also of experts that are no longer chosen and
-            so could never prove themselves again; default 5,000. None never pardons: every false alarm then lasts, so that long
-            service makes a healthy model worse, and what was proved long ago outweighs a fresh damage.
+        amnesty: tokens observed by the gate after which all evidence counts half, including that of experts that are no longer
+            chosen and could not recover otherwise; default 5,000. None never forgives: every false alarm then lasts, so that a
+            healthy model degrades over a long run, and old evidence outweighs fresh damage.
         pooling: pseudo-observations after which an expert's shortfall over all clusters together moves what is expected of it in
             each, downwards only; default 30. None keeps clusters apart.
         innocent: False drops the rule, ``penalty = η · log(mean / reference)``, for comparison: every fluctuation then moves logits.
@@ -93,7 +93,7 @@ class PriorGate(BeliefGate):
                 raise InvalidArgumentError(f"{name} must be positive and finite; got {option}")
         self.penalty, self.confidence, self.strength = penalty, confidence, strength
         self.amnesty, self.pooling, self.innocent, self.backend = amnesty, pooling, innocent, backend
-        with torch.inference_mode(False):  # weights that are to be trained outlive the block that they were made in
+        with torch.inference_mode(False):  # trainable weights must be created outside inference mode
             self.router = nn.Linear(hidden_size, num_experts, bias=False) if learned else None
         self.clusterer = Clusterer(num_clusters, hidden_size)
         half = strength / 2
@@ -106,9 +106,9 @@ class PriorGate(BeliefGate):
 
     @property
     def biased(self) -> bool:
-        """Whether any of ``evidence_bias`` is not 0: known on the host, so that asking costs no synchronisation.
+        """Whether any of ``evidence_bias`` is not 0: known on the host, so that the check needs no synchronisation.
 
-        Except once after the buffer was written into from outside, as a broadcast of buffers and an average of models do.
+        Except once after the buffer was written to from outside, as by a broadcast of buffers or an average of models.
         """
         bias = self.evidence_bias
         known = self._biased or torch.compiler.is_compiling() or bias.is_inference() or bias.is_meta
@@ -139,7 +139,7 @@ class PriorGate(BeliefGate):
     def warm_start_from_counts(self, successes: Tensor, failures: Tensor) -> None:  # (C, E), (C, E)
         """Set the reference from counts on healthy data; evidence so far is forgotten.
 
-        A cell with few observations is drawn to what its expert and its cluster lead one to expect, see
+        A cell with few observations is shrunk towards its expert's and its cluster's mean, see
         ``gates.tempering.reference_from``.
 
         Raises:
@@ -206,7 +206,7 @@ class PriorGate(BeliefGate):
         return routing._replace(expert_indices=expert_indices, routing_weights=weights, scores=chosen)
 
     def _fuses(self, hidden: Tensor) -> bool:  # (N, D)
-        """Whether one kernel can do it: on a GPU, and for a router that is its weight and bias and nothing more, as LoRA would be."""
+        """Whether one kernel can do it: on a GPU, for a router that is a plain weight and bias, without LoRA or the like."""
         assert self.router is not None
         if not self.clusterer.fitted or self.backend == "eager":
             return False
@@ -218,12 +218,12 @@ class PriorGate(BeliefGate):
         return plain and (hidden.is_cuda or self.backend != "auto")
 
     def learn(self, routing: Routing, outcome: Tensor, slots: Tensor | None) -> None:  # (N, k) or (N, E)
-        """Add outcomes to the evidence, after what the amnesty takes from the evidence so far."""
+        """Discount the evidence so far by the amnesty, then add the outcomes."""
         keep = None if self.amnesty is None else self._kept(outcome, self.amnesty)
         self.posterior.observe(routing.cluster_ids, outcome, slots, keep=keep)
 
     def measure(self, hidden: Tensor, outcome: Tensor) -> None:  # (N, D), (N, E)
-        """Hold every expert to how it did on these rows, those of all ranks together: a :meth:`warm_start` that is collective."""
+        """Set the reference from these rows, those of all ranks together: a collective :meth:`warm_start`."""
         self._warm_start(hidden, outcome, sync=True)
 
     def require_observable(self) -> None:
@@ -243,7 +243,7 @@ class PriorGate(BeliefGate):
 
     @torch.no_grad()
     def refresh(self, cluster_ids: Tensor | None) -> None:
-        """The whole table: pooling lets what was seen in one cluster speak in all."""
+        """The whole table: with pooling, what was seen in one cluster counts in all."""
         belief = self.posterior
         if belief.successes.device.type == "meta":
             return
@@ -261,7 +261,7 @@ class PriorGate(BeliefGate):
             innocent=self.innocent,
         )
         bias = bias.masked_fill(~belief.active, -torch.inf)
-        self.evidence_bias = bias.float()  # replaced, not written into: it may stand on another device after a load
+        self.evidence_bias = bias.float()  # replaced, not written into: it may be on another device after a load
         self._look()
 
     def _look(self) -> None:

@@ -40,7 +40,7 @@ class Race(NamedTuple):
 
     @property
     def open(self) -> Bools:  # (N,)
-        """Whether there is anything to draw."""
+        """Whether anything is left to draw."""
         return (self.entered.sum(axis=1) > self.leaders.shape[1]) | self.retried.any(axis=1)
 
     def of(self, rows: NDArray[np.int64]) -> "Race":
@@ -58,9 +58,9 @@ def start(
     *,
     width: float,
 ) -> Race:
-    """See who runs: the bounds are ``mean ± width * std``.
+    """Find who is in the race: the bounds are ``mean ± width * std``.
 
-    A fallen expert outside the race is tried the less, the more is known of it since: together at most RETRIED.
+    A fallen expert outside the race is tried less often the more is known of it since: together at most RETRIED.
 
     >>> one, none = np.ones((1, 2)), np.zeros(2, dtype=bool)
     >>> far, best = np.array([[0.9, 0.2]]), np.array([[0]])
@@ -91,14 +91,14 @@ def start_from(
     *,
     width: float,
 ) -> Race:
-    """:func:`start` from a belief's pseudo-counts, on any device: the race itself runs on the host, so that it is the same anywhere."""
+    """:func:`start` from a belief's pseudo-counts, on any device: the race itself runs on the host, to be the same everywhere."""
     belief = (beta_functions.mean(alpha, beta), beta_functions.std(alpha, beta), alpha + beta)
     mean, std, count, running, tried, leading = (part.numpy(force=True) for part in (*belief, active, fallen, leaders))
     return start(mean, std, count, running, tried, leading, width=width)
 
 
 def draw(race: Race, seed: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:  # (N,) -> (N, k)
-    """Who is chosen by the decisions of these numbers: the leaders, where nothing is left to draw."""
+    """The experts chosen by the decisions with these numbers: the leaders, if nothing is left to draw."""
     chosen = race.leaders.copy()
     rows = np.flatnonzero(race.open)
     if len(rows):

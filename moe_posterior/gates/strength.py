@@ -1,4 +1,4 @@
-"""How many observations a prior is worth, and how its level compares with what happened: from held-out counts.
+"""How many observations a prior is worth, and how its level compares with the outcomes: from held-out counts.
 
 Dimensions: C clusters, E experts.
 """
@@ -15,12 +15,12 @@ _EDGE = 1e-4  # a cell's mean stays this far from 0 and 1
 
 
 def safe_strength(successes: Tensor, failures: Tensor, foreseen: Tensor) -> float:  # 3 x (C, E)
-    """A strength κ of the prior that the counts cannot refute as too weak: cautious where they say little.
+    """The smallest strength κ of the prior that the counts do not reject: cautious where there are few of them.
 
     Cell (c, e) deviates from its prior mean, ``foreseen / n``, as one draw from a Beta of strength κ: its successes are beta-binomial.
     Of the κ whose likelihood, over all cells together, lies within the 95 % interval of the most likely one, this is the smallest,
-    and at most the mean number of observations of a cell. The most likely κ itself is often without bound: where the cells happen
-    to deviate no more than chance would have them, no evidence would ever overrule the prior.
+    and at most the mean number of observations of a cell. The most likely κ itself is often unbounded: where the cells happen to
+    deviate no more than by chance, no evidence would ever overrule the prior.
 
     Args:
         successes, failures: counts of outcomes that the prior was not learned from; fractions are fine.
@@ -58,7 +58,7 @@ def _log_beta(alpha: Tensor, beta: Tensor) -> Tensor:
 def levelled_means(successes: Tensor, failures: Tensor, foreseen: Tensor) -> Tensor:  # 3 x (C, E) -> (C, E)
     """The mean prior of every cell, its level moved in log odds to where held-out outcomes put each expert.
 
-    A cell without rows has its expert's overall mean. It is what is shown of a cluster, and what is pooled for a token far from all.
+    A cell without rows has its expert's overall mean. It is shown for a cluster, and pooled for a token far from all clusters.
 
     >>> n = torch.full((2, 1), 1000.0)
     >>> round(levelled_means(0.8 * n, 0.2 * n, 0.9 * n).mean().item(), 2)  # .9 was foreseen, .8 came

@@ -26,7 +26,7 @@ _DERIVED = ("topk_indices", "topk_weights", "topk_scores", "topk_counts", "belie
 
 
 class TabledGate(BeliefGate):
-    """A belief gate that keeps ready, for every cluster, the experts it chooses there and their weights.
+    """A belief gate that keeps a table of the experts it chooses in every cluster and their weights.
 
     A forward is then one matrix product and a gather, and for a single token a few numpy calls. With ``lazy``, a row that another
     cluster's outcome has changed is rewritten when it is next needed.
@@ -67,7 +67,7 @@ class TabledGate(BeliefGate):
 
     @property
     def fallen(self) -> Tensor:  # (E,) bool
-        """Experts that the race tries now and then, see :attr:`BetaPosterior.fallen`."""
+        """Experts that the race retries now and then, see :attr:`BetaPosterior.fallen`."""
         return self.posterior.fallen
 
     def _make_tables(self) -> None:
@@ -91,7 +91,7 @@ class TabledGate(BeliefGate):
         device = self.posterior.successes.device
         if device.type == "meta" or self.members is not None or self.prior is not None:
             return  # a token of several clusters, or with a prior of its own, has no row
-        if self.topk_indices.device != device:  # a load with assign=True leaves derived buffers where they were
+        if self.topk_indices.device != device:  # loading with assign=True leaves derived buffers on the old device
             for name in _DERIVED:
                 setattr(self, name, torch.zeros_like(getattr(self, name), device=device))
             self.stale.fill_(True)
@@ -105,7 +105,7 @@ class TabledGate(BeliefGate):
 
     @torch.no_grad()
     def refresh_rows(self, cluster_ids: Tensor) -> None:  # (M,)
-        """Rewrite the rows of these clusters that a lazy gate has left for later."""
+        """Rewrite the rows of these clusters that a lazy gate has deferred."""
         needed = self.stale[cluster_ids]
         if needed.any():
             self._write_rows(cluster_ids[needed].unique())
@@ -126,7 +126,7 @@ class TabledGate(BeliefGate):
         self.stale[clusters] = False
 
     def running(self, alpha: Tensor, beta: Tensor, leaders: Tensor) -> race.Race:  # 2 x (M, E), (M, k)
-        """Who may still be among the best, of the experts that so much is believed of."""
+        """Which experts may still be among the best under this belief."""
         belief = self.posterior
         return race.start_from(alpha, beta, belief.active, self.fallen, leaders, width=self.risk_aversion)
 
@@ -169,7 +169,7 @@ class TabledGate(BeliefGate):
         return self._views.assign_one(vector, modules["clusterer"].prepared_for_one, tables)
 
     def choose_one(self, vector: NDArray, number: int) -> Choice | None:  # (D,) float32
-        """Decide for one token in numpy, ``number`` as in :meth:`PosteriorGate.route`; None where only a batch of one can.
+        """Decide for one token in numpy, ``number`` as in :meth:`PosteriorGate.route`; None if only the batched path can decide.
 
         Raises:
             NotFittedError: before :meth:`fit`.

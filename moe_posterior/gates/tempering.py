@@ -1,4 +1,4 @@
-"""When an expert is credibly worse than it was, and what that costs it: pure functions on counts and beliefs.
+"""When an expert is credibly worse than before, and by how much its logits are lowered: pure functions on counts and beliefs.
 
 Dimensions: C clusters, E experts.
 """
@@ -74,5 +74,5 @@ def reference_from(successes: Tensor, failures: Tensor) -> Tensor:  # (C, E), (C
 
 
 def _log_odds(successes: Tensor, failures: Tensor) -> Tensor:
-    """With half an observation on either side: finite also where nothing, or only one kind, was seen."""
+    """With half an observation added on either side: finite even if nothing, or only one kind, was seen."""
     return torch.log((successes + 0.5) / (failures + 0.5))

@@ -77,7 +77,7 @@ def test_a_detached_model_is_as_before_and_its_forwards_are_unchanged_meanwhile(
     with AuditLog(tmp_path) as log:
         attachment = log.attach(layers)
         assert torch.equal(layers(HIDDEN), plain)
-        with pytest.raises(AuditError, match="recorded already"):
+        with pytest.raises(AuditError, match="already being recorded"):
             log.attach(layers)
         twin = copy.deepcopy(layers.state_dict())
         attachment.detach()

@@ -271,7 +271,7 @@ def test_folders_that_cannot_be_written_are_refused_at_once(tmp_path: Path) -> N
         AuditLog(tmp_path / "file")
     with pytest.raises(AuditWriteError, match="cannot be written"):
         AuditLog("/proc/audit")
-    with pytest.raises(AuditError, match="no audit log"):
+    with pytest.raises(AuditError, match="not an audit log"):
         AuditLog(tmp_path, mode="r")
 
 

@@ -186,7 +186,7 @@ def test_a_segment_that_another_process_put_there_is_not_removed(tmp_path: Path)
     foreign = tmp_path / "log" / segment_name(log.head.segment + 1)
     foreign.write_bytes(b"somebody else's")
     router.route(EMBEDDINGS[0])
-    with pytest.raises(AuditWriteError, match="is there and not ours"):
+    with pytest.raises(AuditWriteError, match="exists and is not ours"):
         log.flush()
     assert foreign.read_bytes() == b"somebody else's"
 

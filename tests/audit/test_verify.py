@@ -119,7 +119,7 @@ def test_segments_that_are_removed_or_swapped_are_found(sealed: Path, tmp_path: 
     folder = tmp_path / "no head"
     shutil.copytree(sealed, folder)
     (folder / "head.json").unlink()
-    assert "holds no head.json" in verify(folder).problem
+    assert "has no head.json" in verify(folder).problem
 
 
 def test_a_digest_noted_elsewhere_must_stand_in_the_chain(tmp_path: Path) -> None:

@@ -536,7 +536,7 @@ def test_a_router_and_a_gate_inside_one_refuse_a_learned_prior() -> None:
 def test_one_prior_belongs_to_one_gate() -> None:
     prior = LearnedPrior(9)
     PosteriorGate(D, E, prior=prior)
-    with pytest.raises(InvalidArgumentError, match="belongs to a gate already"):
+    with pytest.raises(InvalidArgumentError, match="already belongs to a gate"):
         PosteriorGate(D, E, prior=prior)
 
 

@@ -1,1 +1,1 @@
-"""How an audit log lies on the disk: hashed frames in segments, notes that stand for segments, and their writer."""
+"""An audit log's files: hashed frames in segments, notes in place of old segments, and their writer."""

@@ -1,4 +1,4 @@
-"""pyarrow, or a word on how to get it."""
+"""pyarrow, or an error that says how to install it."""
 
 from moe_posterior.errors import MissingDependencyError
 

@@ -1,10 +1,10 @@
-"""The chain of a log's frames, from its first segment to its end: walked, with every hash checked, before anything is believed.
+"""The chain of a log's frames, from its first segment to its end: read with every hash checked before its content is used.
 
 A segment's first frame names the digest it continues. A segment that was compacted to Parquet is vouched for by a note with the
 hashes of its files, segments that were removed by one note for all of them; the hash of each note stands in a later frame of the chain.
 
-A log that is closed says so three times: in its last record, in a seal that names this record, and in the head. The head is told first
-when the log is opened again; the seal stays, so that nothing up to it can be cut off later without being missed.
+A closed log is marked three times: in its last record, in a seal that names this record, and in the head. The head is updated first
+when the log is reopened; the seal stays, so that nothing up to it can be cut off later unnoticed.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,16 +27,16 @@ from moe_posterior.audit.storage.marks import (
 from moe_posterior.audit.storage.state import decode_json
 from moe_posterior.errors import AuditError
 
-_READINGS = 100  # of a log whose writer compacts and removes segments meanwhile
+_READINGS = 100  # attempts, while the writer compacts and removes segments
 _T = TypeVar("_T")
-_ZEROS = 512  # bytes of them at the end of a file: what a power cut leaves of a write, never the end of a frame
+_ZEROS = 512  # zero bytes at the end of a file: what a power cut leaves of a write; no frame ends with so many
 
 
 def beside_upkeep(folder: Path, read: Callable[[], _T]) -> _T:
-    """What ``read`` gives; begun again where it failed while the writer took the place of files by others.
+    """The result of ``read``, retried if it fails while the writer replaces files.
 
     Raises:
-        AuditError: it fails on files that stayed as they were, or a hundred times.
+        AuditError: it fails on unchanged files, or a hundred times.
     """
     for _ in range(_READINGS):
         before = _files_of(folder)
@@ -51,7 +51,7 @@ def beside_upkeep(folder: Path, read: Callable[[], _T]) -> _T:
 
 
 def _files_of(folder: Path) -> list[Any]:
-    """What no writer changes without a trace: head and seal only ever move on, and no segment comes back."""
+    """A fingerprint that every change by a writer alters: head and seal only advance, and no segment comes back."""
     found: list[Any] = [segment_numbers(folder) if folder.is_dir() else None]
     for name in (HEAD, REMOVED, SEAL):
         try:
@@ -63,14 +63,13 @@ def _files_of(folder: Path) -> list[Any]:
 
 
 class Chain:
-    """A walk along a log; what it found out about the end is there once it is over.
+    """Iterates over a log; its findings about the end are complete once the iteration is.
 
     Iterating gives frames, and in place of a compacted segment its note, whose files are still to be checked. Notes of removed
     segments are given too.
 
-    The writer may be at work meanwhile: it appends, rotates, opens and closes as it likes, and where it compacts a segment that the
-    walk has not reached yet, the walk goes on until after the record that vouches for it. Where it removes one, the walk fails, and
-    :func:`beside_upkeep` begins again.
+    The writer may append, rotate, open and close meanwhile. If it compacts a segment that the walk has not reached yet, the walk
+    continues until after the record that vouches for it. If it removes one, the walk fails, and :func:`beside_upkeep` starts over.
     """
 
     def __init__(self, folder: Path, key: bytes | None, *, start: int = 0, files: FileSystem = DISK) -> None:
@@ -78,12 +77,12 @@ class Chain:
         self.head, self.seal = self._read_end()
         self.end = Position(0, 0, genesis(key))
         self.end_offset = 0
-        self.closed = False  # the last record says that the log ends here
-        self.torn: str | None = None  # how the last file ends, if not with a whole frame
+        self.closed = False  # the last record marks the log as closed
+        self.torn: str | None = None  # how the last file ends, if not with a complete frame
         self.torn_bytes = 0
         self.newborn: int | None = None  # a segment without a first frame
         self.cut_bytes = 0  # of failed writes, behind what the next segment continues
-        self._tails: set[int] = set()  # segments behind which a failed disk left something that could not be cut
+        self._tails: set[int] = set()  # segments after whose end a failed disk left bytes that could not be cut off
         self._frames_of_head = 0  # frames in the segment that the head describes
 
     def __iter__(self) -> Iterator[Frame | Note]:
@@ -100,7 +99,7 @@ class Chain:
         self._compare_with_end(first)
 
     def _read_end(self) -> tuple[Head, Position | None]:
-        """Head and seal of one moment."""
+        """Head and seal, read at the same moment."""
         head = read_head(self.folder, self.key, self.files)
         while True:
             seal = read_seal(self.folder, self.key, self.files)
@@ -110,7 +109,7 @@ class Chain:
             head = again
 
     def _list(self) -> tuple[Note | None, dict[int, set[str]]]:
-        """The note of what was removed, and the segments that are left, of one moment."""
+        """The note about removed segments and the remaining segments, read at the same moment."""
         removed = self._note(REMOVED)
         while True:
             segments = segment_numbers(self.folder, self.files)
@@ -124,7 +123,7 @@ class Chain:
 
     def _walk(self, segments: dict[int, set[str]], number: int, last: int, on_trust: bool) -> Iterator[Frame | Note]:
         if on_trust and (start := self._start_of(number)) is not None:
-            self.end = Position(number, 0, start)  # asked to begin here: what comes before is taken on trust
+            self.end = Position(number, 0, start)  # started here on request: what comes before is trusted
         while number <= last:
             until = None if number == last else self._start_of(number + 1)
             if until is None and number + 1 == last:  # died before the first frame of a new file was whole
@@ -153,7 +152,7 @@ class Chain:
                 raise AuditError(f"segment {number} is missing")
 
     def _start_of(self, number: int) -> bytes | None:
-        """The digest that a segment says it continues; believed only once its own hash was checked."""
+        """The digest that a segment claims to continue; used only after its own hash was checked."""
         file = self._open(number)
         if file is None:
             note = self._note(note_name(number))
@@ -225,7 +224,7 @@ class Chain:
     def _compacted(self, number: int) -> Note:
         note = self._note(note_name(number))
         if note is None or note.segment != number or note.removed:
-            raise AuditError(f"segment {number}: its note is missing or speaks of another")
+            raise AuditError(f"segment {number}: its note is missing or is about another segment")
         if note.start != self.end.digest:
             raise AuditError(f"segment {number}: it does not continue the segment before it")
         self.end = Position(number, 0, note.end)
@@ -233,7 +232,7 @@ class Chain:
         return note
 
     def _compare_on_the_way(self, whole: bool = False) -> None:
-        """Whether head and seal name the hash that is here; a closing record is the last of its segment (``whole``)."""
+        """Check that head and seal name the hash found here; a closing record is the last of its segment (``whole``)."""
         said = self.head.position
         if not whole and self.end[:2] == said[:2] and self.end.digest != said.digest:
             raise AuditError(f"segment {said.segment}, record {said.frames - 1}: {HEAD} names another hash")
@@ -258,7 +257,9 @@ class Chain:
             return
         said = self.head.position
         if self.end != said or self.torn:
-            raise AuditError(f"the log was closed after record {said.frames - 1} of segment {said.segment} and goes on")
+            raise AuditError(
+                f"the log was closed after record {said.frames - 1} of segment {said.segment} but continues"
+            )
         if self.head.format > 1 and not self.closed:
             raise AuditError(f"{HEAD} says that the log was closed, but its last record does not")
         if self.head.sealed and self.seal != said:
@@ -266,7 +267,7 @@ class Chain:
         self.closed = True
 
     def _opened_again(self) -> bool:
-        """Whether a writer opened the closed log since the head was read, or, in format 1, died before it could tell the head."""
+        """Whether a writer reopened the closed log since the head was read or, in format 1, died before it updated the head."""
         if read_head(self.folder, self.key, self.files) != self.head:
             return True
         said = self.head.position

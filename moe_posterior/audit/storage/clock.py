@@ -1,4 +1,4 @@
-"""What time it is, from a clock that may be wrong: set back, years ahead, before 1970, or no number at all."""
+"""The time, from a clock that may be wrong: set back, years ahead, before 1970, or not a number."""
 
 import time
 import warnings
@@ -6,13 +6,13 @@ from datetime import UTC, datetime, timedelta
 
 from moe_posterior.audit.storage.state import MAX_TIME
 
-BELIEVED = 86_400.0  # seconds between two runs of a writer that its clock alone can show; more ages no segment
-_STEP = 300.0  # seconds by which a clock may run apart from the time that passed, between two looks, before it is said
+BELIEVED = 86_400.0  # at most so many seconds between two runs of a writer count towards a segment's age: only the clock shows them
+_STEP = 300.0  # seconds a clock may drift between two checks before it is reported
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def now() -> int:
-    """Microseconds since 1970, UTC, from 1970 to 9999: times that every reader has a date for. A clock beyond them is warned of."""
+    """Microseconds since 1970, UTC, from 1970 to 9999: what every reader can show. A clock outside that range causes a warning."""
     said = time.time_ns()
     if 0 <= said < 1000 * MAX_TIME:
         return int(said // 1000)
@@ -38,13 +38,13 @@ def when(time: int) -> str:
 
 
 class Drift:
-    """How far the clock has run apart from the time that passed."""
+    """How far the clock has drifted from the time that passed."""
 
     def __init__(self) -> None:
         self._offset = _offset()
 
     def step(self) -> float:
-        """Seconds since the last look, or 0 where it is no more than a few minutes."""
+        """The drift in seconds since the last check, or 0 if it is at most a few minutes."""
         before, self._offset = self._offset, _offset()
         step = self._offset - before
         return step if abs(step) > _STEP else 0.0

@@ -1,4 +1,4 @@
-"""From what recorders note down in passing to the frames that are written: concatenation, differences, order.
+"""Turns recorded items into the frames to write: concatenation, differences, order.
 
 Dimensions: N decisions, M outcomes, R captured posterior rows, C clusters, E experts, k experts per decision.
 """
@@ -14,7 +14,7 @@ from moe_posterior.audit.storage.tables import REFUSE, RESOLVE, ROUTE, Columns, 
 
 
 class One(NamedTuple):
-    """A single decision, as plain Python values: the cheapest to note down."""
+    """A single decision, as plain Python values: the cheapest to record."""
 
     source: int
     time: int
@@ -37,18 +37,18 @@ class Many(NamedTuple):
     steps: int
     columns: Columns
     members: Columns | None = None  # of queries in several clusters, J rows a decision
-    beliefs: Columns | None = None  # of decisions by a prior of the query's own, one row each
+    beliefs: Columns | None = None  # of decisions by a learned prior, one row each
 
 
 class Rows(NamedTuple):
-    """Posterior rows that a decision is about to rest on."""
+    """Posterior rows that the next decision uses."""
 
     source: int
     clusters: NDArray | list[int]  # (R,)
     versions: NDArray | list[Any]  # (R,)
     alpha: NDArray  # (R, E), less the base
     beta: NDArray
-    base: tuple[NDArray, NDArray] | None  # 2 x (C, E): the prior that is still to be added
+    base: tuple[NDArray, NDArray] | None  # 2 x (C, E): the prior, still to be added
     whole: bool  # alpha and beta hold all C rows
 
     def counts(self) -> tuple[NDArray, NDArray]:  # 2 x (R, E)
@@ -57,7 +57,7 @@ class Rows(NamedTuple):
 
 
 class Resolved(NamedTuple):
-    """Outcomes that the belief took in."""
+    """Outcomes that the belief has accepted."""
 
     source: int
     time: int
@@ -67,7 +67,7 @@ class Resolved(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """Outcomes that it did not, one row a slot."""
+    """Outcomes that the belief has refused, one row a slot."""
 
     source: int
     time: int
@@ -78,7 +78,7 @@ class Refused(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """A checkpoint; of a later generation than the segment, it begins a new one."""
+    """A checkpoint; one of a later generation than the segment begins a new segment."""
 
     source: int
     checkpoint: Checkpoint
@@ -86,7 +86,7 @@ class Marked(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Anything rare."""
+    """A rare event."""
 
     source: int
     value: dict[str, Any]
@@ -96,7 +96,7 @@ Item = One | Many | Rows | Resolved | Refused | Marked | Event
 
 
 class Raw(NamedTuple):
-    """A frame that has no place in the chain yet."""
+    """A frame that is not in the chain yet."""
 
     kind: Kind
     payload: bytes
@@ -222,14 +222,14 @@ class _Gathering:
 
 
 def _carry_forward(calls: Columns) -> None:
-    """Give calls without ids or steps those of the call before: differences of zero cost nothing."""
+    """Calls without ids or steps repeat those of the call before: zero differences compress to nothing."""
     for name, has in (("first", calls["kind"] == ROUTE), ("steps", calls["kind"] != REFUSE)):
         last = np.maximum.accumulate(np.where(has, np.arange(len(has)), 0))
         calls[name] = calls[name][last]
 
 
 class Collector:
-    """Turns items into frames; keeps the posterior rows it has passed on, to write only what changed."""
+    """Turns items into frames; remembers the posterior rows already written, to write only changes."""
 
     def __init__(self) -> None:
         self.generation = 0

@@ -1,7 +1,7 @@
 """Sealed segments as Parquet, written and read back.
 
 A compacted segment is a few Parquet files and a note with their hashes; the hash of the note stands in a later record of the log. The
-files hold the columns an auditor asks for (ids and times spelled out), and beside them what replay needs, so that nothing is lost.
+files hold the columns an auditor asks for (ids and times in full), and what replay needs in addition, so that nothing is lost.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ BEGUN = (
     "after",
 )  # by the clock, in seconds since 1970; seconds after the segment before, in one run of a writer
 _BLOCK = 1 << 20
-_MOST_PACKED = 1000  # bytes that one of a large Parquet file may unpack to
+_MOST_PACKED = 1000  # bytes that one byte of a large Parquet file may unpack to
 
 
 def file_hash(path: Path, key: bytes | None, files: FileSystem = DISK) -> str:
@@ -49,7 +49,7 @@ def begun_of(said: dict[str, Any]) -> dict[str, float]:
 
 
 class SegmentTables:
-    """A segment's records, gathered to be written as Parquet."""
+    """Collects a segment's records to write them as Parquet."""
 
     def __init__(self) -> None:
         self.groups: list[tuple[int, Group]] = []
@@ -57,7 +57,7 @@ class SegmentTables:
         self.totals: Counter[str] = Counter()
 
     def add(self, frame: Frame) -> None:
-        """Take in a frame."""
+        """Add a frame."""
         if frame.kind == Kind.GROUP:
             for group in decode(frame.payload()):
                 self.groups.append((frame.number, group))
@@ -73,7 +73,7 @@ class SegmentTables:
             self.totals.update({f"{name}_time": int(1e6 * seconds) for name, seconds in begun.items()})
 
     def write(self, folder: Path, number: int, key: bytes | None, files: FileSystem) -> dict[str, str]:
-        """Write the tables; their names and hashes."""
+        """Write the tables; returns their names and hashes."""
         hashes = {}
         for table in (*TABLES, "others"):
             content = self._others() if table == "others" else self._table(table)
@@ -124,7 +124,7 @@ def _arrow(number: int, group: Group, table: str) -> Any:
 def read_compacted(
     folder: Path, note: Note, key: bytes | None, *, events_only: bool = False, files: FileSystem = DISK
 ) -> Iterator[Group | Checkpoint | dict[str, Any]]:
-    """The records of a compacted segment, in order, once the hash of each of its files was found right.
+    """The records of a compacted segment, in order, after the hash of each of its files was checked.
 
     Raises:
         AuditError: a file is missing, altered, or malformed.
@@ -160,15 +160,15 @@ def _records(
 
 
 def _table_of(path: Path, files: FileSystem) -> Any:
-    """A table of ours, once its footer has said that it is compressed as we do it and unpacks to no more than such a file can."""
+    """Read one of our tables, after its footer shows our compression and a plausible unpacked size."""
     with files.read(path) as file, parquet.ParquetFile(file) as whole:
         said = whole.metadata
         chunks = [said.row_group(g).column(c) for g in range(said.num_row_groups) for c in range(said.num_columns)]
         if any(chunk.compression not in ("ZSTD", "UNCOMPRESSED") for chunk in chunks):
-            raise AuditError(f"{path.name} is compressed in another way than this library does it")
+            raise AuditError(f"{path.name} is not compressed the way this library compresses")
         size = sum(max(chunk.total_uncompressed_size, 8 * chunk.num_values) for chunk in chunks)
         if size > max(MAX_PAYLOAD, _MOST_PACKED * os.fstat(file.fileno()).st_size):
-            raise AuditError(f"{path.name} unpacks to {size} bytes, more than a file of its size is believed")
+            raise AuditError(f"{path.name} unpacks to {size} bytes, implausibly many for a file of its size")
         return whole.read()
 
 

@@ -1,4 +1,4 @@
-"""Everything the log asks of the file system, in one place, so that tests can make any single call fail."""
+"""All file-system calls of the log in one place, so that tests can make any single call fail."""
 
 import contextlib
 import fcntl
@@ -17,7 +17,7 @@ _SEGMENT = re.compile(r"segment-(\d{8})\.(audit|json)")
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _DRAFT = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for
-_TRIES = 10  # to lock a file that others make and remove
+_TRIES = 10  # attempts to lock a file that others create and remove
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -28,7 +28,7 @@ def segment_name(number: int) -> str:
 
 
 def note_name(number: int) -> str:
-    """The file that says what became of a segment that was compacted or removed."""
+    """The note about a segment that was compacted or removed."""
     return f"segment-{number:08d}.json"
 
 
@@ -38,13 +38,13 @@ def parquet_name(table: str, number: int) -> str:
 
 
 class FileSystem:
-    """The log's way to its files. Every single call to the system goes through :meth:`call`.
+    """The log's access to its files. Every system call goes through :meth:`call`.
 
-    A test replaces ``call`` to fail, to stop or to watch at any of them, or one of the methods to fail at one kind.
+    Tests replace ``call`` to fail, stop or watch at any call, or a single method to fail at one kind of call.
     """
 
     def call(self, function: Callable[_P, _R], *arguments: _P.args, **options: _P.kwargs) -> _R:
-        """Ask the system for one thing."""
+        """Make one system call."""
         return function(*arguments, **options)
 
     def names(self, folder: Path) -> list[str]:
@@ -52,14 +52,14 @@ class FileSystem:
         return self.call(os.listdir, folder)
 
     def stat(self, path: Path) -> os.stat_result | None:
-        """What a name stands for, links followed; None where there is no such file."""
+        """The status of a path, links followed; None if there is no such file."""
         try:
             return self.call(os.stat, path)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def size(self, file: BinaryIO) -> int:
-        """Of an open file."""
+        """The status of an open file."""
         return self.call(os.fstat, file.fileno()).st_size
 
     def read(self, path: Path) -> BinaryIO:
@@ -77,11 +77,11 @@ class FileSystem:
             view = view[self.call(file.write, view) :]
 
     def sync(self, file: BinaryIO) -> None:
-        """To the disk, with the file's length; not its times."""
+        """Sync a file's data and length to disk; not its times."""
         self.call(os.fdatasync, file.fileno())
 
     def sync_folder(self, folder: Path) -> None:
-        """Names of files made, renamed or removed, to the disk."""
+        """Sync a folder: names of files created, renamed or removed."""
         handle = self.call(os.open, folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             self.call(os.fsync, handle)
@@ -89,7 +89,7 @@ class FileSystem:
             os.close(handle)
 
     def truncate(self, path: Path, size: int) -> None:
-        """Cut a file, to the disk."""
+        """Truncate a file and sync it."""
         handle = self.call(os.open, path, os.O_WRONLY | _NO_FOLLOW)
         try:
             self.call(os.ftruncate, handle, size)
@@ -98,7 +98,7 @@ class FileSystem:
             os.close(handle)
 
     def replace(self, path: Path, data: bytes | memoryview) -> None:
-        """Write a file whole or not at all: on any failure the old one stays. A link in the way is not followed."""
+        """Write a file whole or not at all: on any failure the old one stays. A symlink of that name is not followed."""
         draft = path.with_name(path.name + ".new")
         try:
             handle = self.call(os.open, draft, _DRAFT, 0o666)
@@ -121,7 +121,7 @@ class FileSystem:
         self.sync_folder(path.parent)
 
     def rename(self, path: Path, target: Path) -> None:
-        """Give a file another name, whatever had it."""
+        """Rename a file, replacing any file of the new name."""
         self.call(os.replace, path, target)
 
     def remove(self, path: Path) -> None:
@@ -130,12 +130,12 @@ class FileSystem:
             self.call(os.unlink, path)
 
     def make_folder(self, folder: Path) -> None:
-        """Make a folder and those above it where they are missing, to the disk."""
+        """Create a folder and its missing parents, and sync them."""
         missing = list(itertools.takewhile(lambda path: self.stat(path) is None, (folder, *folder.parents)))
         for path in reversed(missing):
             with contextlib.suppress(FileExistsError):
                 self.call(os.mkdir, path)
-            with contextlib.suppress(PermissionError):  # a folder that one may write to and not list
+            with contextlib.suppress(PermissionError):  # a folder with write but no read permission
                 self.sync_folder(path.parent)
 
 
@@ -144,7 +144,7 @@ DISK = FileSystem()
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn what the system refuses inside into an AuditWriteError that begins with ``what``."""
+    """Turn OSErrors raised inside into an AuditWriteError that begins with ``what``."""
     try:
         yield
     except AuditError:
@@ -154,7 +154,7 @@ def explained(what: str) -> Iterator[None]:
 
 
 def segment_numbers(folder: Path, files: FileSystem = DISK) -> dict[int, set[str]]:
-    """Which segments there are traces of, in order, and the suffixes of their files."""
+    """The segments in the folder, in order, and the suffixes of their files."""
     try:
         names = files.names(folder)
     except OSError as error:
@@ -167,18 +167,18 @@ def segment_numbers(folder: Path, files: FileSystem = DISK) -> dict[int, set[str
 
 
 def identity(stat: os.stat_result) -> tuple[int, int]:
-    """What stays the same as long as it is the same file or folder, whatever it is called."""
+    """The identity of a file or folder, independent of its name."""
     return stat.st_dev, stat.st_ino
 
 
 class FolderLock:
-    """The right to write to a folder, made where it is missing, until :meth:`close` or the end of the process.
+    """The exclusive lock on a folder, created if missing, until :meth:`close` or the end of the process.
 
-    A lock is on a file, and a folder has a name: somebody who removes the one or renames the other lets a second writer in. So the
-    holder asks with :meth:`require`, whenever it is about to change anything, whether both are still its own.
+    Removing the lock file or renaming the folder would let a second writer in. So the holder checks with :meth:`require`, before
+    every change, that both are still its own.
 
     Raises:
-        AuditLockedError: somebody else has it. AuditWriteError: the folder cannot be written.
+        AuditLockedError: another process holds it. AuditWriteError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, files: FileSystem = DISK) -> None:
@@ -207,10 +207,10 @@ class FolderLock:
                 file.close()
                 raise
             file.close()  # it was removed between opening and locking it
-        raise AuditLockedError(f"{self.folder}: its {_LOCK} is removed again and again")
+        raise AuditLockedError(f"{self.folder}: its {_LOCK} keeps being removed")
 
     def require(self) -> None:
-        """Return if folder and lock are still the ones that were taken.
+        """Return if folder and lock are still the ones that were locked.
 
         Raises:
             AuditError: they are not, and what happened to them.
@@ -220,7 +220,7 @@ class FolderLock:
             what = "is gone: it was removed or renamed" if folder is None else "is another folder now: ours was renamed"
             raise AuditError(f"{self.folder} {what} while this log was open, so that nothing written reaches it")
         if self._file.closed:
-            raise AuditError(f"{self.folder}: its lock was given up")
+            raise AuditError(f"{self.folder}: its lock was released")
         lock = self.files.stat(self.folder / _LOCK)
         if lock is None or identity(lock) != self._lock:
             what = "removed" if lock is None else "replaced"
@@ -229,5 +229,5 @@ class FolderLock:
             )
 
     def close(self) -> None:
-        """Let the folder go."""
+        """Release the folder."""
         self._file.close()

@@ -1,8 +1,8 @@
-"""The frame: what is written, hashed and read back as one piece.
+"""The frame: the unit that is written, hashed and read back.
 
 A frame is a head (magic, kind, lengths, number, checksum), a 32-byte digest and a zstd-compressed payload. The digest is BLAKE2b over
 the digest before it, the head and the stored payload, keyed if there is a key: so each frame commits to all frames before it. The
-checksum of the head tells a head that was altered from a file that ends too early.
+head's checksum distinguishes an altered head from a truncated file.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from moe_posterior.audit.storage.arrow import pyarrow as pa
 from moe_posterior.errors import AuditError, InvalidArgumentError
 
 MAGIC = b"MPA1"
-MAX_PAYLOAD = 256 << 20  # bytes, stored or decompressed: no reader allocates more on a file's word
+MAX_PAYLOAD = 256 << 20  # bytes, stored or decompressed: a reader allocates no more, whatever a file claims
 _MAX_SEGMENT_HEAD = 1 << 20  # it is read before its hash is checked
 _HEAD = struct.Struct("<4sB3xIIQ")  # magic, kind, stored bytes, raw bytes, number in its segment
 _CHECK = struct.Struct("<I")
@@ -38,7 +38,7 @@ class Torn(Exception):
 
 
 class Frame(NamedTuple):
-    """One frame whose digest was found right."""
+    """One frame with a verified digest."""
 
     segment: int
     number: int
@@ -118,7 +118,7 @@ def read_frame(
     fixed, check, digest = head[: _HEAD.size], head[_HEAD.size : -_DIGEST], head[-_DIGEST:]
     magic, kind, stored_size, raw_size, written_number = _HEAD.unpack(fixed)
     if magic != MAGIC or _CHECK.pack(zlib.crc32(fixed)) != check:
-        raise AuditError(f"{where}: its head was altered, or is none")
+        raise AuditError(f"{where}: its head was altered or is not one")
     if kind == Kind.SEGMENT and raw_size > _MAX_SEGMENT_HEAD:
         raise AuditError(f"{where}: longer than a segment's first record can be")
     if kind not in set(Kind) or max(stored_size, raw_size) > MAX_PAYLOAD:

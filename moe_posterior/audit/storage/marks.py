@@ -10,7 +10,7 @@ from moe_posterior.errors import AuditError
 
 REMOVED = "removed.json"
 SEAL = "seal.json"
-FORMAT = 2  # what is written; 1 has no closing records and no seals, is read all the same, and goes on as 2
+FORMAT = 2  # the version written; format 1 has no closing records and no seals, is still read, and continues as 2
 _FORMATS = (1, 2)
 MAX_NOTE = 1 << 20  # bytes
 
@@ -24,16 +24,16 @@ class Position(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What the writer last said about the end of its log."""
+    """What the writer last recorded about the end of its log."""
 
     position: Position
     closed: bool
-    sealed: bool = False  # there is a seal beside it, of the last time the log was closed
+    sealed: bool = False  # a seal exists from the last time the log was closed
     format: int = FORMAT
 
 
 class Note(NamedTuple):
-    """What became of one segment that was compacted, or (``removed``) of all up to this one."""
+    """The note about one compacted segment, or (``removed``) about all removed segments up to this one."""
 
     segment: int
     start: bytes  # digest before its first frame
@@ -87,7 +87,7 @@ def _said(position: Position) -> dict[str, Any]:
 def _position(value: dict[str, Any]) -> Position:
     segment, frames = value["segment"], value["frames"]
     if type(segment) is not int or type(frames) is not int or min(segment, frames) < 0:
-        raise ValueError("no position in a log")
+        raise ValueError("not a position in a log")
     return Position(segment, frames, bytes.fromhex(value["digest"]))
 
 
@@ -105,7 +105,7 @@ def read_seal(folder: Path, key: bytes | None, files: FileSystem = DISK) -> Posi
 
 
 def read_head(folder: Path, key: bytes | None, files: FileSystem = DISK) -> Head:
-    """What the writer last said.
+    """The writer's last record of the end.
 
     Raises:
         AuditError: there is no log, or the file was altered.
@@ -117,7 +117,7 @@ def read_head(folder: Path, key: bytes | None, files: FileSystem = DISK) -> Head
             raise AuditError(f"{folder} is sealed with a key: pass it") from error
         raise
     if value is None:
-        raise AuditError(f"{folder} holds no {HEAD}: no audit log, or one whose end is unknown")
+        raise AuditError(f"{folder} has no {HEAD}: it is not an audit log, or its end is unknown")
     try:
         if value["format"] not in _FORMATS:
             raise AuditError(f"{folder} has format {value['format']}; this version reads {_FORMATS}")

@@ -1,4 +1,4 @@
-"""Where a writer goes on in a folder, and which names and ids are taken there."""
+"""Where a writer resumes in a folder, and which names and ids are taken there."""
 
 from typing import NamedTuple
 
@@ -13,34 +13,34 @@ from moe_posterior.errors import AuditError
 
 
 class Resumed(NamedTuple):
-    """A folder made ready to be written on."""
+    """A folder that is ready to be written to."""
 
     start: Start
     cut: int  # bytes of a torn end that were cut off
     names: dict[str, int]  # of routers and gates, and the numbers that stand for them
-    reached_id: int  # no id below was ever given, as far as the log knows
+    reached_id: int  # every id the log knows of is below this
 
 
 def resume(place: Place) -> Resumed:
-    """Make a folder, empty or with a log in it, ready to be written on.
+    """Prepare a folder, empty or with a log in it, for writing.
 
     Raises:
-        AuditError: what is there is no sound log.
+        AuditError: the folder holds no valid log.
     """
     numbers = [n for n, suffixes in segment_numbers(place.folder, place.files).items() if "audit" in suffixes]
     if place.files.stat(place.folder / HEAD) is None:
         if numbers:
-            raise AuditError(f"{place.folder} holds segments and no {HEAD}: verify it before writing on")
+            raise AuditError(f"{place.folder} holds segments and no {HEAD}: verify it before writing to it")
         return Resumed(Start(Position(0, 0, genesis(place.key))), 0, {}, 0)
     chain = Chain(place.folder, place.key, start=numbers[-2] if len(numbers) > 1 else 0, files=place.files)
     names, reached_id = _taken(chain)
-    if not chain.closed:  # ids may have been given that no durable record knows of
+    if not chain.closed:  # ids may have been given that no durable record holds
         reached_id += 1 << 32
     return Resumed(*_go_on_from(place, chain), names, reached_id)
 
 
 def _taken(chain: Chain) -> tuple[dict[str, int], int]:
-    """Walk a log to its end; which names and ids are taken."""
+    """Read a log to its end; returns which names and ids are taken."""
     names: dict[str, int] = {}
     reached = 0
     for frame in chain:
@@ -67,7 +67,7 @@ def _reached_in(frame: Frame) -> int:
 def _go_on_from(place: Place, chain: Chain) -> tuple[Start, int]:
     """Prepare a log that was read to its end for resuming: where it resumes, and how many bytes of a torn end were cut off.
 
-    The head of a closed log is told first, and on the disk before anything else changes: a crash at any later moment then leaves a
+    The head of a closed log is updated first and synced before anything else changes: a crash at any later moment then leaves a
     log that was open.
     """
     if chain.head.closed or chain.head.format != FORMAT:

@@ -1,4 +1,4 @@
-"""The files of a log that is being written: append, sync, rotate, and go on behind a failure without trusting what it left."""
+"""The files of a log being written: append, sync, rotate, and continue after a failure without trusting what it left."""
 
 import contextlib
 import os
@@ -24,43 +24,43 @@ class Place:
         self.lock = FolderLock(folder, files)
 
     def write_head(self, head: Head) -> None:
-        """Say where the log ends, durably; the folder must still be ours."""
+        """Record durably where the log ends; the folder must still be ours."""
         self.lock.require()
         self.files.replace(self.folder / HEAD, head_bytes(head, self.key))
 
 
 class Start:
-    """Where a writer goes on: the position, and what earlier writers left."""
+    """Where a writer resumes: the position, and what earlier writers left."""
 
     def __init__(self, position: Position, *, sealed: bool = False, clean: bool = True) -> None:
         self.position, self.sealed, self.clean = position, sealed, clean
 
 
 class Segments:
-    """Where the chain ends on disk, and the file that it goes on in.
+    """The end of the chain on disk, and the file that continues it.
 
-    After any failure the file is given up: a disk that refused a sync may have lost part of it, whatever it says later. What was
-    not acknowledged is then written again, to a new file that continues the last synced frame. Where folder, lock or file are no
-    longer ours, AuditError says what happened, and nothing of what is there now is touched.
+    After any failure the file is abandoned: a disk that failed a sync may have lost part of it, whatever it reports later. What was
+    not acknowledged is written again, to a new file that continues the last synced frame. If folder, lock or file are no longer
+    ours, AuditError says what happened, and nothing there is touched.
     """
 
     def __init__(self, place: Place, start: Start, describe: Callable[[], dict[str, Any]]) -> None:
         self.place, self.folder, self.files, self.describe = place, place.folder, place.files, describe
         self.position = start.position  # the last synced frame
         self.size = 0  # bytes of the current file
-        self.opened: float | None = None  # when it was made, by the clock that only goes forward
+        self.opened: float | None = None  # when it was created, by the monotonic clock
         self.done = 0
         self._file: BinaryIO | None = None
-        self._made: tuple[int, int] | None = None  # a file that was given up and not removed yet
+        self._made: tuple[int, int] | None = None  # an abandoned file that was not removed yet
         self._pending = start.position
         self._synced_size = 0
         self._sealed = start.sealed
         self._head_is_old = False
-        # behind the last synced frame there may be more: it could not be cut, or a writer that was declared dead is not
+        # there may be more after the last synced frame: it could not be cut, or a writer presumed dead is alive
         self._left_tail = not start.clean
 
     def commit(self, frames: list[Raw]) -> None:
-        """Write the frames and return once they are on the disk; on OSError the first ``done`` of them are."""
+        """Write the frames and return once they are on disk; on OSError the first ``done`` of them are."""
         self.done = 0
         self._settle()
         self.require()
@@ -82,7 +82,7 @@ class Segments:
         self._settle()
 
     def close(self, last: Raw) -> None:
-        """Say that the log ends here: in its last record, in the seal, in the head."""
+        """Mark the log as closed here: in its last record, in the seal, in the head."""
         try:
             self.commit([last])
             self.files.replace(self.folder / SEAL, seal_bytes(self.position, self.place.key))
@@ -127,7 +127,7 @@ class Segments:
             self._file = self.files.append(path)
         except FileExistsError as error:
             raise AuditError(
-                f"{self.folder}: {path.name} is there and not ours: another process writes here"
+                f"{self.folder}: {path.name} exists and is not ours: another process is writing here"
             ) from error
         self.size, before, self.opened = 0, self.opened, time.monotonic()
         self._pending = Position(number, 0, self.position.digest)
@@ -141,7 +141,7 @@ class Segments:
         return self._place(Kind.SEGMENT, encode_json(said | self.describe()))
 
     def _require_all_before(self, number: int) -> None:
-        """No segment has gone that retention did not take; it takes the oldest, and says so first."""
+        """Check that only retention removed segments: it removes the oldest, and records that first."""
         try:
             numbers = segment_numbers(self.folder, self.files)
             first = min(numbers, default=number)
@@ -149,7 +149,7 @@ class Segments:
         except AuditError as error:
             if not isinstance(error.__cause__, OSError):
                 raise
-            raise AuditWriteError(str(error)) from error  # of the disk, not of what is on it: tried again
+            raise AuditWriteError(str(error)) from error  # the disk failed, not its content: retried
         first = 0 if removed is None else min(first, removed.segment + 1)
         for wanted in range(first, number):
             if wanted not in numbers:
@@ -171,7 +171,7 @@ class Segments:
             self.size += len(data)
 
     def _sync(self, done: int) -> None:
-        """What is written, to the disk; the first ``done`` frames of the commit are then there."""
+        """Sync what is written; the first ``done`` frames of the commit are then on disk."""
         if self._file is None:
             return
         self.files.sync(self._file)
@@ -185,7 +185,7 @@ class Segments:
         self.done = done
 
     def _settle(self) -> None:
-        """Tell the head of a new segment; where that fails, nothing more is acknowledged until it succeeds."""
+        """Record a new segment in the head; until that succeeds, nothing more is acknowledged."""
         if self._head_is_old:
             self.place.write_head(self._head())
             self._head_is_old = False
@@ -207,12 +207,12 @@ class Segments:
                 self._made = None
             else:
                 self._remove_what_was_given_up(path)
-        except OSError:  # the next segment says so, and continues what was synced
+        except OSError:  # the next segment records it and continues what was synced
             self._left_tail |= kept
             self._made = None if kept else self._made
 
     def _remove_what_was_given_up(self, path: Path) -> None:
-        """A file of ours in which nothing was acknowledged."""
+        """Remove a file of ours in which nothing was acknowledged."""
         if self._made is not None:
             if self.files.stat(path) is not None:
                 self._require_made(path)

@@ -21,7 +21,7 @@ _DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "int64", "int
 
 
 class Checkpoint(NamedTuple):
-    """All of one source at one moment.
+    """The complete state of one source at one moment.
 
     ``settings``: source, name, kind, reason, time, num_experts, num_clusters, top_k, knobs and, of a router, options and next_id.
     ``arrays``: of a gate with a belief ``alpha``, ``beta`` (C, E), ``versions`` (C,), ``active`` (E,); of a router also its state:
@@ -33,7 +33,7 @@ class Checkpoint(NamedTuple):
 
 
 def encode_json(value: Any) -> bytes:
-    """The one way to write a value, so that it can be compared byte by byte."""
+    """JSON in one canonical form, so that values can be compared byte by byte."""
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain).encode()
     except (
@@ -45,7 +45,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """numpy's and torch's scalars, which knobs may be."""
+    """Convert numpy and torch scalars, which knobs may be."""
     if hasattr(value, "item"):
         return value.item()
     raise InvalidArgumentError(f"an audit log holds plain values; got {type(value).__name__} {value!r}")
@@ -55,7 +55,7 @@ def decode_json(data: bytes) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        AuditError: it is none.
+        AuditError: it is not one.
     """
     try:
         value = json.loads(data)
@@ -115,19 +115,19 @@ def decode_event(data: bytes) -> dict[str, Any]:
 
 
 def is_time(value: Any) -> bool:
-    """Whether this is a number of microseconds that a calendar has a date for."""
+    """Whether this is a number of microseconds with a calendar date."""
     return type(value) is int and 0 <= value < MAX_TIME
 
 
 def require_knobs(knobs: dict[str, Any]) -> None:
-    """Raise InvalidArgumentError for a knob that a reader would refuse: better before it is written than for ever after."""
+    """Raise InvalidArgumentError for a knob that a reader would refuse: better now than when the log is read."""
     for name, value in decode_json(encode_json(knobs)).items():
         if not _is_knob(name, value):
             raise InvalidArgumentError(f"{name} of an audited gate must be a plain number or None; got {value!r}")
 
 
 def require_text(name: str) -> str:
-    """The name, if it is a text that every table can hold."""
+    """The name, if it is text that every table can hold."""
     if not isinstance(name, str) or (not name.isascii() and name.encode(errors="replace").decode() != name):
         raise InvalidArgumentError(f"name must be a text without lone surrogates; got {name!r}")
     return name
@@ -138,7 +138,7 @@ def _is_knob(name: str, value: Any) -> bool:
         return isinstance(value, str)
     number = type(value) in (int, float)
     bounded = number and (abs(value) < _LARGE or (name == "abstain_below" and abs(value) == float("inf")))
-    return value is None or bounded  # what is only compared may be infinite: always, or never
+    return value is None or bounded  # a value that is only compared may be infinite: always, or never
 
 
 def _require(what: str, fits: bool) -> None:
@@ -147,7 +147,7 @@ def _require(what: str, fits: bool) -> None:
 
 
 def _check_settings(settings: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
-    """Whatever a reader relies on, so that a hostile file is refused here and allocates nothing."""
+    """Check everything a reader relies on, so that a hostile file is refused here and allocates nothing."""
     sizes = [settings.get(name) for name in ("num_clusters", "num_experts", "top_k", "source")]
     _require("checkpoint", all(type(size) is int and 0 <= size < 1 << 32 for size in sizes))
     num_clusters, num_experts, top_k = sizes[0] or 0, sizes[1] or 0, sizes[2] or 0
@@ -169,7 +169,7 @@ def _check_options(
     options: dict[str, Any], num_clusters: int, num_experts: int, top_k: int, arrays: dict[str, NDArray[Any]]
 ) -> None:
     names = ("num_clusters", "num_experts", "hidden_size", "top_k", "max_pending")
-    if options.get("num_clusters", 0) is None:  # to be found by a fit; until then there are the fewest
+    if options.get("num_clusters", 0) is None:  # chosen by a fit; until then the minimum
         options = {**options, "num_clusters": options.get("neighbours", 1)}
     _require("checkpoint", all(type(options.get(name)) is int for name in names))
     clusters, experts, hidden_size, chosen, pending = (int(options[name]) for name in names)

@@ -3,7 +3,7 @@
 Dimensions: N decisions, M outcomes, k experts per decision, R rows of a table.
 
 A payload is a sequence of parts, one for each table of each source that has rows: 16 bytes (table, k, source, rows, length) and an
-Arrow IPC record batch message, padded to 8 bytes. Columns whose values grow steadily are stored as differences, which zstd packs well.
+Arrow IPC record batch message, padded to 8 bytes. Increasing columns are stored as differences, which zstd compresses well.
 """
 
 import struct
@@ -64,7 +64,7 @@ TABLES: dict[str, tuple[_Column, ...]] = {
         _Column("version", np.uint32),  # of that cluster's posterior row
         _Column("share", np.float32),
     ),
-    "beliefs": (  # of decisions by a prior of the query's own, which no row holds: all of them, one row a decision
+    "beliefs": (  # of decisions by a learned prior, which no row holds: all of them, one row a decision
         _Column("alpha", np.float64, per_slot=True),  # of the chosen
         _Column("beta", np.float64, per_slot=True),
     ),
@@ -208,7 +208,7 @@ def _batch(table: str, top_k: int, columns: Columns) -> Any:
         if column.dtype is object:
             arrays.append(pa.array(values.tolist(), type=pa.string()))
             continue
-        # From its buffer: pa.array of a numpy array begins by importing pandas, half a second in the writer's thread.
+        # From the buffer: pa.array of a numpy array first imports pandas, half a second in the writer's thread.
         flat = np.ascontiguousarray(values, dtype=column.dtype).reshape(-1)
         scalars = pa.Array.from_buffers(pa.from_numpy_dtype(column.dtype), len(flat), [None, pa.py_buffer(flat)])
         arrays.append(pa.FixedSizeListArray.from_arrays(scalars, top_k) if column.per_slot else scalars)
@@ -218,7 +218,7 @@ def _batch(table: str, top_k: int, columns: Columns) -> Any:
 def _columns(table: str, top_k: int, rows: int, message: bytes) -> Columns:
     try:
         whole = pa.ipc.read_message(pa.py_buffer(message))
-        if _is_compressed(memoryview(whole.metadata)):  # to any size; we compress the frame as a whole, within a limit
+        if _is_compressed(memoryview(whole.metadata)):  # to any size; we compress the whole frame, with a limit
             raise AuditError(f"a table of {table} is compressed")
         batch = pa.ipc.read_record_batch(whole, _schema(table, top_k))
         batch.validate(full=True)
@@ -238,7 +238,7 @@ def _is_compressed(metadata: memoryview) -> bool:
 
 
 def _flatbuffer_field(data: memoryview, table: int, slot: int) -> int:
-    """Where a field of a flatbuffer's table lies, counted from the table; 0 where it is left out."""
+    """Where a field of a flatbuffer's table lies, counted from the table; 0 if it is absent."""
     layout = table - struct.unpack_from("<i", data, table)[0]
     (size,) = struct.unpack_from("<H", data, layout)
     place = 4 + 2 * slot

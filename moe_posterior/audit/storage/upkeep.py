@@ -1,7 +1,7 @@
-"""What becomes of sealed segments: Parquet for those who query, and an end for the oldest. The chain stays verifiable through both.
+"""Compaction of sealed segments to Parquet, and removal of the oldest. The chain stays verifiable through both.
 
 In both cases a note takes the place of the segment: first the new files, then a record in the log that vouches for the note, and only
-then are the old files removed. A crash in between leaves files too many, never too few.
+then are the old files removed. A crash in between leaves extra files, never missing ones.
 """
 
 from collections import Counter
@@ -26,15 +26,15 @@ class Upkeep:
     """Compaction and retention in a folder whose writer is us.
 
     Args:
-        place: the log's folder, which is asked before every change whether it is still ours.
-        tell: puts an event into the log and returns once it is on the disk.
+        place: the log's folder, checked before every change for still being ours.
+        tell: puts an event into the log and returns once it is on disk.
     """
 
     def __init__(self, place: Place, tell: Callable[[dict[str, Any]], None]) -> None:
         self.folder, self.key, self.files, self.lock, self.tell = place.folder, place.key, place.files, place.lock, tell
 
     def compact(self) -> int:
-        """Turn every sealed segment into Parquet files; how many were."""
+        """Convert every sealed segment to Parquet; returns how many."""
         done, number, start, end = 0, -1, b"", b""
         tables = SegmentTables()
         last = max(self._numbers(), default=-1)
@@ -54,7 +54,7 @@ class Upkeep:
         return done
 
     def retain(self, max_bytes: int | None, max_seconds: float | None, elapsed: float) -> int:
-        """Remove the oldest sealed segments beyond a size or an age; how many were. The last one was begun ``elapsed`` seconds ago."""
+        """Remove the oldest sealed segments beyond a size or an age; returns how many. The last began ``elapsed`` seconds ago."""
         sizes, ages = self._sizes(), self._ages(elapsed) if max_seconds is not None else {}
         numbers, total, up_to = sorted(sizes), sum(sizes.values()), None
         for number in numbers[:-1]:
@@ -71,14 +71,14 @@ class Upkeep:
         return self.remove(up_to)
 
     def remove(self, up_to: int) -> int:
-        """Remove all segments up to this one, and say so; how many files' segments that were.
+        """Remove all segments up to this one, and record it; returns how many segments had files.
 
         Raises:
             AuditError: what would be left does not begin with a sealed segment's successor and its checkpoint.
         """
         before = self._note(REMOVED)
         gone = -1 if before is None else before.segment
-        numbers = [n for n in self._numbers() if gone < n <= up_to]  # below there is only what a crash left
+        numbers = [n for n in self._numbers() if gone < n <= up_to]  # anything below is left from a crash
         if not numbers or not self._begins_with_checkpoint(up_to + 1):
             raise AuditError(f"segment {up_to + 1} does not begin with a checkpoint: what is before it is still needed")
         totals, counted, end = Counter(before.totals if before else {}), SegmentTables(), b""

@@ -1,1 +1,1 @@
-"""What people see of an audit log: tables in a terminal, a page, a live view, plain files, and what these are computed from."""
+"""Views of an audit log: tables in a terminal, a page, a live view, plain files, and the computations behind them."""

@@ -19,7 +19,7 @@ EXPERTS, CLUSTERS, PANELS = 16, 12, 4  # drawn at most: experts over all cluster
 _POINTS = 80
 _SHARES = (0, 0.2, 0.4, 0.6, 0.8, 1)
 _LEGEND = [("expert, 95 % interval", 0), ("mean of the active experts", 1)]
-_MANY = 400.0  # pseudo-counts from which on a Beta distribution is normal for the eye
+_MANY = 400.0  # pseudo-counts above which a Beta distribution looks normal
 
 
 def interval(alpha: NDArray, beta: NDArray) -> tuple[NDArray, NDArray]:  # (S, P), (S, P) -> 2 x (S, P)
@@ -40,13 +40,13 @@ def interval(alpha: NDArray, beta: NDArray) -> tuple[NDArray, NDArray]:  # (S, P
 
 
 def over_all(samples: Samples) -> tuple[NDArray, NDArray]:  # -> 2 x (S, E)
-    """The experts' plain means over all clusters and their stds, the cells taken for independent."""
+    """The experts' plain means over all clusters and their stds, treating cells as independent."""
     mean, std = moments(samples.alpha.astype(np.float64), samples.beta.astype(np.float64))
     return mean.mean(axis=1), np.sqrt((std**2).sum(axis=1)) / mean.shape[1]
 
 
 def experts_figure(name: str, source: SourceSurvey, samples: Samples, flags: list[Flag]) -> str:
-    """The experts' competence over all clusters; those that were flagged first, then by traffic."""
+    """The experts' competence over all clusters; flagged experts first, then by traffic."""
     chosen = _ranked([flag.expert for flag in flags], source.traffic.sum(axis=0), EXPERTS)
     kept = _thinned(samples)
     mean, std = over_all(kept)
@@ -63,7 +63,7 @@ def experts_figure(name: str, source: SourceSurvey, samples: Samples, flags: lis
 
 
 def cluster_figures(name: str, source: SourceSurvey, samples: Samples, flags: list[Flag]) -> str:
-    """For the clusters with most traffic, folded away: their experts with most traffic or a flag."""
+    """For the clusters with most traffic, collapsed: their experts with most traffic or a flag."""
     kept = _thinned(samples)
     mean, _ = moments(kept.alpha.astype(np.float64), kept.beta.astype(np.float64))
     active = _active(source, mean.shape[2])
@@ -100,7 +100,7 @@ def _active(source: SourceSurvey, num_experts: int) -> NDArray[np.bool_]:
 
 
 def _thinned(samples: Samples) -> Samples:
-    """No more points than a small panel can show, the last one among them."""
+    """At most as many points as a small panel can show, including the last one."""
     kept = np.unique(np.linspace(0, len(samples.numbers) - 1, _POINTS).round().astype(np.int64))
     return Samples(samples.numbers[kept], samples.times[kept], samples.alpha[kept], samples.beta[kept])
 

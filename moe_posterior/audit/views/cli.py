@@ -1,4 +1,4 @@
-"""``moe-posterior audit``: look into a log, verify it, recompute it, take it elsewhere."""
+"""``moe-posterior audit``: inspect a log, verify it, recompute it, export it."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Where competence stands at the end of a log: the one function behind the terminal's table, the page and the live view.
+"""Competence at the end of a log: the one function behind the terminal's table, the page and the live view.
 
 Dimensions: C clusters, E experts.
 """
@@ -29,19 +29,19 @@ class Standing(NamedTuple):
     expert: int
     active: bool  # in the pool
     chosen: int  # slots given to it
-    outcomes: int  # that came back and were not unknown
+    outcomes: int  # received and not NaN
     observed: float | None  # their plain mean, without any prior
-    over_all: Estimate | None  # competence, each cluster counting alike; None without a belief
-    asked: Estimate | None  # each cluster counting as often as the expert was asked there; None if it never was
+    over_all: Estimate | None  # competence with equal weight for each cluster; None without a belief
+    asked: Estimate | None  # each cluster weighted by how often the expert was asked there; None if never
     flags: int  # that are up
-    low: int  # clusters on which it stands below the pool without having fallen
+    low: int  # clusters where it is below the pool without having fallen
 
 
 def standings(source: SourceSurvey) -> list[Standing]:
     """Every expert of a router or gate, by number.
 
     Competence is the posterior as the last decisions saw it, so that a warm start, pooling and forgetting count as they do for the
-    router; intervals take clusters for independent, and are too narrow where the router pools evidence between them.
+    router; intervals treat clusters as independent, and are too narrow where the router pools evidence between them.
     """
     seen, won = source.seen.tolist(), source.won.tolist()
     observed = [w / n if n else None for n, w in zip(seen, won, strict=True)]

@@ -1,4 +1,4 @@
-"""A log as plain tables, for tools that know nothing of it."""
+"""A log as plain tables, for other tools."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +11,10 @@ from moe_posterior.files.atomic import replacing
 
 
 def export(reader: Reader, folder: Path, form: Literal["parquet", "csv"] = "parquet") -> dict[str, int]:
-    """Write decisions, outcomes, posterior and events, one file each; their paths and numbers of rows.
+    """Write decisions, outcomes, posterior and events, one file each; returns their paths and numbers of rows.
 
     Each table is held in memory while it is written. In CSV, lists are joined by semicolons, and a text that a spreadsheet would
-    take for a formula gets an apostrophe in front.
+    treat as a formula gets a leading apostrophe.
     """
     folder.mkdir(parents=True, exist_ok=True)
     views = {

@@ -1,4 +1,4 @@
-"""Whether an expert got worse, read continuously from its outcomes at a stated rate of false alarms.
+"""Tests continuously whether an expert got worse, from its outcomes, at a given rate of false alarms.
 
 Dimensions: C clusters, E experts, M outcomes.
 
@@ -59,7 +59,7 @@ class FallTest:
         self._seen = np.zeros(count, dtype=np.int64)
 
     def after(self, before: "FallTest") -> "FallTest":
-        """This test for a pool that has grown, continued from before the newcomers."""
+        """This test continued for a pool that has grown."""
         experts = before.groups.shape[1]
         old = self.groups[:, :experts].reshape(-1)
         places = np.arange(self.groups.size).reshape(self.groups.shape)[:, :experts].reshape(-1)
@@ -69,14 +69,14 @@ class FallTest:
         return self
 
     def told(self, successes: Floats, failures: Floats, experts: list[int]) -> None:  # (C, E), (C, E)
-        """Begin anew with these experts, from a record that somebody vouches for."""
+        """Restart for these experts, from a given record."""
         for table, given in zip(self._record.reshape(2, *self.groups.shape), (successes, failures), strict=True):
             table[:, experts] = given[:, experts]
         for group in np.unique(self.groups[:, experts]).tolist():
             self.fallen[group], self._evidence[group], self._seen[group] = False, -np.inf, 0
 
     def see(self, cells: NDArray[np.int64], failed: NDArray[np.bool_], ties: Floats) -> list[Turn]:  # (M,), (M,), (M,)
-        """Take in outcomes in the order in which they came: where, whether they were failures, and what breaks ties."""
+        """Add outcomes in order of arrival: their cells, whether they were failures, and what breaks ties."""
         group = self.groups.reshape(-1)[cells]
         order = np.argsort(group, kind="stable")
         starts = np.flatnonzero(np.diff(group[order], prepend=-1))
@@ -131,7 +131,7 @@ class FallTest:
 
 
 def uniform(ids: NDArray, salt: int) -> Floats:
-    """Numbers in (0, 1) that hang together with nothing but the id: splitmix64.
+    """Numbers in (0, 1) that depend on the id alone: splitmix64.
 
     >>> uniform(np.array([1, 2]), 1).round(3).tolist() == uniform(np.array([1, 2]), 1).round(3).tolist()
     True

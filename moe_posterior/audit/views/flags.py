@@ -1,7 +1,7 @@
-"""Who fell, from the log alone: flags on every cell and every expert, with the outcome that raised each.
+"""Which experts fell, from the log alone: flags on every cell and every expert, with the outcome that raised each.
 
 A flag goes up where :class:`~moe_posterior.audit.views.falls.FallTest` finds that outcomes got worse; an expert that was always
-bad has not fallen. One against the pool asks for more: that the expert then also stands two standard deviations below the others.
+bad has not fallen. A flag against the pool also requires that the expert is two standard deviations below the others.
 
 Dimensions: N decisions, C clusters, E experts, R posterior rows.
 """
@@ -37,8 +37,8 @@ def below_pool(
 ) -> tuple[NDArray[np.bool_], Floats]:  # (R, E), (R, E)
     """Which experts stand more than two posterior standard deviations below the pool, ``mean + 2 std < pool mean``, and the pool mean.
 
-    The pool mean is the plain mean over the active experts of the same row. Weighted by traffic it would follow the expert that gets
-    most of it, and the fall of just that expert would hide itself.
+    The pool mean is the plain mean over the active experts of the same row. Weighted by traffic, it would follow the expert with most
+    of it, and hide the fall of that very expert.
 
     Source: *Bayesian Posterior Routing in Multi-Agent Systems*, "Benchmark B": "falling more than two posterior standard deviations
     below the pool mean".
@@ -83,7 +83,7 @@ class Outcomes(NamedTuple):
 def outcomes_of(
     group: Group, number: int, known: NDArray[np.bool_], clusters: NDArray, experts: NDArray, shape: tuple[int, ...]
 ) -> Outcomes:  # (M,), (M,), (M, k)
-    """The outcomes of a group that teach something; ``number`` decisions came before it."""
+    """The usable outcomes of a group; ``number`` decisions came before it."""
     calls, outcomes = group.tables["calls"], group.tables["outcomes"]
     routed = np.cumsum(np.where(calls["kind"] == ROUTE, calls["rows"], 0).astype(np.int64))
     at, signal = group.call_rows(RESOLVE), outcomes["signal"]
@@ -94,7 +94,7 @@ def outcomes_of(
 
 
 class _Raised:
-    """The flags of one table of cells, memory for every cell once."""
+    """The flags of one table of cells."""
 
     def __init__(self, shape: tuple[int, int], against: Against) -> None:
         self.against: Against = against
@@ -112,14 +112,14 @@ class _Raised:
             self._flags[cell] = old._replace(ended=flag.decision, ended_time=flag.time)
 
     def end(self, experts: list[int], next_id: int, time: int) -> None:
-        """Take down the flags of these experts; they stay known."""
+        """End the flags of these experts; they stay in the list."""
         for cell in np.argwhere(self.up[:, experts]).tolist():
             place = cell[0], experts[cell[1]]
             self.up[place] = False
             self._flags[place] = self._flags[place]._replace(ended=next_id, ended_time=time)
 
     def widen(self, missing: int) -> None:
-        """Make room for newcomers."""
+        """Make room for new experts."""
         self.up = np.pad(self.up, ((0, 0), (0, missing)))
 
     def flags(self) -> list[Flag]:
@@ -133,9 +133,9 @@ class Flagging:
     all clusters, the other half shared by its cells.
 
     Args:
-        alpha, beta: the belief that somebody vouches for: a fit, a warm start, a newcomer.
+        alpha, beta: the initial belief, after a fit, a warm start or an added expert.
         active: experts that are in the pool.
-        initial: pseudo-counts of a cell of which nothing is known; what has no more is no record to fall from.
+        initial: pseudo-counts of a cell without evidence; a cell with no more has no record to fall from.
     """
 
     def __init__(self, alpha: Floats, beta: Floats, active: NDArray[np.bool_], initial: float) -> None:  # (C, E), (E,)
@@ -152,7 +152,7 @@ class Flagging:
     def told(
         self, alpha: Floats, beta: Floats, active: NDArray[np.bool_], experts: list[int], next_id: int, time: int
     ) -> None:
-        """Go on from this belief, and begin anew with these experts; their flags end and stay known."""
+        """Continue from this belief and restart for these experts; their flags end and stay in the list."""
         missing = alpha.shape[1] - self.mean.shape[1]
         mean, std = moments(alpha, beta)
         kept = np.setdiff1d(np.arange(self.mean.shape[1]), experts)
@@ -168,12 +168,12 @@ class Flagging:
         self._vouch(alpha, beta, experts)
 
     def advance(self, rows: RowsOfGroup, group: Group, number: int, came: Outcomes, threshold: float | None) -> None:
-        """Take in a group: the rows its decisions rested on, and its outcomes; ``number`` decisions came before it."""
+        """Add a group: the rows behind its decisions, and its outcomes; ``number`` decisions came before it."""
         turns = self._learn(came, threshold)
         places, first = np.unique(rows.places(group.tables["decisions"]), return_index=True)
         if turns or any(raised.up.any() for raised in self.raised.values()):
             self._look(rows, group, number, came, turns, places, first)
-        elif len(places):  # nobody has fallen: where each cluster ends is enough
+        elif len(places):  # no expert has fallen: the last row of each cluster is enough
             clusters = rows.keys[places] >> 32
             last = places[np.append(np.flatnonzero(np.diff(clusters)), len(clusters) - 1)]
             self.mean[rows.keys[last] >> 32], self.std[rows.keys[last] >> 32] = moments(
@@ -181,10 +181,10 @@ class Flagging:
             )
 
     def _learn(self, came: Outcomes, threshold: float | None) -> list[tuple[bool, Turn]]:
-        """Who fell or rose again by these outcomes, over all clusters (True) or on one, in the order of time."""
+        """Experts that fell or recovered with these outcomes, over all clusters (True) or on one, in order of time."""
         num_experts = self.mean.shape[1]
         salted = came.ids * num_experts + came.cells % num_experts
-        # One between success and failure counts as either, drawn once by its id.
+        # An outcome between 0 and 1 counts as success or failure, drawn once by its id.
         failed = came.signal < (uniform(salted, 2) if threshold is None else threshold)
         ties = uniform(salted, 1)
         turns = [
@@ -204,7 +204,7 @@ class Flagging:
         places: NDArray,
         first: NDArray,
     ) -> None:
-        """Row by row, in the order of time: raise and take down flags as the outcomes before each said."""
+        """Row by row, in order of time: raise and end flags according to the outcomes so far."""
         ids, times = group.decision_ids(), group.tables["calls"]["time"][group.call_rows(ROUTE)]
         waiting = deque(turns)
         for at in np.argsort(first).tolist():
@@ -225,12 +225,12 @@ class Flagging:
         self.raised["start", whole].turn(cell, turn.fell, self._flag("start", whole, cell, at))
 
     def flags(self) -> list[Flag]:
-        """Every flag, in the order in which they went up."""
+        """Every flag, in the order they were raised."""
         found = [flag for raised in self.raised.values() for flag in raised.flags()]
         return sorted(found, key=lambda flag: (flag.number, flag.cluster is not None, flag.expert, flag.cluster or 0))
 
     def low(self) -> NDArray[np.bool_]:  # (C, E)
-        """Who stands below the pool without having fallen."""
+        """Experts below the pool that have not fallen."""
         return below_pool(self.mean, self.std, self.active)[0] & ~self.raised["pool", False].up
 
     def _against_pool(self, cluster: int, at: tuple[int, int, int]) -> None:
@@ -253,7 +253,7 @@ class Flagging:
         return Flag(expert, None if whole else place, against, *at, *shown, 0, None, None)
 
     def _table(self, whole: bool) -> tuple[Floats, Floats]:  # 2 x (C, E), or 2 x (1, E)
-        """The plain mean over clusters takes the cells for independent: where evidence is pooled, its std comes out too small."""
+        """The plain mean over clusters treats the cells as independent: where evidence is pooled, its std comes out too small."""
         if not whole:
             return self.mean, self.std
         return self.mean.mean(axis=0)[None], np.sqrt((self.std**2).sum(axis=0))[None] / len(self.mean)

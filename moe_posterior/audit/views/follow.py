@@ -1,4 +1,4 @@
-"""Reading on where the last reading ended, beside a writer that rotates, dies and comes back."""
+"""Continues reading a log where the last read ended, while its writer rotates, dies and restarts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +12,10 @@ from moe_posterior.errors import AuditError
 
 
 class Follower(Reader):
-    """The records of a log as they come; call :meth:`poll` again and again.
+    """The records of a log as they arrive; call :meth:`poll` repeatedly.
 
-    It begins one segment before the last, whose checkpoints say where the belief stood; what came before is taken on trust. Where the
-    log no longer goes on from what was read (a failed write was taken back, or it was begun anew), it begins again: ``restarts`` rises.
+    It begins one segment before the last, whose checkpoints hold the belief; what came before is trusted. If the log no longer
+    continues what was read (a failed write was undone, or the log was recreated), it starts over: ``restarts`` rises.
     """
 
     def __init__(self, folder: Path, key: bytes | None = None) -> None:
@@ -25,20 +25,17 @@ class Follower(Reader):
         self._offset = 0
 
     def poll(self) -> Iterator[Record]:
-        """What was written since the last call; nothing where there is no log yet.
+        """The records written since the last call; none if there is no log yet.
 
         Raises:
-            AuditError: the log is malformed or altered; the next call begins again.
+            AuditError: the log is malformed or altered; the next call starts over.
         """
         if self._end is None:
             yield from self._begin()
             return
         try:
             yield from self._go_on()
-        except (
-            AuditError,
-            OSError,
-        ):  # perhaps taken back by the writer; if not, the reading from the start says what is wrong
+        except (AuditError, OSError):  # perhaps undone by the writer; if not, reading from the start finds it
             self._end = None
             yield from self._begin()
 
@@ -58,13 +55,13 @@ class Follower(Reader):
             following = self.folder / segment_name(number + 1)
             sealed = (
                 following.exists() and following.stat().st_size > 0
-            )  # looked at first: then nothing more comes here
+            )  # checked first: nothing more is added here then
             with open(self.folder / segment_name(number), "rb") as file:
                 file.seek(self._offset)
                 try:
                     frame = read_frame(file, number, frames, digest, self.key)
                 except Torn:
-                    frame = None  # it is being written, or was when the writer died
+                    frame = None  # incomplete: being written, or the writer died
             if frame is None:
                 if not sealed:
                     return

@@ -1,4 +1,4 @@
-"""What a log says, as one self-contained web page for those who were not there: operators, reviewers, regulators.
+"""A log as one self-contained web page, for operators, reviewers and regulators.
 
 It is made in one pass over the log, with every hash checked, and stays small however long the log is.
 """
@@ -48,7 +48,7 @@ def write_page(folder: str | PathLike[str], file: str | PathLike[str], key: byte
         key: of the log, if it has one.
 
     Raises:
-        AuditError: the log is malformed or altered, or nobody has recorded to it. UnwritableFileError: the file cannot be written.
+        AuditError: the log is malformed or altered, or holds no records. UnwritableFileError: the file cannot be written.
     """
     reader = Reader(Path(folder), key)
     found = survey(reader)
@@ -57,7 +57,7 @@ def write_page(folder: str | PathLike[str], file: str | PathLike[str], key: byte
 
 
 def chain_state(reader: Reader) -> dict[str, str]:
-    """How the log's chain stands once it has been read to its end."""
+    """The state of the log's chain after reading to its end."""
     chain = reader.chain
     if chain is None:
         return {}
@@ -79,7 +79,7 @@ def chain_state(reader: Reader) -> dict[str, str]:
 
 
 def to_html(found: Survey, chain: Mapping[str, str]) -> str:
-    """Render what was found as a whole HTML document that needs no network. Text in it is escaped.
+    """Render the findings as one HTML document that needs no network. Text in it is escaped.
 
     Args:
         found: from :func:`~moe_posterior.audit.views.survey.survey`.

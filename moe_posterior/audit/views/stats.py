@@ -1,4 +1,4 @@
-"""What a log says in sum: decisions, outcomes, and how competent each expert has proved, with intervals."""
+"""A log in summary: decisions, outcomes, and each expert's competence with intervals."""
 
 from typing import Any
 

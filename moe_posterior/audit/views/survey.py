@@ -1,4 +1,4 @@
-"""One pass over a log: what was decided, what came back, where competence stands and how it went. Memory does not grow with the log.
+"""One pass over a log: decisions, outcomes, competence and its history. Memory does not grow with the log.
 
 Dimensions: N decisions, C clusters, E experts, k experts per decision.
 """
@@ -20,26 +20,26 @@ from moe_posterior.audit.views.flags import Flag, Flagging, outcomes_of
 from moe_posterior.audit.views.trajectories import Sampler, Samples
 from moe_posterior.errors import AuditError
 
-_KINDS_OF_REFUSAL = 30  # told apart; the rest count together
-_EVENTS = 200  # the latest; how many there were is counted
+_KINDS_OF_REFUSAL = 30  # distinguished; the rest are counted together
+_EVENTS = 200  # the latest; all are counted
 _NEW_CLUSTERS, _NEW_BELIEF = (
     "fit",
     ("attached", "warm start"),
-)  # reasons of checkpoints that say what competence starts from
+)  # reasons of checkpoints that reset the starting competence
 _NEW_EXPERT = re.compile(r"expert (\d+) (?:added|replaced|removed)")
 
 
 class Happening(NamedTuple):
-    """Something beside decisions and outcomes."""
+    """An event other than a decision or an outcome."""
 
     time: int
     source: str
     what: str
-    before: int  # decisions of the source until then
+    before: int  # decisions of the source before it
 
 
 class SourceSurvey:
-    """What became of one router or gate."""
+    """The history of one router or gate."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -62,10 +62,10 @@ class SourceSurvey:
         self.checkpoint: Checkpoint | None = None
         self.sampler: Sampler | None = None
         self.flagging: Flagging | None = None
-        self.earlier = 0  # decisions before the clusters were last found anew
+        self.earlier = 0  # decisions before the last fit
 
     def told(self, source: Source) -> str | None:
-        """Take in a checkpoint; what was new in it."""
+        """Add a checkpoint; returns what changed in it."""
         checkpoint, belief, old = source.checkpoint, source.belief, self.checkpoint
         self.checkpoint = checkpoint
         if self.asked is None:
@@ -98,7 +98,7 @@ class SourceSurvey:
         return f"{reason}: {changes}" if changes else reason
 
     def take(self, group: Group, source: Source) -> None:
-        """Take in what happened between two group commits."""
+        """Add a group commit."""
         decisions, outcomes = group.tables["decisions"], group.tables["outcomes"]
         flags = decisions["flags"]
         resolved = self._resolve(group)
@@ -131,7 +131,7 @@ class SourceSurvey:
     def _resolve(
         self, group: Group
     ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:  # (M,), (M,), (M, k)
-        """Give each outcome to its experts; whether it is known whose they are, in which cluster, and who."""
+        """Assign each outcome to its experts; returns whether its decision is known, its cluster and its experts."""
         assert self.asked is not None
         known, clusters, experts = self.asked.resolve(group)
         signal = group.tables["outcomes"]["signal"]
@@ -153,7 +153,7 @@ class SourceSurvey:
 
     @property
     def mean_outcome(self) -> float | None:
-        """Of all outcomes that were not unknown."""
+        """The mean of all outcomes that are not NaN."""
         slots = self.outcomes * (0 if self.checkpoint is None else _integer(self.checkpoint.settings.get("top_k")))
         return self.signal / (slots - self.unknown) if slots > self.unknown else None
 
@@ -162,7 +162,7 @@ class SourceSurvey:
         return None if self.sampler is None else self.sampler.samples()
 
     def flags(self) -> list[Flag]:
-        """Who fell, since the clusters were last found; see :class:`Flagging`."""
+        """Experts that fell since the last fit; see :class:`Flagging`."""
         return [] if self.flagging is None else self.flagging.flags()
 
 
@@ -180,7 +180,7 @@ class Survey:
         self.last_time: int | None = None
 
     def take(self, record: Record, sources: dict[int, Source]) -> None:
-        """Take in the next record of a log; ``sources`` as of it."""
+        """Add the next record of a log; ``sources`` as of that record."""
         if isinstance(record, Group):
             found = sources.get(record.source)
             if found is None:
@@ -188,7 +188,7 @@ class Survey:
             else:
                 self._source(record.source, found.name).take(record, found)
             calls = record.tables["calls"]["time"]
-            if len(calls):  # none where a group commit fell between a posterior row and the decision that rests on it
+            if len(calls):  # none if a group commit fell between a posterior row and the decision that uses it
                 self.first_time = int(calls[0]) if self.first_time is None else self.first_time
                 self.last_time = int(calls[-1])
         elif isinstance(record, Checkpoint):
@@ -236,7 +236,7 @@ def kind_of_refusal(reason: str) -> str:
 
 
 def _begun_anew(reason: str, num_experts: int) -> list[int]:
-    """The experts of which a checkpoint for that reason says what they start from."""
+    """The experts whose starting belief a checkpoint for that reason sets."""
     if reason in _NEW_BELIEF:
         return list(range(num_experts))
     found = _NEW_EXPERT.fullmatch(reason)
@@ -275,10 +275,10 @@ def _event(record: dict[str, Any]) -> str:
 
 
 def require_sources(found: Survey) -> None:
-    """A log that somebody has recorded to.
+    """Return a log that has a recorded router or gate.
 
     Raises:
-        AuditError: there was nobody.
+        AuditError: it has none.
     """
     if not found.sources:
         raise AuditError("the log holds no router and no gate yet")

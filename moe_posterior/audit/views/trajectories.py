@@ -1,4 +1,4 @@
-"""How competence went, from the log alone: sampled trajectories of every cell.
+"""Competence over time, from the log alone: sampled trajectories of every cell.
 
 Dimensions: N decisions, C clusters, E experts, S samples.
 """
@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 
 
 class Samples(NamedTuple):
-    """Posterior rows at S moments, evenly spaced over the decisions of a log but for the last one."""
+    """Posterior rows at S moments, evenly spaced over the decisions of a log except for the last."""
 
     numbers: NDArray[np.int64]  # (S,) decisions made until then
     times: NDArray[np.int64]  # (S,) microseconds since 1970, UTC
@@ -30,11 +30,11 @@ class Samples(NamedTuple):
 class Sampler:
     """Samples of a belief as the decisions of a log saw it, at most a fixed number however long the log is.
 
-    It samples every decision, until it has too many; then it drops every other sample and takes half as many from there on.
+    It samples every decision until it has too many; then it drops every other sample and samples half as often.
 
     Args:
         alpha, beta: the belief before the first decision.
-        time: then.
+        time: at that moment.
         points: samples at most, 240 by default; fewer where there are very many cells, never below 8.
     """
 
@@ -45,13 +45,13 @@ class Sampler:
         self.told(alpha, beta, time)
 
     def told(self, alpha: Floats, beta: Floats, time: int) -> None:
-        """Go on from these rows."""
+        """Continue from these rows."""
         self.alpha, self.beta, self._time = alpha.copy(), beta.copy(), time
         if not self.count:
             self._samples = [self._now(time)]
 
     def advance(self, group: Group, rows: RowsOfGroup) -> None:
-        """Take in a group's decisions."""
+        """Add a group's decisions."""
         clusters = group.tables["decisions"]["cluster"]
         places = rows.places(group.tables["decisions"])
         times = group.tables["calls"]["time"][group.call_rows(ROUTE)]
@@ -66,7 +66,7 @@ class Sampler:
             begin = end
 
     def samples(self) -> Samples:
-        """What was kept, and where the log ends."""
+        """The samples kept, and the end of the log."""
         kept = list(self._samples)
         if kept[-1][0] != self.count:
             kept.append(self._now(self._time))
@@ -80,7 +80,7 @@ class Sampler:
 
     def _see(self, clusters: NDArray, places: NDArray, rows: RowsOfGroup) -> None:
         last = np.full(len(self.alpha), -1, dtype=np.int64)
-        np.maximum.at(last, clusters, places)  # a cluster's later versions lie in later places
+        np.maximum.at(last, clusters, places)  # a cluster's later versions are in later places
         seen = np.flatnonzero(last >= 0)
         self.alpha[seen], self.beta[seen] = rows.alpha[last[seen]], rows.beta[last[seen]]
 

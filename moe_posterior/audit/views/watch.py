@@ -1,4 +1,4 @@
-"""``moe-posterior audit watch``: the last minutes of a log in a terminal, as they go by. Plain ASCII and no package but the log's own.
+"""``moe-posterior audit watch``: the last minutes of a log, live in a terminal. Plain ASCII, no packages beyond the log's own.
 
 Dimensions: N decisions, C clusters, E experts.
 """
@@ -30,8 +30,8 @@ from moe_posterior.escape import ascii_line
 
 MOST_MINUTES = 24 * 60  # a row of counts a second is kept
 BAR, FLAGS, SOURCES = 20, 6, 8  # width of a bar; flags and routers shown, at most
-_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the terminal's other screen, its cursor hidden
-_LONGEST = 86_400.0  # seconds without another view, whatever was asked for
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the terminal's alternate screen, cursor hidden
+_LONGEST = 86_400.0  # longest interval between views, in seconds
 _COUNTS = {"decisions": 0, "abstained": 1, "explored": 2, "outcomes": 3, "refused": 4}
 
 
@@ -66,7 +66,7 @@ class Window:
         self._forget()
 
     def rate(self, name: str, since: float, until: float) -> float:
-        """A second, over whole seconds of the window."""
+        """Per second, over whole seconds of the window."""
         first, last = int(since), int(until)
         total = sum(int(row[_COUNTS[name]]) for second, row in self.counts.items() if first <= second < last)
         return total / max(last - first, 1)
@@ -96,7 +96,7 @@ class Window:
 
 
 class View:
-    """All that a watcher has seen of a log, in bounded memory."""
+    """What a watcher has seen of a log, in bounded memory."""
 
     def __init__(self, folder: Path, key: bytes | None = None, minutes: float = 5.0) -> None:
         self.folder, self.seconds = folder, max(1, round(60 * minutes))
@@ -109,7 +109,7 @@ class View:
         self._restarts = self.follower.restarts
 
     def read(self, enough: Callable[[], bool] = lambda: False) -> None:
-        """Take in what is new, until there is enough; what is wrong with the log is shown instead of raised, and tried again."""
+        """Read new records, up to a limit; a problem with the log is shown instead of raised, and retried."""
         try:
             for record in self.follower.poll():
                 self._take(record)
@@ -194,7 +194,7 @@ def _flag_line(source: SourceSurvey, flag: Flag) -> str:
 
 @contextmanager
 def _screen(stream: TextIO) -> Iterator[Callable[[list[str]], None]]:
-    """How to show lines: over each other on a terminal's other screen, one block after the other anywhere else."""
+    """How to show lines: in place on a terminal's alternate screen, one block after the other anywhere else."""
     if not stream.isatty():
         yield lambda lines: _put(stream, "\n".join(lines) + "\n\n")
         return
@@ -202,9 +202,7 @@ def _screen(stream: TextIO) -> Iterator[Callable[[list[str]], None]]:
     def paint(lines: list[str]) -> None:
         width, height = shutil.get_terminal_size()
         cut = "".join(f"{line[: width - 1]}\x1b[K\n" for line in lines[: height - 1])
-        _put(
-            stream, f"\x1b[H{cut}\x1b[J"
-        )  # one write, over what stood there: nothing is cleared first, nothing flickers
+        _put(stream, f"\x1b[H{cut}\x1b[J")  # one write over the old text: without clearing first, nothing flickers
 
     _put(stream, _ENTER)
     try:
@@ -214,11 +212,11 @@ def _screen(stream: TextIO) -> Iterator[Callable[[list[str]], None]]:
 
 
 class Stop:
-    """Whether Ctrl-C or a request to end has come.
+    """Whether Ctrl-C or a termination signal has arrived.
 
-    The handler raises nothing, for it may run anywhere: in a destructor, where what is raised is lost, or inside another library,
-    which may make something else of it. It notes, and wakes who waits. Only a write, which may never return where nobody reads, is
-    broken off; so is anything at all by a second request.
+    The handler does not raise, since it may run anywhere: in a destructor, where the exception is lost, or inside another library,
+    which may convert it. It sets a flag and wakes the waiting thread. Only a write, which may block forever if nobody reads, is
+    interrupted; a second signal interrupts anything.
     """
 
     def __init__(self) -> None:
@@ -229,11 +227,11 @@ class Stop:
         self._poll.register(self._reading, select.POLLIN)
 
     def wait(self, seconds: float) -> None:
-        """Return after so long, or once it was asked for."""
+        """Return after so many seconds, or when a signal arrives."""
         self._poll.poll(1000 * min(seconds, _LONGEST))
 
     def ask(self, number: int, frame: Any) -> None:
-        """What a signal calls."""
+        """The signal handler."""
         again, self.asked = self.asked, True
         with suppress(BlockingIOError):
             os.write(self._writing, b".")
@@ -241,14 +239,14 @@ class Stop:
             raise KeyboardInterrupt
 
     def close(self) -> None:
-        """Let the pipe go."""
+        """Close the pipe."""
         os.close(self._reading)
         os.close(self._writing)
 
 
 @contextmanager
 def _stoppable() -> Iterator[Stop]:
-    """Signals that ask to end, while the block runs, set what it is given."""
+    """While the block runs, termination signals set the given flag."""
     stop, before = Stop(), {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -277,7 +275,7 @@ def watch(
     """Show the last minutes of a log until Ctrl-C or SIGTERM; 0 then, and 1 if ``once`` found a log that cannot be read.
 
     Args:
-        folder, key: of the log; it may come later, rotate, and change its writer.
+        folder, key: of the log; it may be created later, rotate, and change its writer.
         once: print one view and return, for scripts.
         every: seconds between views.
         minutes: how far back shares and rates look.
@@ -301,5 +299,5 @@ def watch(
                 stop.writing = False
                 stop.wait(every)
         return 0
-    except (KeyboardInterrupt, BrokenPipeError):  # the reader of a pipe has gone: nobody is watching
+    except (KeyboardInterrupt, BrokenPipeError):  # the reader of the pipe is gone
         return 0
