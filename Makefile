@@ -60,6 +60,7 @@ tables: $(INSTALLED)  ## methods, calibrators and seeds on PACS, comments and CI
 	$(BIN)/moe-posterior study pacs --out results/calibration/pacs.parquet --markdown results/calibration/pacs.md --figure results/calibration/pacs.png
 	$(BIN)/moe-posterior study comments --out results/calibration/comments.parquet --markdown results/calibration/comments.md --figure results/calibration/comments.png
 	$(BIN)/moe-posterior study cifar10h --out results/calibration/cifar10h.parquet --markdown results/calibration/cifar10h.md --figure results/calibration/cifar10h.png
+	$(BIN)/moe-posterior study summary --from results/calibration/pacs.parquet results/calibration/comments.parquet results/calibration/cifar10h.parquet --markdown results/calibration/summary.md
 
 swap-table: $(INSTALLED)  ## list which transformers models can be swapped: builds and checks a tiny model of every type (2 minutes)
 	mkdir -p results/swap

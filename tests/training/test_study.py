@@ -226,6 +226,37 @@ def test_our_combination_is_compared_with_every_published_method_as_published_an
     assert difference["robust"].startswith("-.290 ± .02")
 
 
+def summary_records(study: str, seeds: dict[int, float]) -> list[dict]:
+    """Vanilla errs by .2 on hard rows; the learned prior by as much less as the seed says."""
+    found = []
+    for seed, less in seeds.items():
+        for gate, error in (("softmax", 0.2), ("learned", 0.2 - less)):
+            for metric, value in (("accuracy", 0.7), ("ece_debiased", error)):
+                one = {"study": study, "setting": "s", "method": "vanilla", "gate": gate, "calibrator": "none"}
+                found.append({**one, "subset": "hard", "metric": metric, "seed": seed, "value": value})
+    return found
+
+
+def test_the_summary_holds_every_data_set_and_its_differences_are_paired_over_seeds(tmp_path, capsys) -> None:
+    files = []
+    for study, seeds in (("pacs", {1: 0.1, 2: 0.06}), ("comments", {1: 0.0, 2: 0.02, 3: 0.04})):
+        files.append(str(tmp_path / f"{study}.parquet"))
+        cli.write_rows(files[-1], {"about": {"command": "made"}}, cli.over_seeds(summary_records(study, seeds)))
+    assert cli.study(["summary", "--from", *files, "--markdown", str(tmp_path / "s.md")]) == 0
+    text = (tmp_path / "s.md").read_text()
+    cells = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if "|" in line
+    }
+    assert cells["vanilla"] == [".700 ± .000", ".200 ± .000"] * 2
+    half = scipy.stats.t.ppf(0.975, 2) * 0.02 / math.sqrt(3)
+    assert cells["vanilla, learned prior − vanilla"][3] == f"-.020 ± {half:.3f}".replace(" 0.", " .")
+    assert cells["vanilla, learned prior − vanilla"][1].startswith("-.080 ±")
+    assert cells["Robust − vanilla"] == ["–"] * 4  # nothing of it in the records
+    assert "PACS: 1 2; CAD (keyword groups): 1 2 3" in text
+
+
 @pytest.mark.parametrize(
     ("numbers", "text"), [([0.2, 0.3], ".250 ± .635"), ([20.5, 20.5], "20.500 ± .000"), ([-0.5], "-.500")]
 )
@@ -263,3 +294,11 @@ def test_mistakes_say_what_to_do(tmp_path) -> None:
         cli.study(["pacs", "--from", "nowhere.json"])
     with pytest.raises(InvalidArgumentError, match="--seeds must be at least 1"):
         cli.study(["pacs", "--seeds", "0", "--run-dir", str(tmp_path)])
+    with pytest.raises(InvalidArgumentError, match="--from must name the file of records of every data set"):
+        cli.study(["summary"])
+    with pytest.raises(InvalidArgumentError, match="--from must name one file, unless for summary"):
+        cli.study(["pacs", "--from", "a.json", "b.json"])
+    with pytest.raises(
+        MissingDataError, match=r"there is no .*none.json; make it with: moe-posterior study NAME --out FILE"
+    ):
+        cli.study(["summary", "--from", str(tmp_path / "none.json")])

@@ -28,6 +28,7 @@ from moe_posterior.training.study.figures import online_figure
 from moe_posterior.training.study.measure import figures_of_cell, figures_of_simulation
 from moe_posterior.training.study.plan import STUDIES, Cell, Study, cells_of, settings_of, simulations_of
 from moe_posterior.training.study.sources import CORRUPTED_SPLIT, SIMULATED_SPLIT
+from moe_posterior.training.study.summary import summary_of
 from moe_posterior.training.study.tables import tables_of, to_markdown
 from moe_posterior.training.study.train import load_outputs, save_outputs, train_cell
 
@@ -45,13 +46,12 @@ def study(arguments: list[str]) -> int:
     asked = parser().parse_args(arguments)
     console = Console()
     command = shlex.join(["moe-posterior", "study", *arguments])
-    if asked.source is not None:
-        if not Path(asked.source).is_file():
-            raise MissingDataError(f"there is no {asked.source}; make it with: {command.replace('--from', '--out')}")
-        content = read_rows(asked.source)
-        with decoding(asked.source, "a file of study records", "make it with --out"):
-            content["records"] = one_by_one(content["records"])
-            to_markdown(tables_of(content["records"]), content["about"])
+    if asked.study == "summary":
+        return _summary(asked, command, console)
+    if asked.source:
+        if len(asked.source) > 1:
+            raise InvalidArgumentError(f"--from must name one file, unless for summary; got {asked.source}")
+        content = _read(asked.source[0], command.replace("--from", "--out"))
     else:
         if asked.seeds is not None and asked.seeds < 1:
             raise InvalidArgumentError(f"--seeds must be at least 1; got {asked.seeds}")
@@ -60,13 +60,42 @@ def study(arguments: list[str]) -> int:
         return 0
     tables = tables_of(content["records"])
     text = to_markdown(tables, content["about"])
-    console.print(lines(text), markup=False, highlight=False)
-    if asked.markdown:
-        Path(asked.markdown).parent.mkdir(parents=True, exist_ok=True)
-        write_text(asked.markdown, text)
+    _show(text, asked.markdown, console)
     if asked.figure:
         online_figure(content["records"], asked.figure)
     return 0
+
+
+def _summary(asked: argparse.Namespace, command: str, console: Console) -> int:
+    if not asked.source:
+        raise InvalidArgumentError("--from must name the file of records of every data set to sum up")
+    studies = [_read(file, "moe-posterior study NAME --out FILE")["records"] for file in asked.source]
+    if empty := [file for file, records in zip(asked.source, studies, strict=True) if not records]:
+        raise InvalidArgumentError(f"--from must name files with records; {empty[0]} has none")
+    _show(to_markdown(summary_of(studies), {"command": command}), asked.markdown, console)
+    return 0
+
+
+def _read(file: str, how: str) -> dict[str, Any]:
+    """A file of records, one for each seed.
+
+    Raises:
+        MissingDataError: there is none. DamagedFileError: it is not one.
+    """
+    if not Path(file).is_file():
+        raise MissingDataError(f"there is no {file}; make it with: {how}")
+    content = read_rows(file)
+    with decoding(file, "a file of study records", "make it with --out"):
+        content["records"] = one_by_one(content["records"])
+        to_markdown(tables_of(content["records"]), content["about"])
+    return content
+
+
+def _show(text: str, file: str | None, console: Console) -> None:
+    console.print(lines(text), markup=False, highlight=False)
+    if file:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text)
 
 
 def over_seeds(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ __all__ = [
     "difference",
     "error_metric",
     "label",
+    "name_of",
     "paired",
     "settings_of",
     "shown",
@@ -90,14 +91,15 @@ def label(method: str, study: str) -> str:
     return f"{method}, unfiltered" if method.startswith("fgr") and study != "cifar10h" else method
 
 
-def _name(study: str) -> str:
+def name_of(study: str) -> str:
+    """A data set as tables name it."""
     return {"pacs": "PACS", "comments": "CAD (keyword groups)", "cifar10h": "CIFAR-10H"}[study]
 
 
 def title(records: Records, what: str) -> str:
     """The data set, what the table shows and the number of seeds."""
     seeds = len({record["seed"] for record in records})
-    return f"{_name(records[0]['study'])}: {what}, {seeds} seed{'s' * (seeds != 1)}"
+    return f"{name_of(records[0]['study'])}: {what}, {seeds} seed{'s' * (seeds != 1)}"
 
 
 def arms_of(records: Records) -> list[tuple[str, str]]:
