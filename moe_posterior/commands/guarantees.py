@@ -2,11 +2,15 @@
 
 import argparse
 
-FILES = ("*----softmax--vanilla--42.npz", "*----posterior--vanilla--42.npz", "identities--*--softmax--vanilla--42.npz")
+FILES = (
+    "*----softmax--vanilla--42.npz",
+    "hard----posterior--vanilla--42.npz",
+    "identities--*--softmax--vanilla--42.npz",
+)
 EXAMPLES = """
 examples:
   moe-posterior study pacs --runs runs                     train, and store predictions in runs/study-pacs/outputs
-  moe-posterior benchmark guarantees --predictions runs    every promise on them, about half an hour on one core
+  moe-posterior benchmark guarantees --predictions runs    every promise on them, about ten minutes on one core
   moe-posterior benchmark guarantees --predictions runs --files 'hard*softmax--vanilla--42.npz' --resamples 100
                                                            a first look at one of them, a minute
   moe-posterior benchmark guarantees --predictions runs --out g.parquet --markdown g.md
@@ -34,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--delta", type=float, default=0.1, metavar="δ", help="error probability (default 0.1)")
     made.add_argument(
-        "--resamples", type=int, default=1000, metavar="R", help="(default 1000; streams and sets: a fifth)"
+        "--resamples", type=int, default=1000, metavar="R", help="(default 1000; groups, streams and sets: a tenth)"
     )
     made.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (default 0)")
     made.add_argument(

@@ -144,8 +144,8 @@ class OnlineActionThreshold:
 
     @property
     def _collecting(self) -> bool:
-        first = self.alarms == 0 and self.promise is not None
-        return not first and len(self._since) < EPOCHS[-1]
+        calibrated = self.alarms == 0 and self.promise is not None and not self._since
+        return not calibrated and len(self._since) < EPOCHS[-1]
 
     def _renew(self, trial: int) -> None:
         scores, losses = torch.tensor(self._since, dtype=torch.float64).unbind(1)

@@ -94,7 +94,7 @@ class PredictionSets:
         target = integers("target", target, (len(probs),), low=0, high=probs.shape[1] - 1).to(probs.device)
         if not len(probs):
             raise InvalidArgumentError("probs must have at least one row to calibrate on; got none")
-        keys = self._keys(groups, target, len(probs))
+        keys = self._keys(groups, target, len(probs)).to(probs.device)
         mass = _read_weights(weights, len(probs), probs.device)
         own = self._scores(probs, generator).gather(1, target[:, None])[:, 0]
         self._sorted = {}
@@ -130,7 +130,7 @@ class PredictionSets:
         if self.within == "class":
             limits = [self._limits(label, mass) for label in range(self.num_classes)]
             return scores <= torch.stack(limits, dim=1)
-        keys = self._keys(groups, None, len(probs))
+        keys = self._keys(groups, None, len(probs)).to(probs.device)
         limit = scores.new_full((len(probs),), math.inf)
         for key in keys.unique().tolist():
             mine = keys == key
@@ -185,6 +185,8 @@ class PredictionSets:
         if key not in self._sorted:
             return mass.new_full(mass.shape, math.inf)
         scores, weight = self._sorted[key]
+        if float(weight[-1]) == 0:
+            return mass.new_full(mass.shape, math.inf)
         wanted = (1 - self.error_rate) * (weight[-1] + mass)
         place = torch.searchsorted(weight, wanted * (1 - 1e-12))
         return torch.cat([scores, scores.new_full((1,), math.inf)])[place]

@@ -66,6 +66,18 @@ def test_a_new_promise_is_made_from_the_outcomes_since_the_alarm_alone_at_half_t
     assert online.promise == select_threshold(confidence, correct, ALPHA, 0.05)
 
 
+def test_without_calibration_rows_the_first_outcomes_have_to_do_and_later_ones_lower_the_threshold() -> None:
+    online = OnlineActionThreshold(0.2, alarm=1e300)
+    assert online.update(*drawn(11, EPOCHS[0] - 1)).threshold == math.inf
+    confidence, correct = drawn(11, EPOCHS[3])
+    found = []
+    for trial, rows in enumerate(EPOCHS[:4]):
+        online = OnlineActionThreshold(0.2, alarm=1e300, step=0.0).update(confidence[:rows], correct[:rows])
+        found.append(select_threshold(confidence[:rows], correct[:rows], 0.2, 0.05 / 2**trial).threshold)
+        assert online.threshold == min(found)
+    assert found[3] < min(found[:2])
+
+
 def test_promises_after_an_alarm_are_broken_at_most_as_often_as_stated() -> None:
     broken, runs = 0, 150
     for seed in range(runs):

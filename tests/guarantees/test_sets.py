@@ -160,6 +160,14 @@ def test_one_calibration_row_and_any_precision_are_taken(dtype: torch.dtype) -> 
     assert all(assumption in str(sets) for assumption in sets.assumptions)
 
 
+def test_calibration_rows_without_weight_exclude_nothing() -> None:
+    probs, target = drawn(9, 50)
+    sets = PredictionSets(0.1, within="class").calibrate(probs, target, weights=(target > 0).double())
+    held = sets.predict(probs, weights=torch.zeros(50))
+    assert held[:, 0].all()
+    assert not held[:, 1:].all()
+
+
 def test_what_does_not_fit_is_refused_by_name() -> None:
     probs, target = drawn(8, 20)
     with pytest.raises(NotFittedError, match="calibrated"):

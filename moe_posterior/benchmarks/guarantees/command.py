@@ -66,18 +66,18 @@ def _measure_all(
 
 
 def _measured(found: Predictions, asked: argparse.Namespace) -> Iterator[Row]:
-    parts, fifth = found.parts, max(1, asked.resamples // 5)
+    parts, tenth = found.parts, max(1, asked.resamples // 10)
     if "test" in parts:
         for row in thresholds.measure(parts["test"], asked.levels, asked.delta, asked.resamples, asked.seed):
             yield {"what": "threshold", **row}
         ids = parts["test"].configuration
         if ids is not None and len(ids.unique()) > 1:
-            for row in thresholds.measure_groups(parts["test"], asked.levels, asked.delta, fifth, asked.seed):
+            for row in thresholds.measure_groups(parts["test"], asked.levels, asked.delta, tenth, asked.seed):
                 yield {"what": "groups", **row}
-        for row in sets.measure(parts["test"], fifth, asked.seed):
+        for row in sets.measure(parts["test"], tenth, asked.seed):
             yield {"what": "sets", **row}
     for other in sorted(parts.keys() - {"val"}) if "val" in parts else ():
-        row = drift.measure(parts["val"], parts[other], LEVEL, asked.delta, fifth, asked.seed)
+        row = drift.measure(parts["val"], parts[other], LEVEL, asked.delta, tenth, asked.seed)
         yield {"what": "stream", "policy": "online", "part": other, **row}
         yield {"what": "sets", "part": other, **sets.measure_shift(parts["val"], parts[other])}
 

@@ -16,8 +16,11 @@ from moe_posterior.calibrators import Outputs, TemperatureScaling
 from moe_posterior.guarantees import select_group_thresholds, select_threshold
 from moe_posterior.metrics import action_threshold
 
-FEW, MANY = 1_000, 20_000  # calibration rows, beside as many as the population has
-TEMPERATURES = 100  # resamples on which a temperature is fitted
+FEW, MANY = (
+    1_000,
+    20_000,
+)  # calibration rows, beside as many as the population has; of the many, a tenth of the resamples
+TEMPERATURES = 30  # resamples on which a temperature is fitted
 
 Row = dict[str, Any]
 
@@ -44,7 +47,7 @@ def measure(part: Part, levels: list[float], delta: float, resamples: int, seed:
     for rows in dict.fromkeys((FEW, len(part.target), MANY)):
         generator = torch.Generator().manual_seed(seed)
         found: dict[tuple[float, str], list[tuple[float, float]]] = {}
-        for index in range(resamples):
+        for index in range(resamples if rows < MANY else max(1, resamples // 10)):
             drawn = torch.randint(len(part.target), (rows,), generator=generator)
             chosen = _chosen(part, drawn, hard, delta, index < TEMPERATURES and rows == len(part.target))
             for level, policy, threshold, judge in chosen:
