@@ -47,9 +47,9 @@ class OnlineActionThreshold:
         max_risk: α in (0, 1).
         error_probability: δ in (0, 1), of the first promise, and of those between two alarms.
         step: how far an error moves the threshold, as a share of the answers above the promised one; 0 switches caution off.
-        alarm: the level of the betting process at which a promise is withdrawn, above 1. A false alarm costs coverage, so take about the
-            number of outcomes in which you would bear one; ten times as much delays a true alarm by about log(10) divided by the
-            information in one outcome, which is 15 answers at a risk of 0.3 against 0.1 and 90 at 0.17.
+        alarm: the level of the betting process at which a promise is withdrawn, above 1. A false alarm costs coverage, so take
+            about the number of outcomes in which you would bear one. Ten times as much delays a true alarm by about log(10) divided
+            by the information in one outcome: 15 answers at a risk of 0.3 against 0.1, and 90 at 0.17.
 
     Raises:
         InvalidArgumentError: a number out of range.
