@@ -215,8 +215,9 @@ def _within(found: np.ndarray, where: str, wanted: str, first: int) -> np.ndarra
 def _real(found: np.ndarray, where: str) -> np.ndarray:
     if found.dtype.kind not in "iuf":
         raise InvalidArgumentError(f"{where} must be numbers; got {found.dtype}")
-    kept = found.dtype.kind == "f" and found.dtype.itemsize in (4, 8)
-    return np.ascontiguousarray(found if kept else found.astype(np.float32 if found.dtype.kind == "f" else np.float64))
+    kept = found.dtype.kind == "f" and found.dtype.itemsize in (4, 8) and found.dtype.isnative
+    wide = np.float32 if found.dtype.kind == "f" and found.dtype.itemsize == 2 else np.float64
+    return np.require(found if kept else found.astype(wide), requirements=["C", "W"])  # torch takes no read-only memory
 
 
 def _is_integer(name: object) -> bool:

@@ -44,7 +44,7 @@ def inputs_of(words: Sequence[str]) -> tuple[list[Input], bool]:
             f"--predictions must name the model of every file (NAME=FILE) or of none; got {[*words]}"
         )
     found = [one for model, path in named for one in _files(path, model)]
-    single = len(found) == len({one.model for one in found})  # one file a model
+    single = len({(one.model, one.shift) for one in found}) == len({one.model for one in found})  # one set a model
     listed = [Input(one.path, one.model, None) if single else one for one in found]
     seen: dict[tuple[str | None, str | None], Path] = {}
     for one in listed:
