@@ -94,7 +94,7 @@ class Collector:
             raise InvalidArgumentError(f"calibration rows must be given of every model; got none of {absent}")
         validation = {model: self._validation(model) for model in plan.models if model in self._calibration}
         fitted = {model: fit_calibrators(one) for model, one in validation.items()}
-        predictions = self._predictions()
+        predictions = self.predictions()
         report = report_of(
             predictions,
             validation,
@@ -117,22 +117,8 @@ class Collector:
         }
         return {**report, "notes": notes, "identity": identity}  # type: ignore[typeddict-item]
 
-    def _ids(self, key: Key, columns: Columns) -> np.ndarray:
-        if columns.row is not None:
-            return columns.row
-        start = self._position.get(key, 0)
-        self._position[key] = start + len(columns)
-        return np.arange(start, start + len(columns), dtype=np.uint64)
-
-    def _calibrating(self, model: str) -> Running:
-        if model not in self._calibration:
-            self._calibration[model] = Running(MOST_HELD_OUT, self.settings.n_bins, self.settings.seed)
-        return self._calibration[model]
-
-    def _validation(self, model: str) -> Prediction:
-        return self._prediction(model, *self._calibration[model].finish())
-
-    def _predictions(self) -> Iterator[Prediction]:
+    def predictions(self) -> Iterator[Prediction]:
+        """The predictions of every model on every set, with exact sums where they are a sample."""
         for place in self.plan.sets:
             for model in self.plan.models:
                 running = self._running[model, *place]
@@ -151,6 +137,21 @@ class Collector:
                     subsets=self._subsets(columns),
                     whole=self._whole(running) if running.n > len(columns) else None,
                 )
+
+    def _ids(self, key: Key, columns: Columns) -> np.ndarray:
+        if columns.row is not None:
+            return columns.row
+        start = self._position.get(key, 0)
+        self._position[key] = start + len(columns)
+        return np.arange(start, start + len(columns), dtype=np.uint64)
+
+    def _calibrating(self, model: str) -> Running:
+        if model not in self._calibration:
+            self._calibration[model] = Running(MOST_HELD_OUT, self.settings.n_bins, self.settings.seed)
+        return self._calibration[model]
+
+    def _validation(self, model: str) -> Prediction:
+        return self._prediction(model, *self._calibration[model].finish())
 
     def _prediction(self, model: str, columns: Columns, ids: np.ndarray) -> Prediction:
         probs = torch.from_numpy(columns.probs)
@@ -240,7 +241,7 @@ class Collector:
         )
         shared = [place for place in plan.sets[1:] if place in plan.same]
         if shared:
-            yield f"The same rows were left out of {', '.join(map(place_text, shared))}, which hold the same rows."
+            yield f"The same rows were left out of {', '.join(map(place_text, shared))}, as far as they hold them."
         apart = [place for place in plan.sets[1:] if place not in plan.same]
         if apart:
             yield f"Taken as other rows than those of {plan.base[0]}: {', '.join(map(place_text, apart))}."

@@ -31,7 +31,9 @@ class Running:
         self.classes = True  # class probabilities, not confidences
         self._pending: list[tuple[Columns, np.ndarray]] = []  # rows and their ids
         self._waiting = 0
-        self._sums = {"": np.zeros((SCORES + MOMENTS, n_bins))}  # column of groups -> (9, G · B); "": all rows
+        self._sums: dict[str | None, np.ndarray] = {
+            None: np.zeros((SCORES + MOMENTS, n_bins))
+        }  # group column -> (9, G · B)
         self._configurations = np.zeros((3, n_bins))  # (3, C · B)
         self._smallest = Smallest(sample)
         self._held: list[tuple[Columns, np.ndarray, np.ndarray]] = []  # rows, ids, priorities
@@ -57,7 +59,7 @@ class Running:
     @property
     def overall(self) -> Totals:
         """Sums over all rows."""
-        return _totals(self._sums[""])
+        return _totals(self._sums[None])
 
     def totals(self, column: str) -> list[Totals]:
         """Sums over the rows of each value of a column of groups, by code."""
@@ -91,7 +93,7 @@ class Running:
         bins = bin_indices(answers.confidence, self.n_bins).numpy()
         count = np.ones_like(said)
         values = [*scores.numpy().T, count, said, right, said * (1 - said), right**2, (said - right) ** 2]
-        for name, codes in {"": np.zeros_like(bins), **columns.groups}.items():
+        for name, codes in ((None, np.zeros_like(bins)), *columns.groups.items()):
             self._sums[name] = _added(self._sums.get(name), values, codes * self.n_bins + bins, self.n_bins)
         if columns.configuration is not None:
             known = columns.configuration < MOST

@@ -27,6 +27,7 @@ class Facts:
     n: int
     digest: int | None  # of its rows: labels in their order, or ids with labels; None where neither is known
     lowest: np.ndarray  # the smallest hold-out priorities
+    identified: bool = False  # rows have ids, so that those held out are known in every set
 
 
 class Survey:
@@ -37,12 +38,14 @@ class Survey:
         self._n = 0
         self._digest = np.uint64(0)
         self._known = True
+        self._identified = False
         self._smallest = Smallest(MOST_HELD_OUT)
 
     def add(self, n: int, target: np.ndarray | None, row: np.ndarray | None) -> None:  # (n,) labels, (n,) uint64 ids
         """Take note of some more rows."""
         ids = np.arange(self._n, self._n + n, dtype=np.uint64) if row is None else row
         self._n += n
+        self._identified = row is not None
         self._smallest.offer(priorities(ids, self.seed, PURPOSE))
         self._known = self._known and (target is not None or row is not None)
         with np.errstate(over="ignore"):
@@ -53,7 +56,7 @@ class Survey:
 
     def facts(self) -> Facts:
         """What was found."""
-        return Facts(self._n, int(self._digest) if self._known else None, self._smallest.found())
+        return Facts(self._n, int(self._digest) if self._known else None, self._smallest.found(), self._identified)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ class Plan:
     sets: tuple[tuple[str, int], ...]  # the base first
     models: tuple[str, ...]
     facts: Mapping[Key, Facts]
-    same: frozenset[tuple[str, int]]  # sets of the base's rows, the base among them
+    same: frozenset[
+        tuple[str, int]
+    ]  # sets of the base's rows, or of rows with ids as the base has; the base among them
     held_out: int  # rows of the base
     limit: np.uint64 | None  # rows with a priority up to this are held out
 
@@ -96,7 +101,13 @@ def planned(facts: Mapping[Key, Facts], share: float) -> Plan:
     for place in sets:
         _require_same_rows(facts, models, place)
     digest, n = facts[models[0], *base].digest, facts[models[0], *base].n
-    same = {place for place in sets if digest is not None and facts[models[0], *place].digest == digest}
+    identified = facts[models[0], *base].identified
+    same = {
+        place
+        for place in sets
+        for one in [facts[models[0], *place]]
+        if (digest is not None and one.digest == digest) or (identified and one.identified)
+    }
     held_out = min(round(share * n), MOST_HELD_OUT) if n >= LEAST_ROWS else 0
     limit = facts[models[0], *base].lowest[held_out - 1] if held_out else None
     return Plan(base, sets, models, facts, frozenset({base, *same}), held_out, limit)
@@ -116,6 +127,9 @@ def _require_same_rows(facts: Mapping[Key, Facts], models: tuple[str, ...], plac
     absent = [model for model, one in found.items() if one is None]
     if absent:
         raise InvalidArgumentError(f"every model must have predictions on {place_text(place)}; got none of {absent}")
+    for one in found.values():
+        if one is not None and len(np.unique(one.lowest)) < len(one.lowest):
+            raise InvalidArgumentError(f"row ids must differ within {place_text(place)}; got one twice")
     known = {model: (one.n, one.digest) for model, one in found.items() if one is not None}
     if not all(n for n, _ in known.values()):
         raise InvalidArgumentError(f"{place_text(place)} must hold at least one row; got none")
