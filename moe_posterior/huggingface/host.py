@@ -43,13 +43,21 @@ class SwappedRouter(GateHost):
         return _empty_router, (self.moe_posterior.original,), self.__dict__
 
 
+_OVERRIDDEN = ("chooses", "whole", "forward", "__reduce_ex__")  # what takes precedence over the router's own
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def swapped_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a router's class that consults the gate inside; one per original class."""
+    """The subclass of a router's class that consults the gate inside; one per original class.
+
+    The original comes first among the bases: Python sets an instance's ``__class__`` only to a class of the same layout, and the
+    layout is the first base's. A router class that names ABC before nn.Module has another layout than nn.Module.
+    """
     if original not in _CLASSES:
-        _CLASSES[original] = type(f"Swapped{original.__name__}", (SwappedRouter, original), {"__module__": __name__})
+        own = {name: vars(SwappedRouter)[name] for name in _OVERRIDDEN}
+        _CLASSES[original] = type(
+            f"Swapped{original.__name__}", (original, SwappedRouter), {"__module__": __name__, **own}
+        )
     return _CLASSES[original]
 
 
@@ -61,12 +69,34 @@ def is_awake(router: SwappedRouter) -> bool:
     return gate.takes_part
 
 
-def host(router: nn.Module, gate: HostedGate, binding: Binding) -> None:
-    """Put the gate into the router."""
-    _rebind(router, binding.original.forward, SwappedRouter.forward)
-    router.moe_posterior = binding  # type: ignore[assignment]
-    router.__class__ = swapped_class(type(router))
-    router.add_module(CHILD, gate)
+def host(router: nn.Module, gate: HostedGate, binding: Binding) -> SwappedRouter:
+    """Put the gate into the router; returns the router.
+
+    Raises:
+        InvalidArgumentError: the router's class does not allow it; the router is as it was.
+    """
+    before, original = dict(vars(router)), type(router)
+    children = dict(vars(router)["_modules"])
+    try:
+        if taken := [name for name in (CHILD, "moe_posterior") if hasattr(router, name)]:
+            raise AttributeError(f"it has an attribute {taken[0]!r} of its own")
+        router.__class__ = swapped_class(original)
+        router.add_module(CHILD, gate)
+        _rebind(router, original.forward, SwappedRouter.forward)
+        router.moe_posterior = binding  # type: ignore[assignment]
+    except BaseException as error:
+        object.__setattr__(router, "__class__", original)
+        vars(router).clear()
+        vars(router).update(before)
+        vars(router)["_modules"].clear()
+        vars(router)["_modules"].update(children)
+        if not isinstance(error, Exception):
+            raise
+        raise InvalidArgumentError(
+            f"model must hold routers that a gate can be put into; router {binding.name!r}, a {original.__name__}, refuses it: "
+            f"{error}"
+        ) from error
+    return router  # type: ignore[return-value]
 
 
 def unhost(router: SwappedRouter) -> None:

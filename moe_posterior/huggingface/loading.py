@@ -67,7 +67,7 @@ def load_belief(model: nn.Module, directory: str | os.PathLike[str]) -> SwappedM
         for name, gate in swapped_gates(model):
             if configured := recipe["configured"].get(name):
                 gate.configure(**configured)
-    except InvalidArgumentError:
+    except BaseException:
         restore_gates(model)
         raise
     return swapped

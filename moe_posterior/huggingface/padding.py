@@ -55,9 +55,8 @@ class MaskCapture:
             binding.mask = mask
 
 
-def capture_padding(model: nn.Module) -> list[RemovableHandle]:
-    """Install a :class:`MaskCapture` on the model and on every model inside it that holds swapped routers."""
-    handles = []
+def capture_padding(model: nn.Module, handles: list[RemovableHandle]) -> None:
+    """Install a :class:`MaskCapture` on the model and on every model inside it that holds swapped routers; ``handles`` remove them."""
     for module in model.modules():
         if module is not model and not hasattr(module, "main_input_name"):
             continue
@@ -65,7 +64,6 @@ def capture_padding(model: nn.Module) -> list[RemovableHandle]:
         if bindings:
             capture = MaskCapture(bindings, outermost=module is model)
             handles.append(module.register_forward_pre_hook(capture, with_kwargs=True))
-    return handles
 
 
 def padding_of(

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, Literal
 
 from torch import nn
@@ -53,8 +54,8 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
         What was swapped, and what was left alone and why; print it for a table. A warning also names what was left alone.
 
     Raises:
-        InvalidArgumentError: nothing in the model could be swapped, it is swapped or compiled already, or a knob is out of range;
-            the model is unchanged.
+        InvalidArgumentError: nothing in the model could be swapped, it is swapped or compiled already, a knob is out of range, or
+            a router's class refuses the gate. After this error, or any other, the model is unchanged.
 
     >>> from transformers import MixtralConfig, MixtralForCausalLM
     >>> config = MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -76,15 +77,20 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
     recipe = {"num_clusters": num_clusters, "mode": mode, "knobs": knobs}
     _validate_savable(recipe)
     gates = [_gate_for(entry, num_clusters, mode, knobs) for entry in usable]
-    for entry, gate in zip(usable, gates, strict=True):
-        assert entry.adapter is not None
-        binding = Binding(entry.name, type(entry.module), entry.adapter, recipe)
-        host(entry.module, gate, binding)
-    setattr(model, _HANDLES, capture_padding(model))
-    install_savers(model)
-    swapped = SwappedModel(model, mode, [_layer(entry) for entry in found])
-    if swapped.refused:
-        warnings.warn(f"some of the model was left as it is:\n{swapped}", stacklevel=2)
+    with ExitStack() as undo:
+        for entry, gate in zip(usable, gates, strict=True):
+            assert entry.adapter is not None
+            binding = Binding(entry.name, type(entry.module), entry.adapter, recipe)
+            undo.callback(unhost, host(entry.module, gate, binding))
+        undo.callback(_remove_hooks, model)
+        vars(model)[_HANDLES] = []
+        capture_padding(model, vars(model)[_HANDLES])
+        undo.callback(remove_savers, model)
+        install_savers(model)
+        swapped = SwappedModel(model, mode, [_layer(entry) for entry in found])
+        if swapped.refused:
+            warnings.warn(f"some of the model was left as it is:\n{swapped}", stacklevel=2)
+        undo.pop_all()
     return swapped
 
 
@@ -98,6 +104,10 @@ def restore_gates(model: nn.Module) -> None:
     remove_savers(model)
     for router in routers.values():
         unhost(router)
+    _remove_hooks(model)
+
+
+def _remove_hooks(model: nn.Module) -> None:
     for holder in model.modules():
         for handle in vars(holder).pop(_HANDLES, []):
             handle.remove()
