@@ -299,6 +299,38 @@ class Disagreement(TypedDict, total=False):
     abstentions: Sequence[Abstention]
 
 
+class ArmVerdictRecord(TypedDict):
+    """What one arm's evidence allows."""
+
+    arm: str
+    usable: str  # "yes", "no", "not enough rows to say", "not measured": on the stored test rows, within the tolerance
+    acting: str  # the same of the action threshold's promise
+    lines: Sequence[str]  # three sentences
+    tolerance: Number
+    threshold: Number  # act from this confidence on
+    max_risk: Number  # promised share of wrong answers among those acted on
+    risk: Number  # measured on the stored test rows
+    risk_interval: Interval | None
+    coverage: Number
+    passed: Sequence[str]  # sets on which the score is within the tolerance
+    failed: Sequence[str]
+    undecided: Sequence[str]
+    kept: Sequence[str]  # sets on which the promise of the threshold held, its interval included
+    broken: Sequence[str]
+    unsure: Sequence[str]
+    groups_failed: Sequence[str]  # groups on a set
+    groups_undecided: Sequence[str]
+    not_measured: Sequence[str]
+
+
+class VerdictRecord(TypedDict):
+    """One verdict per arm, and which arm to prefer."""
+
+    arms: Sequence[ArmVerdictRecord]
+    preferred: str | None  # None: none is credibly better
+    preference: str  # the reason; empty with a single arm
+
+
 class AuditEvidence(TypedDict, total=False):
     """The log of routing decisions that the user named for incident review."""
 
@@ -376,6 +408,9 @@ class Sections(TypedDict, total=False):
 class Report(Core, Sections, total=False):
     """The whole report."""
 
+    verdict: VerdictRecord
+    about: About
+    audit_log: AuditEvidence
     provenance: Mapping[str, Any]
     identity: Identity
     shifts: Sequence[Shift]

@@ -12,6 +12,7 @@ from moe_posterior.report.panels import panels_of
 from moe_posterior.report.promise import Scored
 from moe_posterior.report.schema import OVERALL, Report
 from moe_posterior.report.sections import MAX_RISK, further_sections, scored
+from moe_posterior.report.verdict import verdict_of
 
 __all__ = ["SEVERE", "report_of"]
 
@@ -85,4 +86,5 @@ def report_of(
         max_risk=max_risk,
         seed=seed,
     )
-    return {**core, **sections}
+    found: Report = {**core, **sections}
+    return {**found, "verdict": verdict_of(found).to_dict()}

@@ -5,6 +5,7 @@ Each function takes the report and returns a table, or None where the run did no
 
 from moe_posterior.report.tables.about import identity, identity_values, metric_settings, pools, shifts
 from moe_posterior.report.tables.cells import rows_of
+from moe_posterior.report.tables.of_decisions import abstention, baselines, conditions
 from moe_posterior.report.tables.of_results import every_row, main_rows, marked
 from moe_posterior.report.tables.of_sections import (
     FEW,
@@ -20,8 +21,11 @@ from moe_posterior.report.tables.of_sections import (
 
 __all__ = [
     "FEW",
+    "abstention",
     "action",
+    "baselines",
     "calibrators",
+    "conditions",
     "configurations",
     "every_row",
     "gap",
