@@ -1,27 +1,30 @@
 """The report as a fragment of a Hugging Face model card."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from moe_posterior.escape import markdown
 from moe_posterior.report import promise, tables
 from moe_posterior.report.checklist import ABSENT, checklist, standard, tally
+from moe_posterior.report.findings import baseline_findings, calibrator_findings, disagreement_findings
 from moe_posterior.report.missing import left_out_lines
 from moe_posterior.report.schema import Report
+from moe_posterior.report.verdict import verdict_of
 from moe_posterior.results.tables import Table, to_markdown
 
 MOST_CONFIGURATIONS = 10
 
 
 def to_card(report: Report) -> str:
-    """Render a report as Markdown to paste into a model card: whether the action threshold kept its promise, the governance standard,
-    results, and each measured section.
+    """Render a report as Markdown to paste into a model card: the verdict, whether the action threshold kept its promise, the
+    governance standard, results, and each measured section.
 
     Args:
         report: as for :func:`~moe_posterior.report.html.to_html`. Text in it is escaped, so that no name can add
             markup or break a table.
 
     >>> card = to_card({"action": {"threshold": 0.8, "risk": 0.05, "max_risk": 0.1, "coverage": 0.6}})
-    >>> print(card.split("### ")[1].strip())
+    >>> print(card.split("### ")[2].strip())
     Action threshold
     <BLANKLINE>
     Promised: at most 0.100 wrong among the answers acted on. Held in 1 of 1.
@@ -34,6 +37,7 @@ def to_card(report: Report) -> str:
     items = checklist(report)
     said = promise.sentence(tables.rows_of(report, "action"))
     parts = {
+        "Verdict": to_list(verdict_of(report).lines),
         "Action threshold": (f"{markdown(said)}\n\n" if said else "") + _section(tables.action(report, whole=True)),
         "Governance standard": f"Held: {markdown(tally(items))}.\n\n{_markdown(standard(items))}",
         "Results": _section(tables.main_rows(report)) + _note(report),
@@ -41,11 +45,14 @@ def to_card(report: Report) -> str:
         + (f"\n\n{_markdown(pools)}" if (pools := tables.pools(report)) else "")
         + (f"\n\nMetric: {markdown(metric)}." if metric else ""),
         "Subgroups": _section(tables.subgroups(report)),
+        "Operating conditions": _section(tables.conditions(report, groups=False), note=True),
+        "Trivial baselines": _told(baseline_findings(report)) + _section(tables.baselines(report), note=True),
         f"Routing configurations with the largest gap (at most {MOST_CONFIGURATIONS})": _section(
             tables.configurations(report, MOST_CONFIGURATIONS)
         ),
         "Inputs that share a displayed confidence across configurations": _section(tables.shared_confidence(report)),
-        "Calibrators": _section(tables.calibrators(report)),
+        "Calibrators": _told(calibrator_findings(report)) + _section(tables.calibrators(report)),
+        "Abstention where experts disagree": _told(disagreement_findings(report)) + _section(tables.abstention(report)),
     }
     if missing := left_out_lines(report):
         parts["Left out"] = markdown("; ".join(missing)) + "."
@@ -53,13 +60,22 @@ def to_card(report: Report) -> str:
     return f"## Calibration of the routed aggregate\n\n{body}\n"
 
 
-def _markdown(content: Table) -> str:
-    """The table without its note, which a card has no room for."""
-    return to_markdown(replace(content, note="")).rstrip("\n")
+def to_list(lines: Sequence[str]) -> str:
+    """Lines as a list in Markdown."""
+    return "\n".join(f"- {markdown(line)}" for line in lines)
 
 
-def _section(content: Table | None) -> str:
-    return _markdown(content) if content else f"{ABSENT[0].upper()}{ABSENT[1:]}."
+def _told(lines: Sequence[str]) -> str:
+    return f"{to_list(lines)}\n\n" if lines else ""
+
+
+def _markdown(content: Table, note: bool = False) -> str:
+    """The table; its note only if asked for, since a card has little room."""
+    return to_markdown(content if note else replace(content, note="")).rstrip("\n")
+
+
+def _section(content: Table | None, note: bool = False) -> str:
+    return _markdown(content, note) if content else f"{ABSENT[0].upper()}{ABSENT[1:]}."
 
 
 def _note(report: Report) -> str:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_posterior.report import promise, tables
+from moe_posterior.report.findings import disagreement_findings
 from moe_posterior.report.places import ALL_SHIFTS, CLEAN, place_name, sets_of
 from moe_posterior.report.schema import OVERALL, Report
+from moe_posterior.report.verdict import verdict_of
 from moe_posterior.results.tables import Cell, Table, estimate, show
 
 ABSENT = "not measured in this run"
@@ -24,6 +26,7 @@ class Item:
     found: str | None  # None: not measured in this run
     anchor: str  # section of the page
     failed: bool = False  # measured, and not as it was promised
+    asked: str = ABSENT  # what to do where nothing was found
 
     @property
     def held(self) -> bool:
@@ -36,7 +39,7 @@ def standard(items: Sequence[Item]) -> Table:
     rows = []
     for item in items:
         word = Cell(promise.FAILED, promise.FAILED, strong=True) if item.failed else "yes" if item.held else "no"
-        rows.append([item.requirement, word, item.found or ABSENT])
+        rows.append([item.requirement, word, item.found or item.asked])
     return Table(["item", "held", "value found"], rows)
 
 
@@ -47,8 +50,11 @@ def tally(items: Sequence[Item]) -> str:
     '1 of 3 items; failed: b'
     """
     failed = [item.requirement for item in items if item.failed]
-    return f"{sum(item.held for item in items)} of {len(items)} items" + (
-        "; failed: " + ", ".join(failed) if failed else ""
+    asked = [item.requirement for item in items if item.found is None and item.asked != ABSENT]
+    return (
+        f"{sum(item.held for item in items)} of {len(items)} items"
+        + ("; failed: " + ", ".join(failed) if failed else "")
+        + ("; asked of you: " + ", ".join(asked) if asked else "")
     )
 
 
@@ -59,12 +65,18 @@ def checklist(report: Report) -> list[Item]:
     >>> [(item.found, item.failed) for item in checklist(report) if "threshold" in item.requirement]
     [('failed, risk 0.050; act from 0.800, promised at most 0.020', True)]
     """
-    kept = promise.overall(tables.rows_of(report, "action")) in (None, promise.HELD)
     return [
-        Item(requirement, found, anchor, failed=find is _action and found is not None and not kept)
+        Item(requirement, found, anchor, found is not None and _failed(report, find), ASKED.get(requirement, ABSENT))
         for requirement, anchor, find in REQUIREMENTS
         for found in [find(report) or None]
     ]
+
+
+def _failed(report: Report, find: Finder) -> bool:
+    """Whether what was measured is not as promised: the action threshold's risk, or the audit log's chain."""
+    if find is _action:
+        return promise.overall(tables.rows_of(report, "action")) not in (None, promise.HELD)
+    return find is _routing_log and (report.get("audit_log") or {}).get("verified") is False
 
 
 def _aggregate(report: Report) -> str | None:
@@ -180,6 +192,45 @@ def _operation(key: str) -> Finder:
     return find
 
 
+def _abstention(report: Report) -> str:
+    """The user's own rule, and what abstaining by disagreement was measured to do."""
+    given = _operation("abstention")(report) or ""
+    return " ".join([*([given] if given else []), *disagreement_findings(report)])
+
+
+def _routing_log(report: Report) -> str:
+    log: Mapping[str, Any] = report.get("audit_log") or {}
+    if not log:
+        return _operation("routing_log")(report) or ""
+    checked = {True: "its chain verified", False: f"not as it was written: {log.get('problem')}"}
+    parts = [
+        str(log.get("path")),
+        f"{show(log['decisions'])} decisions" if log.get("decisions") is not None else "",
+        checked.get(log["verified"], "") if log.get("verified") is not None else "",
+        f"last hash {log['head']}" if log.get("head") else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _conditions(report: Report) -> str:
+    """The user's own conditions, and per arm the sets inside the tolerance, outside it, and those with too few rows."""
+    parts = [given] if (given := _operation("conditions")(report)) else []
+    for one in verdict_of(report).arms:
+        if one.tolerance is not None:
+            words = {"within": one.passed, "outside": one.failed, "not enough rows on": one.undecided}
+            told = "; ".join(f"{word} {len(names)}" for word, names in words.items())
+            named = f": {', '.join(one.passed)}" if one.passed else ""
+            parts.append(f"{one.arm}, tolerance {show(one.tolerance)}, sets {told}; holds on{named or ' none'}")
+    return ". ".join(parts)
+
+
+# What a user can do about an item that no evaluation can measure.
+ASKED = {
+    "Routing type": "not given: pass --about FILE with routing",
+    "Model version": "not given: pass --about FILE with model and version",
+    "Training and evaluation distributions": "not given: pass --about FILE with training_data",
+    "Routing logs for incident review": "none given: pass --audit-log FOLDER",
+}
 REQUIREMENTS: tuple[tuple[str, str, Finder], ...] = (
     ("Calibration evidence for the final routed aggregate, not only for its experts", "results", _aggregate),
     ("Routing type", "identity", _identity("routing")),
@@ -193,7 +244,7 @@ REQUIREMENTS: tuple[tuple[str, str, Finder], ...] = (
     ("Action threshold attached to the score", "action", _action),
     ("Whether identical displayed confidences hide different expert configurations", "configurations", _shared),
     ("Configuration-aware monitoring", "configurations", _monitoring),
-    ("Abstention where experts disagree", "action", _operation("abstention")),
-    ("Routing logs for incident review", "action", _operation("routing_log")),
-    ("Operating conditions inside which the confidences hold", "action", _operation("conditions")),
+    ("Abstention where experts disagree", "abstention", _abstention),
+    ("Routing logs for incident review", "action", _routing_log),
+    ("Operating conditions inside which the confidences hold", "conditions", _conditions),
 )

@@ -6,10 +6,13 @@ What the keys of the report mean is in :mod:`moe_posterior.report.schema`.
 from collections.abc import Mapping
 from typing import Any
 
+from moe_posterior import escape
 from moe_posterior.report import charts, promise, tables
 from moe_posterior.report.checklist import ABSENT, checklist, standard, tally
+from moe_posterior.report.findings import baseline_findings, calibrator_findings, disagreement_findings
 from moe_posterior.report.missing import left_out_lines
 from moe_posterior.report.schema import Report
+from moe_posterior.report.verdict import verdict_of
 from moe_posterior.results.page import Section, details, page, paragraph, table
 from moe_posterior.results.tables import Table
 
@@ -31,6 +34,7 @@ def to_html(report: Report) -> str:
     data = next((text for name, text in known.items() if name == "data" or name.startswith("data: evaluation")), None)
     subtitle = " · ".join(part for part in (known.get("model"), data, known.get("date")) if part)
     return page(TITLE, subtitle, [
+        _verdict(report),
         _promise(report),
         _standard(report),
         Section("identity", "What was evaluated", _table(tables.identity(report))),
@@ -39,10 +43,43 @@ def to_html(report: Report) -> str:
         _shifts(report),
         Section("subgroups", "Subgroups", _table(tables.subgroups(report), "Subgroups beyond the subsets above")),
         _configurations(report),
+        _conditions(report),
+        _baselines(report),
         _calibrators(report),
+        _abstention(report),
         _action(report),
         Section("notes", "How to read this", _notes(report)),
     ])  # fmt: skip
+
+
+def _verdict(report: Report) -> Section:
+    found = verdict_of(report)
+    html = paragraph(found.preference) if found.preference else ""
+    for one in found.arms:
+        html += f"<h3>{escape.html(one.arm)}</h3>" if len(found.arms) > 1 else ""
+        for line in one.lines:
+            question, _, answer = line.partition("? " if line.startswith("May") else ": ")
+            html += f"<p><strong>{escape.html(question)}{'?' if line.startswith('May') else ':'}</strong> {escape.html(answer)}</p>"
+    return Section("verdict", "Verdict", html)
+
+
+def _conditions(report: Report) -> Section:
+    whole, every = tables.conditions(report, groups=False), tables.conditions(report)
+    html = _table(whole, "Operating conditions")
+    if whole and every and len(every.rows) > len(whole.rows):
+        html += details("Every group on every set", table(every))
+    return Section("conditions", "Operating conditions", html)
+
+
+def _baselines(report: Report) -> Section:
+    html = "".join(map(paragraph, baseline_findings(report))) + _table(tables.baselines(report), "Trivial baselines")
+    return Section("baselines", "Trivial baselines", html)
+
+
+def _abstention(report: Report) -> Section:
+    html = "".join(map(paragraph, disagreement_findings(report)))
+    html += _table(tables.abstention(report), "Abstention where experts disagree")
+    return Section("abstention", "Abstention where experts disagree", html)
 
 
 def _promise(report: Report) -> Section:
@@ -103,7 +140,8 @@ def _configurations(report: Report) -> Section:
 def _calibrators(report: Report) -> Section:
     reweighted = charts.rce(report) or _absent("The worst case under reweighting")
     online = charts.online(report) or _absent("Recalibration from delivered outcomes")
-    html = _table(tables.calibrators(report), "Post-processing of the confidences")
+    html = "".join(map(paragraph, calibrator_findings(report)))
+    html += _table(tables.calibrators(report), "Post-processing of the confidences")
     html += f"<h3>Worst case over reweighted configurations</h3>{reweighted}<h3>As outcomes are delivered</h3>{online}"
     return Section("calibrators", "Calibrators", html)
 

@@ -14,13 +14,13 @@ from moe_posterior.report import promise
 from moe_posterior.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of, where_of
 from moe_posterior.report.missing import left_out_lines
 from moe_posterior.report.places import ALL_SHIFTS, base_of, members_of, place_name, sets_of, size
-from moe_posterior.report.schema import METRICS, OVERALL, Report
+from moe_posterior.report.schema import METRICS, OVERALL, TITLES, Report
+from moe_posterior.report.verdict import verdict_of
 from moe_posterior.results.tables import grid
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-TITLES = {"accuracy": "accuracy ↑", "nll": "NLL ↓", "brier": "Brier ↓", "ece": "ECE ↓"}
 TERMINAL_SIGNS = {BETTER: "*", WORSE: WORSE_SIGN, None: " "}  # in place of the blank before the interval
 CELL_WIDTH = len(".912*[.905,.918]")
 
@@ -38,7 +38,7 @@ class _Row:
 
 
 def render_table(report: Report, console: "Console | None" = None) -> None:
-    """Print whether the action threshold's promise held, then one table: a block per evaluation and subset, a line per arm.
+    """Print the verdict, whether the action threshold's promise held, then a table: a block per evaluation and subset, a line per arm.
 
     The arms stand one above the other, so that the eye compares numbers in a column. Shown: the stored test
     rows and the mean of all shifted sets for every subset, each shift (mean over its severities) overall; the rest is in the dict.
@@ -66,7 +66,9 @@ def render_table(report: Report, console: "Console | None" = None) -> None:
         return grid
 
     arm_width = max(len(terminal(arm)) for arm in report["arms"])
-    lines: list = [
+    said = [text for one in verdict_of(report).lines for text in textwrap.wrap(one, 80, subsequent_indent="  ")]
+    lines: list = [Text("Verdict", "bold"), *(Text(terminal(text)) for text in said), Text("")]
+    lines += [
         Text(terminal(text), "bold" if text.startswith(f"  {promise.FAILED.upper()}") else "")
         for text in _promise_lines(report)
     ]
@@ -97,7 +99,16 @@ def to_markdown(report: Report) -> str:
     right = [name == "n" or name in TITLES.values() for name in columns]
     legend = f"Bold: better; {MEANING}; {where_of(report)}. Noise: the plain ECE that noise alone shows."
     missing = [f"Left out: {markdown('; '.join(lines))}." for lines in [left_out_lines(report)] if lines]
-    parts = [*_promise_markdown(report), f"**{_title(report)}**", grid(columns, rows, right), legend, *missing]
+    verdict = "\n".join(f"- {markdown(line)}" for line in verdict_of(report).lines)
+    parts = [
+        "**Verdict**",
+        verdict,
+        *_promise_markdown(report),
+        f"**{_title(report)}**",
+        grid(columns, rows, right),
+        legend,
+        *missing,
+    ]
     return "\n\n".join(parts) + "\n"
 
 

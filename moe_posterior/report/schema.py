@@ -11,6 +11,7 @@ from typing import Any, NotRequired, TypedDict
 SCHEMA = "moe-posterior/calibration-report/3"
 READABLE = ("moe-posterior/calibration-report/2", SCHEMA)  # files that every rendering still reads
 METRICS = ("accuracy", "nll", "brier", "ece")
+TITLES = {"accuracy": "accuracy ↑", "nll": "NLL ↓", "brier": "Brier ↓", "ece": "ECE ↓"}
 OVERALL = "overall"  # the subset of all rows
 
 Interval = Sequence[float | None]  # [low, high]

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moe_posterior.report import render_table, to_card, to_html, to_markdown
 from moe_posterior.report.marks import BETTER, WORSE
-from moe_posterior.report.render import TITLES
+from moe_posterior.report.schema import TITLES
 
 Marks = dict[tuple[str, str], str | None]  # (arm, metric) -> mark, of the clean rows overall
 

@@ -21,6 +21,7 @@ def identity(report: Report) -> Table | None:
 def identity_values(report: Report) -> dict[str, str]:
     """Name -> text of everything known about the model, the data and the run."""
     own, made = report.get("identity") or {}, report.get("provenance") or {}
+    about = report.get("about") or {}
     experiment = made.get("experiment") or {}
     backbone = _class_name((experiment.get("model") or {}).get("backbone"))
     derived = {
@@ -32,6 +33,8 @@ def identity_values(report: Report) -> dict[str, str]:
         "machine": own.get("machine") or made.get("machine"),
         "date": own.get("date"),
         "command": own.get("command") or made.get("command"),
+        "intended use": about.get("intended_use"),
+        "contact": about.get("contact"),
     }
     found: dict[str, str] = {}
     for name, value in derived.items():

@@ -6,8 +6,7 @@ from typing import Any
 
 from moe_posterior.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, Key, key_of, marks_of, where_of
 from moe_posterior.report.places import ALL_SHIFTS, members_of, place_name, sets_of, size
-from moe_posterior.report.render import TITLES
-from moe_posterior.report.schema import OVERALL, Report
+from moe_posterior.report.schema import OVERALL, TITLES, Report
 from moe_posterior.report.tables.cells import above_noise
 from moe_posterior.results.tables import Cell, Table, estimate
 
