@@ -22,7 +22,7 @@ def preference_of(report: Mapping[str, Any]) -> tuple[str | None, str]:
     >>> pair = {"arm": "b", "shift": "clean", "severity": 0, "subset": "overall", "metric": "brier"}
     >>> pair |= {"value": -0.02, "low": -0.03, "high": -0.01}
     >>> preference_of({"arms": ["a", "b"], "baseline": "a", "paired": [pair]})
-    ('b', 'Prefer b: its Brier score less that of a is −0.020 [−0.030, −0.010] on clean.')
+    ('b', 'Prefer b: its Brier score is lower than that of a by 0.020 [0.010, 0.030] on clean.')
     """
     arms, baseline = list(report.get("arms") or []), report.get("baseline")
     if len(arms) < 2 or baseline is None:
@@ -44,16 +44,15 @@ def preference_of(report: Mapping[str, Any]) -> tuple[str | None, str]:
 
 
 def _reason(report: Mapping[str, Any], found: Pairs, arms: Sequence[str], mark: str) -> str:
-    sets = sets_of(report)  # type: ignore[arg-type]
-    parts = []
-    for index, arm in enumerate(arms):
-        whose = f"{'its' if mark == BETTER else 'the'} Brier score" + ("" if mark == BETTER else f" of {arm}")
-        places = [
-            f"{show(estimate(pair['value'], pair['low'], pair['high']))} on "
-            f"{'the ' * (pair['severity'] is None)}{place_name(sets, pair['shift'], pair['severity'])}"
-            for pair in found[arm]
-            if verdict(pair) == mark
-        ]
-        of = f" less that of {report['baseline']}" if mark == BETTER or not index else ""
-        parts.append(f"{whose}{of} is {' and '.join(places)}")
-    return "; ".join(parts)
+    """By how much the preferred arm's score is lower, than the baseline's or than that of each other arm."""
+    sets, parts = sets_of(report), []  # type: ignore[arg-type]
+    for arm in arms:
+        places = []
+        for pair in found[arm]:
+            if verdict(pair) == mark:
+                ends = (pair["value"], pair["low"], pair["high"])
+                by = ends if mark == WORSE else (-ends[0], -ends[2], -ends[1])
+                the = "the " if pair["severity"] is None else ""
+                places.append(f"{show(estimate(*by))} on {the}{place_name(sets, pair['shift'], pair['severity'])}")
+        parts.append(f"than that of {report['baseline'] if mark == BETTER else arm} by {' and '.join(places)}")
+    return f"its Brier score is lower {'; '.join(parts)}"

@@ -214,7 +214,7 @@ def _promised(row: Row, comparisons: int = 1) -> str:
 
 def _where(sets: Sequence[Row], groups: Sequence[Row], promises: Sequence[tuple[Row, str]]) -> list[str]:
     """The conditions by what was found, in sentences."""
-    words = {PASS: "within the tolerance on", FAIL: "outside it on", UNSURE: "not enough rows to say on"}
+    words = {PASS: "within the tolerance on", FAIL: "outside the tolerance on", UNSURE: "not enough rows to say on"}
     found = [f"{said} {names}" for word, said in words.items() if (names := _grouped(sets, word))]
     sentences = ["; ".join(found) + "."] if found else []
     broken = _compressed([one for one, word in promises if word == NO])
@@ -224,7 +224,7 @@ def _where(sets: Sequence[Row], groups: Sequence[Row], promises: Sequence[tuple[
     for group in dict.fromkeys(one["group"] for one in groups):
         rows = [one for one in groups if one["group"] == group]
         counts = {word: sum(one["verdict"] == word for one in rows) for word in (FAIL, UNSURE)}
-        labels = {FAIL: "outside it on", UNSURE: "not enough rows to say on"}
+        labels = {FAIL: "outside the tolerance on", UNSURE: "not enough rows to say on"}
         told = [f"{labels[word]} {count} of {len(rows)} sets" for word, count in counts.items() if count]
         parts.append(f"{group}: {' and '.join(told) or 'within the tolerance on every set'}")
     return [*sentences, *([f"Groups: {'; '.join(parts)}."] if parts else [])]

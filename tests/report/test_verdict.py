@@ -52,7 +52,7 @@ def test_a_calibrated_model_on_many_rows_may_be_used_and_acted_on() -> None:
     assert "4,000 rows" in first
     assert f"{found.risk:.3f}" in second
     assert "promised at most 0.100" in second
-    assert "outside it on fog (severity 3)" in third
+    assert "outside the tolerance on fog (severity 3)" in third
     assert "breaks its promise on fog (severity 3)" in third
 
 
@@ -96,7 +96,7 @@ def test_groups_outside_the_tolerance_are_named() -> None:
     wrong = one.target == 1  # a group of wrong answers alone
     found = judged(one, subsets={"unlucky": wrong, "lucky": ~wrong})
     assert "unlucky on clean" in found.groups_failed
-    assert "unlucky: outside it on 1 of 1 sets" in found.lines[2]
+    assert "unlucky: outside the tolerance on 1 of 1 sets" in found.lines[2]
 
 
 def test_a_promise_under_many_shifts_is_judged_for_all_of_them_together() -> None:
