@@ -47,6 +47,8 @@ def full_report() -> dict:
         if one["arm"] == "posterior"
     ]
     line = {"x": [0.0, 0.5, 1.0], "y": [0.01, 0.05, 0.2], "low": [0.0, 0.04, 0.15], "high": [0.02, 0.06, 0.25]}
+    place = {"arm": "softmax", "panel": "clean"}
+    apart = {"value": -0.02, "low": -0.03, "high": -0.01, "p_value": 0.001, "p_holm": 0.002, "comparisons": 2}
     report = {
         "schema": SCHEMA,
         "n_bins": 2,
@@ -88,6 +90,55 @@ def full_report() -> dict:
             {"name": "none", "ece": 0.1, "nll": 0.5, "accuracy": 0.8, "interval": [0.08, 0.12]},
             {"name": "temperature", "ece": 0.05, "nll": 0.4, "accuracy": 0.8},
         ],
+        "conditions": [
+            {
+                "arm": arm,
+                "shift": shift,
+                "severity": severity,
+                "group": group,
+                "family": "the groups on every set" if group == "hard" else "the shifted sets",
+                "comparisons": 2,
+                "n": 1000,
+                "tolerance": 0.05,
+                "level": 0.975,
+                "ece": 0.03,
+                "interval": [0.01, 0.045],
+                "gap": 0.01,
+                "gap_interval": [-0.01, 0.03],
+                "verdict": verdict,
+            }
+            for arm in arms
+            for shift, severity, group, verdict in (
+                ("clean", 0, "overall", "pass"),
+                ("fog", 1, "overall", "fail"),
+                ("fog", 2, "overall", "cannot say"),
+                ("clean", 0, "hard", "fail"),
+            )
+        ],
+        "baselines": [
+            {**place, "name": "the model", "n": 1000, "accuracy": 0.9, "ece": 0.04, "brier": 0.2, "nll": 0.4},
+            {**place, "name": "constant confidence", "detail": "0.900", "ece": 0.01, "brier": 0.18, "nll": 0.3},
+        ],
+        "versus": [
+            {**place, "name": "constant confidence", "against": "the model", "metric": "ece", **apart},
+            {**place, "name": "vector", "against": "temperature", "metric": "ece", **apart},
+        ],
+        "disagreement": [
+            {
+                **place,
+                "n": 1000,
+                "risk": 0.1,
+                "aurc_confidence": 0.02,
+                "aurc_disagreement": 0.03,
+                "difference": 0.01,
+                "interval": [0.005, 0.015],
+                "abstentions": [
+                    {"share": 0.1, "kept": 900, "risk_disagreement": 0.08, "risk_confidence": 0.06},
+                ],
+            }
+        ],
+        "about": {"model": "small net", "intended_use": "sorting mail", "contact": "desk@example.org"},
+        "audit_log": {"path": "logs/routing", "verified": True, "head": "5f0c", "decisions": 1200},
         "action": {"threshold": 0.85, "risk": 0.031, "coverage": 0.62, "max_risk": 0.05},
         "risk_coverage": [{"name": arm, "panel": "clean", **line} for arm in arms],
         "rce": [{"name": name, **line} for name in ("none", "temperature")],

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moe_posterior.audit.views.evidence import evidence_of
 from moe_posterior.calibrators import Calibrator
 from moe_posterior.commands.evaluate import misplaced, parser
 from moe_posterior.errors import InvalidArgumentError, MissingDataError
@@ -19,6 +20,7 @@ from moe_posterior.files.tensorfile import save_plain
 from moe_posterior.gates import BeliefGate
 from moe_posterior.prediction import Prediction
 from moe_posterior.report import posterior_heatmap, render_table
+from moe_posterior.report.about import read_about, with_facts
 from moe_posterior.report.schema import Report
 from moe_posterior.report.sections import fit_calibrators
 from moe_posterior.report.whole import report_of
@@ -49,6 +51,8 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    about = None if options.about is None else read_about(options.about)
+    log = None if options.audit_log is None else evidence_of(options.audit_log)
     run = Run(options.run)
     arms = [run.arm(name) for name in run.experiment().chosen(options.arms)]
     if unfinished := [str(arm.folder) for arm in arms if not arm.finished]:
@@ -63,13 +67,21 @@ def _evaluate(options: argparse.Namespace) -> int:
         calibrators = {name: fit_calibrators(one) for name, one in validation.items()}
         predictions = _predictions(data, models, options, progress)
         found = report_of(
-            predictions, validation, calibrators, data.subsets(), sets, resamples=options.resamples, seed=options.seed
+            predictions,
+            validation,
+            calibrators,
+            data.subsets(),
+            sets,
+            resamples=options.resamples,
+            seed=options.seed,
+            tolerance=options.tolerance,
         )
         report: Report = {
             **found,
             "provenance": provenance_of(run, data, models, options),
             "identity": identity_of(arms, data, models, shifts),
         }
+        report = with_facts(report, about, log)
         recoveries = []
         if options.damage:
             recoveries = [

@@ -33,7 +33,9 @@ def provenance_of(
         ("--import-from", options.import_from),
     ):
         command += [option, *words] if words or (words is not None and option == "--shifts") else []
-    command += ["--severities", *map(str, options.severities)]
+    command += ["--severities", *map(str, options.severities), "--tolerance", str(options.tolerance)]
+    for option, place in (("--about", options.about), ("--audit-log", options.audit_log)):
+        command += [option, os.path.relpath(place)] if place is not None else []
     return {
         "command": shlex.join(command),
         "data": data.name,

@@ -16,7 +16,7 @@ name. Several files, or a folder of files, are several shifts by their names; NA
 
 Of the unshifted rows 30 % are held out to fit calibrators and to choose an action threshold, unless --calibration gives other rows.
 
-Writes index.html (one page with everything, no network needed), report.json, table.md, model_card.md (a fragment for a model card)
+Writes index.html (one page with everything, no network needed), report.json, table.md, model_card.md (for the Hugging Face hub)
 and reliability.png, and prints the table. With --run, into RUN/report: also competence-ARM.png for each posterior gate,
 calibrators-ARM.pt (the fitted calibrators' state) and, with --damage, damage.png, damage.md and damage.json, which show how soon each
 gate leaves a broken expert.
@@ -55,6 +55,20 @@ def parser() -> argparse.ArgumentParser:
         "--resamples", type=int, default=1000, metavar="R", help="bootstrap resamples (default: %(default)s)"
     )
     made.add_argument("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
+    made.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.05,
+        metavar="T",
+        help="calibration error up to which an operating condition passes (default: %(default)s)",
+    )
+    made.add_argument(
+        "--about",
+        type=Path,
+        metavar="FILE",
+        help="YAML with what no program can know: model, version, training_data, evaluation_data, routing, intended_use, contact, task",
+    )
+    made.add_argument("--audit-log", type=Path, metavar="FOLDER", help="of the routing decisions, for incident review")
     _add_of_predictions(made.add_argument_group("with --predictions").add_argument)
     _add_of_runs(made.add_argument_group("with --run").add_argument)
     return made

@@ -17,6 +17,7 @@ from moe_posterior.evaluation.routes import MOST, Routes
 from moe_posterior.evaluation.running import Running
 from moe_posterior.evaluation.survey import MOST_HELD_OUT, Key, Plan, place_text
 from moe_posterior.prediction import Prediction, Whole
+from moe_posterior.report.conditions import TOLERANCE
 from moe_posterior.report.schema import Report
 from moe_posterior.report.sections import fit_calibrators
 from moe_posterior.report.whole import report_of
@@ -36,6 +37,7 @@ class Settings:
     max_risk: float = 0.1
     sample: int = 50_000  # rows of a set that are kept
     hold_out: float = 0.3  # share of the base set's rows, where no calibration rows are given
+    tolerance: float = TOLERANCE
 
 
 @dataclass
@@ -106,6 +108,7 @@ class Collector:
             n_bins=settings.n_bins,
             resamples=settings.resamples,
             seed=settings.seed,
+            tolerance=settings.tolerance,
         )
         classes = all(running.classes for running in self._running.values())
         notes = [*report["notes"], *self._notes(classes)]

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from moe_posterior.audit.views.evidence import evidence_of
 from moe_posterior.commands.evaluate import misplaced, parser
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.escape import terminal
@@ -23,6 +24,7 @@ from moe_posterior.evaluation.roles import Roles, recognised
 from moe_posterior.evaluation.scan import Source, open_source
 from moe_posterior.evaluation.survey import Survey, planned
 from moe_posterior.report import render_table
+from moe_posterior.report.about import read_about, with_facts
 from moe_posterior.report.schema import Report
 
 __all__ = ["evaluate", "report_of_files"]
@@ -41,13 +43,17 @@ def evaluate(arguments: list[str]) -> int:
         sample=options.sample,
         resamples=options.resamples,
         seed=options.seed,
+        tolerance=options.tolerance,
     )
+    about = None if options.about is None else read_about(options.about)
+    log = None if options.audit_log is None else evidence_of(options.audit_log)
     require_own(options.out)
     console = Console()
     report = report_of_files(options, settings, console)
     command = ["moe-posterior", "evaluate", *arguments]
     report["identity"]["command"] = shlex.join(command)
     report["identity"]["date"] = datetime.date.today().isoformat()
+    report = with_facts(report, about, log)
     folder = CalibrationReport(report).save(options.out)
     render_table(report, console)
     written = ["index.html", *sorted(one.name for one in folder.iterdir() if one.name != "index.html")]

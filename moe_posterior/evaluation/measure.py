@@ -13,6 +13,7 @@ from moe_posterior.evaluation.collect import Collector, Settings, Words
 from moe_posterior.evaluation.columns import Columns
 from moe_posterior.evaluation.result import CalibrationReport
 from moe_posterior.evaluation.survey import Survey, planned
+from moe_posterior.report.conditions import TOLERANCE
 from moe_posterior.report.places import ALL_SHIFTS
 
 __all__ = ["BASE", "LEAST_RESAMPLES", "evaluate", "settings_of"]
@@ -43,6 +44,7 @@ def evaluate(
     sample: int = 50_000,
     resamples: int = 1000,
     seed: int = 0,
+    tolerance: float = TOLERANCE,
 ) -> CalibrationReport:
     """Measure how far predictions mean what they say: accuracy, NLL, Brier score and calibration error with intervals, by group, by
     routing configuration and under shift; calibrators; and a confidence to act on.
@@ -73,6 +75,7 @@ def evaluate(
         sample: rows of a set that are kept; larger sets are added up exactly and sampled for what takes rows, see the report's notes.
         resamples: of the bootstrap, at least 100; 1,000 settle the second digit of a 95 % interval.
         seed: of all that is random.
+        tolerance: calibration error up to which an operating condition passes, in (0, 1].
 
     Raises:
         InvalidArgumentError: values or shapes that do not fit, naming the argument and the first bad row.
@@ -84,7 +87,9 @@ def evaluate(
     >>> [one["section"] for one in report.to_dict()["left_out"]]
     ['subgroups', 'routing configurations', 'calibrators']
     """
-    settings = settings_of(max_risk=max_risk, hold_out=hold_out, sample=sample, resamples=resamples, seed=seed)
+    settings = settings_of(
+        max_risk=max_risk, hold_out=hold_out, sample=sample, resamples=resamples, seed=seed, tolerance=tolerance
+    )
     main = {
         "probs": probs,
         "target": target,
@@ -109,7 +114,9 @@ def evaluate(
     return CalibrationReport(_collected(pieces, calibrating, settings, words).report())
 
 
-def settings_of(*, max_risk: float, hold_out: float, sample: int, resamples: int, seed: int) -> Settings:
+def settings_of(
+    *, max_risk: float, hold_out: float, sample: int, resamples: int, seed: int, tolerance: float = TOLERANCE
+) -> Settings:
     """The settings, checked.
 
     Raises:
@@ -121,6 +128,7 @@ def settings_of(*, max_risk: float, hold_out: float, sample: int, resamples: int
         max_risk=number("max_risk", max_risk, least=0.0, most=1.0),
         sample=count("sample", sample, least=LEAST_SAMPLE),
         hold_out=number("hold_out", hold_out, least=0.0, below=1.0),
+        tolerance=number("tolerance", tolerance, above=0.0, most=1.0),
     )
 
 

@@ -4,12 +4,16 @@ import copy
 import os
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from moe_posterior.errors import UnwritableFileError
 from moe_posterior.files.atomic import replacing_folder
+from moe_posterior.report.about import with_facts
 from moe_posterior.report.html import to_html
 from moe_posterior.report.render import to_markdown
-from moe_posterior.report.schema import OVERALL, Report
+from moe_posterior.report.schema import OVERALL, About, AuditEvidence, Report
+from moe_posterior.report.tracking import log_report
+from moe_posterior.report.verdict import Verdict, verdict_of
 from moe_posterior.report.writing import FILES, write_report
 
 __all__ = ["CalibrationReport"]
@@ -25,6 +29,20 @@ class CalibrationReport:
     def table(self) -> str:
         """The main table in Markdown."""
         return to_markdown(self._report)
+
+    @property
+    def verdict(self) -> Verdict:
+        """May the score be used, from which confidence to act, and under which conditions: ``str`` gives it in plain words."""
+        return verdict_of(self._report)
+
+    def with_facts(self, about: About | None = None, audit_log: AuditEvidence | None = None) -> "CalibrationReport":
+        """The same report with what only its user knows.
+
+        Args:
+            about: model, version, training_data, …; see :class:`~moe_posterior.report.schema.About`.
+            audit_log: from :func:`~moe_posterior.audit.views.evidence.evidence_of`.
+        """
+        return CalibrationReport(with_facts(self._report, about, audit_log))
 
     def to_dict(self) -> Report:
         """Everything measured, as strict JSON holds it: see :class:`~moe_posterior.report.schema.Report`."""
@@ -45,6 +63,10 @@ class CalibrationReport:
         with replacing_folder(target) as draft:
             write_report(self._report, draft)
         return target
+
+    def log_to(self, tracker: Any) -> str:
+        """Log metrics, parameters and files to "mlflow", "wandb" or a run of theirs; see :func:`~moe_posterior.report.log_report`."""
+        return log_report(self._report, tracker)
 
     def _repr_html_(self) -> str:
         """The whole page in a frame of its own, for notebooks."""

@@ -205,9 +205,11 @@ class About(TypedDict, total=False):
     model: str
     version: str
     training_data: str
+    evaluation_data: str
     routing: str
     intended_use: str
     contact: str
+    task: str  # as the Hugging Face hub names it, for instance "image-classification"
 
 
 class Operation(TypedDict, total=False):

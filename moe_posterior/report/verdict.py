@@ -87,7 +87,7 @@ def verdict_of(report: Mapping[str, Any]) -> Verdict:
     >>> print(verdict_of({"arms": ["a"], "conditions": [condition]}))
     May the score be used? Yes, under the conditions named below: on clean (900 rows) its calibration error is 0.020 [0.000, 0.040], \
 within the tolerance of 0.050.
-    From which confidence to act: not measured.
+    From which confidence to act: not measured in this run.
     Where: within the tolerance on clean. Not measured: shifts, groups, action threshold, trivial baselines, disagreement of experts.
     """
     found = tables.rows_of(report, "action")
@@ -145,7 +145,7 @@ def _arm(report: Mapping[str, Any], arm: str, alone: bool) -> ArmVerdict:
 def _usable(base: Row | None, versus: Sequence[Row]) -> tuple[str, str]:
     """Whether the score is within the tolerance on the stored test rows, and carries more than a constant does."""
     if base is None:
-        return UNMEASURED, "Not measured: the report holds no operating conditions."
+        return UNMEASURED, "Not measured in this run: the report holds no operating conditions."
     error, tolerance = show(estimate(base["ece"], *base["interval"])), show(base["tolerance"])
     said = f"on {base['shift']} ({show(base['n'])} rows) its calibration error is {error}"
     constant = next((one for one in versus if (one["name"], one["metric"]) == (CONSTANT, "brier")), None)
@@ -179,7 +179,7 @@ def _needed(base: Row) -> str:
 def _acting(stored: Row | None) -> tuple[str, str]:
     """Whether the threshold kept its promise on the stored test rows."""
     if stored is None or stored.get("max_risk") is None:
-        return UNMEASURED, "not measured."
+        return UNMEASURED, "not measured in this run."
     promised = f"promised at most {show(stored['max_risk'])} wrong among the answers acted on"
     if stored.get("threshold") is None:
         return NO, f"from none; {promised}, and no threshold kept that on the calibration rows."

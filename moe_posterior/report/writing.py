@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from moe_posterior.files.atomic import write_text
-from moe_posterior.report.card import to_card
 from moe_posterior.report.figures import MOST_ARMS, reliability_diagram
 from moe_posterior.report.html import to_html
+from moe_posterior.report.model_card import to_model_card
 from moe_posterior.report.render import to_markdown, write_json
 from moe_posterior.report.schema import Report
 
@@ -28,6 +28,6 @@ def write_report(report: Report, folder: Path) -> None:
     write_json(report, folder / "report.json")
     write_text(folder / "table.md", to_markdown(report).rstrip() + "\n")
     write_text(folder / "index.html", to_html(report))
-    write_text(folder / "model_card.md", to_card(report))
+    write_text(folder / "model_card.md", to_model_card(report))
     if len(report["arms"]) <= MOST_ARMS:
         reliability_diagram(report, folder / "reliability.png")

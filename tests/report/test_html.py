@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted(ROOT.glob("results/*/report.json"))
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 HOSTILE = "\"><img src=x onerror=alert(1)><script>alert(1)</script>&amp;'`|\n[x](javascript:alert(1)) **b**"
-KEPT = {"clean", "all shifts", "overall", "hard", "accuracy", "nll", "brier", "ece", SCHEMA}  # the report's own words
+# The report's own words.
+KEPT = {"clean", "all shifts", "overall", "hard", "accuracy", "nll", "brier", "ece", SCHEMA}
+KEPT |= {"the model", "temperature", "pass", "fail", "cannot say"}
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH (Debian: chromium)")
 
 
@@ -158,6 +160,9 @@ SECTIONS = {
     "risk_coverage": ("action", "Acting on the most confident", 1),
     "reliability": ("reliability", "confidence of the top label", 1),
     "configurations": ("configurations", "gap (confidence − accuracy)", 1),
+    "conditions": ("conditions", "cannot say", 1),
+    "baselines": ("baselines", "constant confidence (0.900)", 1),
+    "disagreement": ("abstention", "10 %", 1),
     "records": ("results", "ECE, mean over shifts", 1),
     "notes": ("notes", "bootstrap intervals", 1),
 }
@@ -197,9 +202,17 @@ def test_an_empty_report_is_a_page_of_absences() -> None:
         ("Action threshold", "held, risk 0.031, coverage 0.620; act from 0.850, promised at most 0.050", ["action"]),
         ("identical displayed", "softmax: 870 of 1,000 inputs", ["shared_confidence"]),
         ("monitoring", "4 configurations measured, widest gap 0.300", ["configurations"]),
-        ("Abstention", "above 0.2", ["operation"]),
-        ("Routing logs", "every decision", ["operation"]),
-        ("Operating conditions", "indoors; English", ["operation"]),
+        ("Abstention", "above 0.2 On clean, abstaining by disagreement is worse", ["operation", "disagreement"]),
+        (
+            "Routing logs",
+            "logs/routing, 1,200 decisions, its chain verified, last hash 5f0c",
+            ["operation", "audit_log"],
+        ),
+        (
+            "Operating conditions",
+            "indoors; English. softmax, tolerance 0.050, sets within 1; outside 1; not enough rows on 1; holds on: clean",
+            ["operation", "conditions"],
+        ),
     ],
 )
 def test_every_item_of_the_standard_has_its_value_or_none(requirement: str, value: str, keys: list[str]) -> None:

@@ -35,6 +35,7 @@ def identity_values(report: Report) -> dict[str, str]:
         "command": own.get("command") or made.get("command"),
         "intended use": about.get("intended_use"),
         "contact": about.get("contact"),
+        "task": about.get("task"),
     }
     found: dict[str, str] = {}
     for name, value in derived.items():

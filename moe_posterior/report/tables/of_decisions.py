@@ -11,7 +11,7 @@ from moe_posterior.results.tables import Cell, Table, estimate
 
 __all__ = ["abstention", "baselines", "conditions"]
 
-ORDER = (FAIL, UNSURE, PASS)
+ORDER = {FAIL: 0, UNSURE: 1, PASS: 2}  # the worst first
 
 
 def conditions(report: Mapping[str, Any], *, groups: bool = True) -> Table | None:
@@ -21,7 +21,7 @@ def conditions(report: Mapping[str, Any], *, groups: bool = True) -> Table | Non
         [
             one.get("arm"),
             condition_name(one),
-            Cell(one["verdict"], str(ORDER.index(one["verdict"])), strong=one["verdict"] == FAIL),
+            Cell(one["verdict"], ORDER.get(one["verdict"]), strong=one["verdict"] == FAIL),
             one.get("n"),
             estimate(one.get("ece"), *interval_of(one)),
             estimate(one.get("gap"), *(one.get("gap_interval") or ())),
