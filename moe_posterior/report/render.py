@@ -66,8 +66,7 @@ def render_table(report: Report, console: "Console | None" = None) -> None:
         return grid
 
     arm_width = max(len(terminal(arm)) for arm in report["arms"])
-    said = [text for one in verdict_of(report).lines for text in textwrap.wrap(one, 80, subsequent_indent="  ")]
-    lines: list = [Text("Verdict", "bold"), *(Text(terminal(text)) for text in said), Text("")]
+    lines: list = [Text("Verdict", "bold"), *(Text(terminal(one)) for one in verdict_of(report).lines), Text("")]
     lines += [
         Text(terminal(text), "bold" if text.startswith(f"  {promise.FAILED.upper()}") else "")
         for text in _promise_lines(report)
