@@ -62,6 +62,14 @@ def renderings(report: dict) -> dict[str, str]:
     }
 
 
+PROMISE = {
+    "terminal": "Action threshold.",
+    "markdown": "**Action threshold.**",
+    "card": "### Action threshold",
+    "page": 'id="promise"',
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_evaluation_is_held_or_failed_in_every_rendering(case: str) -> None:
     sets, expected = CASES[case]
@@ -70,7 +78,7 @@ def test_every_evaluation_is_held_or_failed_in_every_rendering(case: str) -> Non
         for place, word in expected.items():
             lines = [
                 line
-                for line in re.split(r"\n|</?tr>", text)
+                for line in re.split(r"\n|</?tr>", text[text.index(PROMISE[name]) :])
                 if place in line and ("softmax" in line or name == "terminal")
             ]
             found = set(re.findall(rf"{IDLE}|{FAILED}|{HELD}(?!-)", lines[0].lower()))
@@ -101,14 +109,16 @@ def test_a_promise_under_which_nothing_is_acted_on_is_not_held() -> None:
     assert [item.held for item in items if "threshold" in item.requirement] == [False]
 
 
-def test_it_is_the_first_thing_that_is_read() -> None:
+def test_it_is_read_right_after_the_verdict() -> None:
     shown = renderings(report_of(("softmax", [scored("clean", 0, 59)])))
-    assert shown["terminal"].startswith("Action threshold. Promised: at most 0.100 wrong")
+    assert shown["terminal"].startswith("Verdict\nsoftmax: May the score be used?")
+    assert "Action threshold. Promised: at most 0.100 wrong" in shown["terminal"]
     assert "Failed in 1 of 1." in shown["terminal"]
-    assert "FAILED" in shown["terminal"].split("ECE")[0]
-    assert shown["markdown"].startswith("**Action threshold.**")
-    assert shown["card"].split("### ")[1].startswith("Action threshold")
-    assert shown["page"].split("<section ")[1].startswith('id="promise"')
+    assert "FAILED" in shown["terminal"].split("ECE of noise")[0]
+    assert shown["markdown"].startswith("**Verdict**")
+    assert [part.partition("\n")[0] for part in shown["card"].split("### ")[1:3]] == ["Verdict", "Action threshold"]
+    assert shown["page"].split("<section ")[1].startswith('id="verdict"')
+    assert shown["page"].split("<section ")[2].startswith('id="promise"')
 
 
 def test_risk_interval_and_coverage_are_those_of_a_plain_count() -> None:
