@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from strangers import CLUSTERS, EXPERTS, Clouds, Dense, Judging, Layers
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moe_posterior import InvalidArgumentError, MixtureOfExperts, PosteriorGate, PriorGate, SoftmaxGate, record
 from moe_posterior.training.belief import BeliefCallback, Reservoir
@@ -210,12 +211,99 @@ def test_a_learned_prior_is_trained_with_the_module_and_gets_no_evidence_from_tr
     begin = gate.begin_step
     gate.begin_step = lambda step, epoch: (told.append((step, epoch)), begin(step, epoch))[1]
     before = copy.deepcopy(gate.prior.state_dict())
-    fit(module, BeliefCallback(warmup=4))
+    fit(module, BeliefCallback(warmup=4, finish=False))
     assert told == [(step, step // BATCHES) for step in range(2 * BATCHES)]
     assert any(not torch.equal(value, before[name]) for name, value in gate.prior.state_dict().items())
     assert not gate.clusterer.fitted
     assert observations(gate) == 0
     assert observations(module.learned.gate) > 0
+
+
+def with_prior(kind: type[Layers]) -> Layers:
+    module = layers(kind)
+    module.alone.gate = PosteriorGate(8, EXPERTS, CLUSTERS, 2, prior="learned")
+    return module
+
+
+class Logs(lightning.Callback):
+    """What the training has logged, at its end."""
+
+    def on_train_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
+        self.values = dict(trainer.logged_metrics)
+
+
+class Logging(Layers):
+    """It draws and logs in every step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        found = super().training_step([functional.dropout(batch[0], 0.2, self.training), batch[1]], batch_idx)
+        self.log("train/mean", batch[0].mean(), on_step=False, on_epoch=True)
+        return found
+
+
+@pytest.mark.parametrize("kind", [Logging, Judging])
+def test_a_learned_prior_is_finished_on_validation_rows_and_nothing_else_changes(kind: type[Layers]) -> None:
+    states, logs = [], []
+    for finish in (False, True):
+        module, logged = with_prior(kind), Logs()
+        fit(module, [BeliefCallback(warmup=4, finish=finish), logged])
+        states.append(copy.deepcopy(module.state_dict()))
+        logs.append(logged.values)
+        assert module.training
+        assert "log" not in vars(module)
+    assert module.alone.gate.clusterer.fitted
+    assert observations(module.alone.gate) == 0
+    assert float(module.alone.gate.posterior.prior_alpha.std()) > 0
+    changed = {name for name, value in states[1].items() if not torch.equal(value, states[0][name])}
+    assert {name.split(".")[0] for name in changed} == {"alone"}
+    assert not [name for name in changed if ".experts" in name or ".map." in name]
+    assert logs[0].get("train/mean") == logs[1].get("train/mean")
+
+
+def test_what_a_prior_is_worth_is_learned_from_every_validation_row() -> None:
+    module = with_prior(Dense)
+    fit(module, BeliefCallback(warmup=4))
+    gate, data = module.alone.gate, Clouds()
+    points, target = (torch.cat(parts) for parts in zip(*data.val_dataloader(), strict=True))
+    hidden = module.first(points).relu().detach()
+    twin = copy.deepcopy(gate)
+    twin.learn_prior(hidden, (torch.arange(EXPERTS) <= target[:, None]).double())
+    torch.testing.assert_close(gate.posterior.prior_alpha, twin.posterior.prior_alpha)
+    torch.testing.assert_close(gate.prior.usual, twin.prior.usual)
+    distance = torch.cdist(hidden, gate.clusterer.centroids).amin(dim=1)
+    assert float(distance.mean()) < float(torch.cdist(hidden, hidden.mean(dim=0)[None]).mean())
+
+
+def test_a_finished_prior_is_in_the_last_checkpoint_and_is_learned_on_when_training_goes_on(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    module = with_prior(Layers)
+    fit(module, [BeliefCallback(warmup=4), checkpoint], epochs=1)
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(stored["alone.gate.posterior.prior_alpha"], module.alone.gate.posterior.prior_alpha)
+    again, seen = with_prior(Layers), []
+
+    class Look(lightning.Callback):
+        def on_train_batch_start(self, *arguments: Any) -> None:
+            seen.append(again.alone.gate.clusterer.fitted)
+
+    fit(
+        again,
+        [BeliefCallback(warmup=4), ModelCheckpoint(tmp_path / "more"), Look()],
+        epochs=2,
+        path=tmp_path / "last.ckpt",
+    )
+    assert seen == [False] * BATCHES
+    assert again.alone.gate.clusterer.fitted
+
+
+def test_a_prior_that_cannot_be_finished_is_named_with_what_is_left_to_do() -> None:
+    module = with_prior(Layers)
+    with pytest.warns(
+        UserWarning, match=r"priors of gates \['alone.gate'\] were not finished, which needs a validation loader"
+    ) as said:
+        fit(module, BeliefCallback(warmup=4), epochs=1, limit_val_batches=0)
+    assert len([each for each in said if "not finished" in str(each.message)]) == 1
+    assert not module.alone.gate.clusterer.fitted
 
 
 def test_a_gate_that_is_fitted_already_keeps_its_clusters_and_evidence() -> None:

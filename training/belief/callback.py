@@ -15,6 +15,7 @@ from moe_posterior.replay import find_gates
 from moe_posterior.replay.find import hosting_router, outer_name
 from moe_posterior.training.belief import credits as crediting
 from moe_posterior.training.belief.credits import Credit
+from moe_posterior.training.belief.finish import first_of, held_out_loader, sample_of, train_loader
 from moe_posterior.training.belief.provisional import fit_provisionally
 from moe_posterior.training.belief.reservoir import Reservoir
 from moe_posterior.training.belief.step import WatchedStep
@@ -55,9 +56,12 @@ class BeliefCallback(lightning.Callback):
     A module must call its gates from the start. :class:`~moe_posterior.training.module.MoEClassifier` does not, and has a callback of
     its own, :class:`~moe_posterior.training.callbacks.CompetenceUpdates`, which counts every training row.
 
-    A gate whose ``counts_training_rows`` is False, as one with a learned prior, is told of every step (:meth:`Gate.begin_step`) and
-    otherwise left alone: its map is trained with the module, and decides. After training, ``fit`` it and ``learn_prior`` on rows that
-    were held out.
+    **A learned prior** (a gate whose ``counts_training_rows`` is False) is told of every step (:meth:`Gate.begin_step`); its map is
+    trained with the module, and decides. After the last training batch it is finished: the hidden states of ``warmup`` training
+    batches are clustered, and ``learn_prior`` is given how the experts did on the validation rows, by ``outcomes`` or gradients as
+    above. For that ``training_step`` is called with these batches in evaluation mode; what it logs by ``self.log`` is dropped, and no
+    parameter changes. It needs a validation loader and automatic optimization; without them a warning says what is left to do.
+    Training that stops early is finished after the last checkpoint was written.
 
     The state is in the checkpoint, the sample too while one is being taken (up to ``sample_size`` · D floats a gate), and
     training resumes bit for bit, also within the warm-up. Under torch.distributed saving a checkpoint is a collective call, as it is
@@ -69,6 +73,7 @@ class BeliefCallback(lightning.Callback):
         refit_every: batches between fits; None (default) fits once.
         sample_size: tokens kept for each gate, of all ranks together. The default 8192 is 128 for each of 64 clusters.
         observe: whether every batch after the fit is observed. False leaves the evidence to you.
+        finish: whether learned priors are finished. False leaves ``fit`` and ``learn_prior`` to you.
         seed: of the sample and of k-means, together with the gate and the batch.
 
     Raises:
@@ -86,16 +91,18 @@ class BeliefCallback(lightning.Callback):
         sample_size: int = 8192,
         observe: bool = True,
         seed: int = 42,
+        finish: bool = True,
     ) -> None:
         self.warmup = validation.count("warmup", warmup)
         self.refit_every = None if refit_every is None else validation.count("refit_every", refit_every)
         self.sample_size = validation.count("sample_size", sample_size)
-        self.observe, self.seed = observe, seed
+        self.observe, self.seed, self.finish = observe, seed, finish
         self.gates: dict[str, BeliefGate] = {}  # that count training rows
-        self._told: list[BeliefGate] = []  # all
+        self.learners: dict[str, BeliefGate] = {}  # that do not, until they are finished
         self._batches = 0  # trained on by each rank
         self._since = 0  # the last fit
         self._waiting: set[str] = set()  # gates without clusters of their own
+        self._over = False  # the training of the learned priors
         self._restored = False  # from a checkpoint, for the training to come
         self._samples: dict[str, Reservoir] = {}
         self._step: WatchedStep | None = None
@@ -104,9 +111,11 @@ class BeliefCallback(lightning.Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Find the gates."""
-        self._told = list(belief_gates(pl_module).values())
-        self.gates = {name: gate for name, gate in belief_gates(pl_module).items() if gate.counts_training_rows}
-        self._outer = {name: outer_name(pl_module, name) for name in self.gates}
+        found = belief_gates(pl_module)
+        self.gates = {name: gate for name, gate in found.items() if gate.counts_training_rows}
+        self.learners = {name: gate for name, gate in found.items() if not gate.counts_training_rows}
+        self._over = False
+        self._outer = {name: outer_name(pl_module, name) for name in found}
         unfitted = {name for name, gate in self.gates.items() if not gate.clusterer.fitted}
         if not self._restored:
             self._batches, self._since, self._waiting, self._samples = 0, 0, unfitted, {}
@@ -114,11 +123,17 @@ class BeliefCallback(lightning.Callback):
             if hosting_router(pl_module, name) is None:
                 self._handles.append(fit_provisionally(self.gates[name], generator_for("provisional", self.seed, name)))
 
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Go on training the learned priors that an earlier training has finished."""
+        for gate in self.learners.values():
+            if self.finish and gate.clusterer.fitted:
+                gate.relearn()
+
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Watch the gates during the batch."""
-        for gate in self._told:
+        for gate in (*self.gates.values(), *self.learners.values()):
             gate.begin_step(trainer.global_step, trainer.current_epoch)
         samples = {name: self._sample(name) for name in self._collected}
         if samples or self._observed:
@@ -134,19 +149,23 @@ class BeliefCallback(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Sample the batch's hidden states with their outcomes, observe, and fit if it is time."""
+        """Sample the batch's hidden states with their outcomes, observe, and fit or finish if it is time."""
         step, self._step = self._step, None
-        if not self.gates:
-            return
         if step is not None:
             step.close()
             self._learn(step, pl_module, batch, outputs)
-        self._batches, self._since = self._batches + 1, self._since + 1
-        if self._due:
-            self.fit(pl_module.device)
+        if self.gates:
+            self._batches, self._since = self._batches + 1, self._since + 1
+            if self._due:
+                self.fit(pl_module.device)
+        last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        if last or trainer.global_step == trainer.max_steps:
+            # Before the validation at the end of the epoch, after which the last checkpoint is written.
+            self._finish(trainer, pl_module)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Say so if training was shorter than the warm-up."""
+        """Finish the learned priors of a training that stopped early, and say so if it was shorter than the warm-up."""
+        self._finish(trainer, pl_module)
         if self._waiting and self._batches < self.warmup and trainer.is_global_zero:
             warnings.warn(
                 f"training ended after {self._batches} batches, before the warm-up of gates {sorted(self._waiting)} did: they have no "
@@ -171,25 +190,66 @@ class BeliefCallback(lightning.Callback):
         for name in self._collected:
             gate = self.gates[name]
             sample = self._samples.pop(name, Reservoir(self.sample_size)).merged(device, _sizes(gate))
-            if not len(sample):
+            if not self._clusters(name, gate, sample, self._since, device):
+                continue
+            self._waiting.discard(name)
+            _measure(gate, sample, device)
+        self._since = 0
+
+    def _clusters(self, name: str, gate: BeliefGate, sample: Reservoir, batches: int, device: torch.device) -> bool:
+        """Fit a gate to its sample of so many batches; whether there was anything to fit it to."""
+        if not len(sample):
+            warnings.warn(
+                f"no token has reached gate {name!r} in {batches} batches: it stays without clusters", stacklevel=2
+            )
+            return False
+        try:
+            gate.fit(sample.hidden.to(device), generator=generator_for("clusters", self.seed, name, self._batches))
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(
+                f"gate {name!r} cannot be fitted to what it saw in {batches} batches: {error}; raise warmup or lower "
+                f"num_clusters"
+            ) from error
+        return True
+
+    def _finish(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Give the learned priors clusters of training rows, and learn from the validation rows what they are worth."""
+        waiting = {name: gate for name, gate in self.learners.items() if not gate.clusterer.fitted}
+        if not self.finish or self._over or not waiting:
+            return
+        self._over = True
+        held_out = held_out_loader(trainer) if pl_module.automatic_optimization else None
+        if held_out is None:
+            missing = (
+                "a validation loader and validation_step"
+                if pl_module.automatic_optimization
+                else "automatic optimization"
+            )
+            warnings.warn(
+                f"the learned priors of gates {sorted(waiting)} were not finished, which needs {missing}: fit them and call "
+                f"learn_prior on held-out rows",
+                stacklevel=2,
+            )
+            return
+        options: dict[str, Any] = {
+            "outer": self._outer,
+            "size": self.sample_size,
+            "seed": self.seed,
+            "place": _rank(),
+        }
+        clustered = sample_of(
+            trainer, pl_module, waiting, first_of(train_loader(trainer), self.warmup), judged=False, **options
+        )
+        judged = sample_of(trainer, pl_module, waiting, first_of(held_out, None), judged=True, **options)
+        for name, gate in waiting.items():
+            if not self._clusters(name, gate, clustered[name], self.warmup, pl_module.device):
+                continue
+            if not _measure(gate, judged[name], pl_module.device):
+                gate.relearn()
                 warnings.warn(
-                    f"no token has reached gate {name!r} in {self._since} batches: it stays without clusters",
+                    f"the validation rows say nothing about the experts of gate {name!r}: its learned prior was not finished",
                     stacklevel=2,
                 )
-                continue
-            try:
-                gate.fit(sample.hidden.to(device), generator=generator_for("clusters", self.seed, name, self._batches))
-            except InvalidArgumentError as error:
-                raise InvalidArgumentError(
-                    f"gate {name!r} cannot be fitted to what it saw in {self._since} batches: {error}; raise warmup or lower "
-                    f"num_clusters"
-                ) from error
-            self._waiting.discard(name)
-            observed = ~sample.outcome.isnan().all(dim=1)
-            if observed.any():
-                rank, ranks = _rank()
-                gate.measure(*(part[observed][rank::ranks].to(device) for part in (sample.hidden, sample.outcome)))
-        self._since = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Progress and samples; collective under torch.distributed."""
@@ -274,6 +334,16 @@ def belief_gates(module: torch.nn.Module) -> dict[str, BeliefGate]:
     if not any(isinstance(part, Gate) for part in module.modules()):
         return {}
     return {name: gate for name, gate in find_gates(module).items() if isinstance(gate, BeliefGate)}
+
+
+def _measure(gate: BeliefGate, sample: Reservoir, device: torch.device) -> bool:
+    """Give the gate the outcomes of a sample that all ranks hold; whether there were any. Collective."""
+    observed = ~sample.outcome.isnan().all(dim=1)
+    if not observed.any():
+        return False
+    rank, ranks = _rank()
+    gate.measure(*(part[observed][rank::ranks].to(device) for part in (sample.hidden, sample.outcome)))
+    return True
 
 
 def _sizes(gate: BeliefGate) -> tuple[int, int]:

@@ -41,7 +41,8 @@ def from_module(trace: Trace, said: Any, outer: Mapping[str, str]) -> list[Credi
         trace: the step's routings.
         said: a tensor, for every gate alike; a mapping from names of gates, or of the routers that they live in, to
             tensors; or None.
-        outer: every gate's name, or that of its router, by the gate's name.
+        outer: every gate's name, or that of its router, by the gate's name; also of gates that the trace does not watch, whose
+            outcomes are passed over.
 
     Raises:
         InvalidArgumentError: no such gate, or a tensor that does not fit the tokens that a gate has routed.
@@ -49,7 +50,7 @@ def from_module(trace: Trace, said: Any, outer: Mapping[str, str]) -> list[Credi
     if said is None:
         return [None] * len(trace.routings)
     if isinstance(said, Mapping):
-        known = {**{name: name for name in trace.gates}, **{own: name for name, own in outer.items()}}
+        known = {**{name: name for name in outer}, **{own: name for name, own in outer.items()}}
         if unknown := [name for name in said if name not in known]:
             raise InvalidArgumentError(f"outcomes must name gates, of {sorted(known)}; got {unknown[0]!r}")
         by_gate = {known[name]: value for name, value in said.items()}
