@@ -1,6 +1,7 @@
 """Training one arm of a run to its end: from nothing, from its last checkpoint, or from the warm-up that it shares with another arm."""
 
 import os
+import sys
 import time
 from importlib.metadata import version
 
@@ -40,6 +41,8 @@ def train(arm: Arm, console: Console, origin: Arm | None = None) -> None:
         if stop.code == 2:  # a mistake in the configuration, already explained
             raise
         raise KeyboardInterrupt from stop  # Lightning leaves like this on Ctrl-C and on SIGTERM
+    finally:
+        _end_tracking()
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
     if is_launched_rank():
@@ -54,6 +57,13 @@ def train(arm: Arm, console: Console, origin: Arm | None = None) -> None:
             "lightning": version("lightning"),
         }
     )
+
+
+def _end_tracking() -> None:
+    """W&B keeps its run open until it is told, and would log the next arm into it."""
+    wandb = sys.modules.get("wandb")
+    if getattr(wandb, "run", None) is not None:
+        wandb.finish()  # type: ignore[union-attr]  # it is there, since it has a run
 
 
 def _start_of(arm: Arm, console: Console, origin: Arm | None) -> tuple[int, list[str]]:

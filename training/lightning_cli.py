@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moe_posterior.errors import InvalidArgumentError, MoEPosteriorError
@@ -24,6 +25,7 @@ from moe_posterior.training.runs import Arm
 __all__ = ["ExperimentCLI"]
 
 
+UNION = "Does not validate against any of the Union subtypes"  # how the parser begins a list of what it tried in vain
 REFUSED = (  # settings of the trainer, and what to set instead
     (
         "barebones",
@@ -116,7 +118,8 @@ class ExperimentCLI(LightningCLI):
             raise InvalidArgumentError(f"{where} cannot be used: {one_line(error)}") from error
 
     def instantiate_classes(self) -> None:
-        """Make the classes; a package that one of them misses, and a mistake that this library finds, are reported in one line.
+        """Make the classes; a package that one of them misses, what a logger refuses, and a mistake that this library finds, are
+        reported in one line.
 
         Raises:
             InvalidArgumentError: the cause, without what the parsers around it say.
@@ -124,7 +127,11 @@ class ExperimentCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ArgumentError, TypeError, ValueError, ImportError) as error:
-            cause = next((each for each in _causes(error) if isinstance(each, (MoEPosteriorError, ImportError))), None)
+            causes = list(_causes(error))
+            known = (each for each in causes if isinstance(each, (MoEPosteriorError, ImportError)))
+            cause: BaseException | None = next(known, None)
+            if cause is None and f"{Logger.__module__}.{Logger.__name__}" in str(error):
+                cause = next((each for each in causes if not str(each).startswith(UNION)), None)
             if cause is None or cause is error:
                 raise
             raise InvalidArgumentError(f"{self.arm.config} cannot be used: {one_line(cause)}") from error

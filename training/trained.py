@@ -66,6 +66,11 @@ def require_classifier(arm: Arm) -> None:
         )
 
 
+def _configured(arm: Arm) -> list[str]:
+    """The words that make an arm's classes again, without its logger: reading an arm must not open a run with a tracking server."""
+    return ["--config", str(arm.config), "--trainer.logger", "false"]
+
+
 def load_model(arm: Arm) -> MoEClassifier:
     """The trained classifier of an arm, in evaluation mode, with the weights of its last checkpoint.
 
@@ -75,7 +80,7 @@ def load_model(arm: Arm) -> MoEClassifier:
         MissingDataError, DamagedFileError: the checkpoint is missing or cannot be read.
     """
     require_classifier(arm)
-    model = ExperimentCLI(arm, ["--config", str(arm.config)], run=False).model
+    model = ExperimentCLI(arm, _configured(arm), run=False).model
     try:
         model.load_state_dict(read_checkpoint(arm.checkpoint)["state_dict"])
     except RuntimeError as error:
@@ -92,7 +97,7 @@ def load_data(arm: Arm) -> ClassificationData:
         InvalidArgumentError: the configuration cannot be used. MissingDataError: its files are not there.
     """
     require_classifier(arm)
-    data = ExperimentCLI(arm, ["--config", str(arm.config)], run=False).datamodule
+    data = ExperimentCLI(arm, _configured(arm), run=False).datamodule
     if not isinstance(data, ClassificationData):
         raise InvalidArgumentError(
             f"data must be a ClassificationData to be evaluated: it says which rows are hard and how they shift; arm {arm.name!r} "

@@ -15,7 +15,7 @@ examples:
 
 damage   train a small Mixtral on bytes, swap its gates, serve text, damage experts, serve on, repair them
 knobs    the same with one option of the gate changed at a time, only with damages in all layers
-scratch  the same transformer trained from scratch with softmax, prior and posterior gates
+scratch  the same transformer trained from scratch with softmax, prior and posterior gates, and with a learned prior
 """
 
 
@@ -36,6 +36,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=STEPS, help=f"of 32 windows of 128 bytes (default {STEPS})")
     made.add_argument(
         "--scratch-steps", type=int, default=500, metavar="N", help="the same for training from scratch (default 500)"
+    )
+    made.add_argument(
+        "--arms",
+        nargs="+",
+        default=[],
+        metavar="GATE",
+        help="gates to train from scratch with (default: all), such as: softmax 'learned, balanced'",
     )
     made.add_argument(
         "--healthy",

@@ -1,10 +1,13 @@
 """Every switch and precision of the trainer either works, up to the evaluation, or is answered with one sentence."""
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from points import Tracker
 
 from moe_posterior.cli import main
 from moe_posterior.training.runs import Run
@@ -62,3 +65,29 @@ def test_a_setting_that_cannot_work_is_one_sentence(
     assert main([*experiment, f"--trainer.{setting}={value}"]) == 2
     [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("moe-posterior fit: ")]
     assert answer in said
+
+
+def test_a_loggers_own_refusal_is_one_sentence(experiment: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    logger = ["--trainer.logger", "points.Tracker", "--trainer.logger.server", "nowhere"]
+    assert main([*experiment, *logger]) == 2
+    [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("moe-posterior fit: ")]
+    assert said.endswith("cannot be used: no server at 'nowhere'")
+
+
+def test_reading_a_trained_arm_makes_no_logger(
+    experiment: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*experiment, "--trainer.logger", "points.Tracker", "--trainer.logger.server", "here"]) == 0
+    monkeypatch.setattr(Tracker, "__init__", lambda self, server: pytest.fail("a logger was made"))
+    assert load_model(Run(tmp_path / "run").arm("model")).moe.gate.fitted
+
+
+def test_every_arm_ends_the_run_that_its_tracker_keeps_open(
+    experiment: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker, ended = types.ModuleType("wandb"), []
+    tracker.run = "open"
+    tracker.finish = lambda: ended.append(setattr(tracker, "run", None))
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    assert main([*experiment, "--trainer.max_epochs", "1"]) == 0
+    assert len(ended) == 1

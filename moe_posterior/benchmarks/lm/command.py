@@ -11,6 +11,7 @@ from moe_posterior.benchmarks import records
 from moe_posterior.benchmarks.lm.experiment import Experiment, run
 from moe_posterior.benchmarks.lm.figures import draw
 from moe_posterior.benchmarks.lm.models import Recipe
+from moe_posterior.benchmarks.lm.scratch import ARMS
 from moe_posterior.benchmarks.lm.stream import Plan
 from moe_posterior.benchmarks.lm.tables import tables_of
 from moe_posterior.benchmarks.records import Results
@@ -48,6 +49,7 @@ def lm(arguments: Sequence[str], about: dict[str, object]) -> int:
         asked.scratch_steps,
         replace(Plan(), healthy=asked.healthy),
         asked.tuning,
+        asked.arms or ARMS,
         kept.add,
         (lambda line: None) if asked.quiet else (lambda line: print(line, file=sys.stderr, flush=True)),
     )

@@ -58,6 +58,7 @@ class Experiment:
         recipe, scratch_steps: of the model to swap, and training steps of the models from scratch.
         plan: lengths of the phases.
         tuning: read the tuning parts of the text, for choosing knobs.
+        arms: gates to train from scratch with, of :data:`~moe_posterior.benchmarks.lm.scratch.ARMS`.
         report: called with the records of every finished case.
         say: called with a progress line.
     """
@@ -70,12 +71,15 @@ class Experiment:
     scratch_steps: int = 500
     plan: Plan = field(default_factory=Plan)
     tuning: bool = False
+    arms: Sequence[str] = ARMS
     report: Callable[[list[Record]], None] = lambda records: None
     say: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
         if unknown := [part for part in self.parts if part not in PARTS]:
             raise InvalidArgumentError(f"parts must be among {list(PARTS)}; got {unknown}")
+        if unknown := [arm for arm in self.arms if arm not in ARMS]:
+            raise InvalidArgumentError(f"--arms must be among {list(ARMS)}; got {unknown}")
 
 
 def run(experiment: Experiment, done: set[str]) -> None:
@@ -91,7 +95,7 @@ def run(experiment: Experiment, done: set[str]) -> None:
                 _serve(experiment, corpus, weights, method, wanted, seed, done)
     if "scratch" in experiment.parts:
         for seed in experiment.seeds:
-            for arm in ARMS:
+            for arm in experiment.arms:
                 _from_scratch(experiment, corpus, arm, seed, done)
 
 
