@@ -100,6 +100,12 @@ examples: $(INSTALLED)  ## run every example (3 minutes)
 	cd examples/own_data && PYTHONPATH=. ../../$(BIN)/moe-posterior fit --config experiment.yaml --overwrite \
 	  && PYTHONPATH=. ../../$(BIN)/moe-posterior evaluate --run runs/tumours \
 	  && ../../$(BIN)/moe-posterior fit --config plain.yaml --overwrite
+	@echo "== examples/predictions"
+	cd examples/predictions && ../../$(BIN)/moe-posterior evaluate --predictions spreadsheet.csv --out reports/spreadsheet \
+	  && ../../$(BIN)/python from_sklearn.py \
+	  && ../../$(BIN)/moe-posterior evaluate --predictions digits.parquet --shift shift --groups stroke --out reports/digits \
+	  && HF_HUB_OFFLINE=1 ../../$(BIN)/python from_transformers.py \
+	  && ../../$(BIN)/moe-posterior evaluate --predictions reviews.jsonl --class-names complaint praise --out reports/reviews
 	@echo "== examples/language_model"
 	cd examples/language_model && OMP_NUM_THREADS=1 ../../$(BIN)/moe-posterior fit --config experiment.yaml --overwrite
 

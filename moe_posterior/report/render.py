@@ -129,7 +129,8 @@ def write_json(report: Report, path: str | os.PathLike[str]) -> None:
 
 
 def _title(report: Report) -> str:
-    return f"Routed aggregate: {report['n_bins']}-bin debiased ECE, 95 % intervals ({report['resamples']:,} resamples)"
+    what = "Routed aggregate" if report.get("configurations") else "Predictions"
+    return f"{what}: {report['n_bins']}-bin debiased ECE, 95 % intervals ({report['resamples']:,} resamples)"
 
 
 def _promises(report: Report) -> tuple[str, list[Mapping[str, Any]]]:
@@ -189,7 +190,7 @@ def _rows(report: Report) -> Iterator[_Row]:
     records = {key_of(record): record for record in report["records"]}
     marks, sets, base = marks_of(report), sets_of(report), base_of(report)
     shifts = list(dict.fromkeys(record["shift"] for record in report["records"]))
-    named = [shift for shift in shifts if shift not in (base, ALL_SHIFTS)]
+    named = [shift for shift in shifts if shift not in (base, ALL_SHIFTS)] if len(sets) > 1 else []
     shown = [(shift, subset) for shift in (base, ALL_SHIFTS) if shift in shifts for subset in report["subsets"]]
     for shift, subset in [*shown, *((shift, OVERALL) for shift in named)]:
         severity = 0 if shift == base else None
