@@ -131,6 +131,22 @@ def test_saturated_confidences_share_the_last_bin(norm: str) -> None:
         assert [float(x) for x in route(confidence, correct, 15)] == [pytest.approx(0.475)]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_saturated_models_error_is_that_of_uncertainty_calibration_and_below_one_that_of_relplot(seed: int) -> None:
+    package, relplot = pytest.importorskip("calibration"), pytest.importorskip("relplot.metrics")
+    rng = np.random.default_rng(seed)
+    confidence = np.concatenate(
+        [rng.uniform(0.5, 1, 100), np.ones(60)]
+    )  # no inner edge is met: theirs belong to the bin below
+    correct = (rng.random(160) < np.where(confidence == 1, 0.6, confidence)).astype(np.int64)
+    probs = np.stack([1 - confidence, confidence], axis=1)
+    ours = calibration_error(torch.from_numpy(confidence), torch.from_numpy(correct), n_bins=7).item()
+    assert ours == pytest.approx(package.get_ece(probs, correct, num_bins=7, mode="top-label"), abs=1e-9)
+    below = slice(0, 100)
+    ours = calibration_error(torch.from_numpy(confidence[below]), torch.from_numpy(correct[below]), n_bins=7).item()
+    assert ours == pytest.approx(relplot.binnedECE(confidence[below], correct[below], 7), abs=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_classes_and_the_brier_score_are_binned_the_same_way(dtype: torch.dtype) -> None:
     values = edge_values(15, dtype)

@@ -42,6 +42,14 @@ def benchmark(arguments: Sequence[str]) -> int:
         from moe_posterior.benchmarks.guarantees.command import guarantees
 
         return guarantees(list(arguments[1:]), _about(""), progress)
+    if list(arguments[:1]) == ["monitor"]:  # as lm
+        from moe_posterior.benchmarks.monitor.command import monitor
+
+        return monitor(list(arguments[1:]), _about(""))
+    if list(arguments[:1]) == ["intervals"]:  # as lm
+        from moe_posterior.benchmarks.intervals import intervals
+
+        return intervals(list(arguments[1:]), _about(""))
     asked = parser().parse_args(list(arguments))
     if asked.seeds is None:
         asked.seeds = 20 if asked.horizon else 5

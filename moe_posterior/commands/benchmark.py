@@ -31,6 +31,8 @@ c    after half of the stream the queries come from classes new to every gate
 llm  choose among nine language models: static, with the best one failing midway, with a change of tasks
 lm   gates swapped into a small language model, experts damaged and repaired; see: moe-posterior benchmark lm --help
 guarantees  promised thresholds and prediction sets on stored predictions; see: moe-posterior benchmark guarantees --help
+intervals  how often each interval of a report holds the truth; see: moe-posterior benchmark intervals --help
+monitor  how soon the calibration monitor finds a drift; see: moe-posterior benchmark monitor --help
 router   the router's defaults against bandits: cold, warm, with failures, recoveries, newcomers and shared losses
 latency  time per decision: one at a time, and at 1,000 to 100,000 queries per second; needs an idle machine
 audit    cost of the audit log, and how fast it is written, verified and replayed; needs an idle machine
@@ -51,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "benchmark",
-        choices=("a", "b", "c", "llm", "lm", "guarantees", "router", "latency", "audit"),
+        choices=("a", "b", "c", "llm", "lm", "guarantees", "intervals", "monitor", "router", "latency", "audit"),
         help="which benchmark; see below",
     )
     made.add_argument("--seeds", type=int, metavar="S", help="how many seeds (default 5; audit --horizon 20)")
