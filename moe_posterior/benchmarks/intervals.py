@@ -1,7 +1,7 @@
 """How often each interval that a report prints holds the truth, by simulation with models whose every figure is known.
 
-Two models answer the same rows; their confidences and true errors are those of :mod:`moe_posterior.benchmarks.coverage`. Everything
-goes through :func:`~moe_posterior.report.evaluate_predictions` and :func:`~moe_posterior.report.promise.promise_rows`, as in a report.
+Two models answer the same rows; their confidences and true errors are those of :mod:`moe_posterior.benchmarks.coverage`. Intervals
+come from the functions that fill a report.
 
 Dimensions: n rows of a draw, K classes, G configurations.
 """
@@ -25,8 +25,11 @@ from moe_posterior.benchmarks.show import show
 from moe_posterior.checks.validation import count
 from moe_posterior.metrics import ActionThreshold, brier_score, negative_log_likelihood, wilson_interval
 from moe_posterior.prediction import Prediction
-from moe_posterior.report import evaluate_predictions
+from moe_posterior.report.evaluation import Evaluation, reduced
+from moe_posterior.report.panels import configurations
 from moe_posterior.report.promise import Scored, promise_rows
+from moe_posterior.report.records import records_of
+from moe_posterior.report.schema import OVERALL, Key
 from moe_posterior.results.tables import DASH, Table
 
 BENCHMARK = "intervals"
@@ -120,18 +123,17 @@ def hits(first: Model, second: Model, rows: int, seed: int, resamples: int = 100
         Prediction(one.probs, target=label, cluster_ids=cluster, arm=name)
         for one, name in zip(both, ("model", "baseline"), strict=True)
     ]
-    report = evaluate_predictions(items, {}, baseline="baseline", resamples=resamples, seed=seed)
+    evaluations: dict[Key, Evaluation] = {(item.arm, "clean", 0): reduced(item, 15) for item in items}
+    own, paired = records_of(evaluations, OVERALL, None, "baseline", 15, resamples, seed)
     real, others = truth(first), truth(second)
     found = {
-        record["metric"]: _inside(record["low"], record["high"], real[record["metric"]])
-        for record in report["records"]
-        if record["arm"] == "model"
+        one["metric"]: _inside(one["low"], one["high"], real[one["metric"]]) for one in own if one["arm"] == "model"
     }
-    for pair in report["paired"]:
+    for pair in paired:
         name = pair["metric"]
         found[f"{name}{DIFFERENCE}"] = _inside(pair["low"], pair["high"], real[name] - others[name])
-    own = [row["interval"] for row in report["configurations"] if row["arm"] == "model"]
-    found[GAPS] = all(_inside(low, high, real["gap"]) for low, high in own)
+    gaps = configurations("model", "clean", [evaluations["model", "clean", 0]])
+    found[GAPS] = all(_inside(row["interval"][0], row["interval"][1], real["gap"]) for row in gaps)
     confidence, top = both[0].probs.max(1)
     chosen = ActionThreshold(THRESHOLD, 0.0, 0.0)
     [row] = promise_rows("model", chosen, 0.1, [Scored("clean", 0, confidence, (top == 0).double())])

@@ -106,7 +106,8 @@ class CalibrationMonitor:
 
         A logistic map from confidence to accuracy, with a shift per configuration, is fitted; then the null is that accuracy stays
         within ``tolerance`` of the map, or within 2.5 standard errors of the map where those are wider. The bound on false alarms
-        is for that null: it does not cover a map that is further off because its form does not fit or the reference rows were unlucky.
+        is for that null: it does not cover a map that is further off because its form does not fit or the reference rows were
+        unlucky. A configuration that the reference rows lack is held to the map of all of them.
 
         Args:
             confidence, correct, configuration: as in :meth:`update`; a few hundred rows at least, not those that the model or a
@@ -313,4 +314,4 @@ class CalibrationMonitor:
         begin = np.array([float(self._streams.seen[stream] - rows + 1)])
         log_alpha = math.log(2) - self._thresholds()[stream] + log_start_weight(begin, START_SCALE)[0]
         gap, half = float(sums[1]) / rows, half_width(float(sums[2]), rows, float(log_alpha))
-        return rows, gap, gap - half, gap + half
+        return rows, gap, max(gap - half, -1.0), min(gap + half, 1.0)

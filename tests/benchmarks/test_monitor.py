@@ -57,7 +57,7 @@ def test_a_stream_without_drift_has_the_gap_that_was_asked_for() -> None:
 def test_friedmans_local_drift_moves_some_configurations_and_the_monitor_names_one_of_them() -> None:
     pytest.importorskip("river")
     stream = streams.friedman("local", 0)
-    assert len(stream.answers.correct) == streams.STABLE + streams.AFTER
+    assert len(stream.answers.correct) == streams.STABLE + streams.LONG_AFTER
     assert 0 < len(stream.moved) < streams.CONFIGURATIONS
     row, named = measure.first_alarm(measure.OURS, stream, 0)
     assert row is not None

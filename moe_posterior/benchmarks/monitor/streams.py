@@ -19,6 +19,7 @@ Index = NDArray[np.int64]
 
 TRAIN, CALIBRATE, REFERENCE = 10_000, 5_000, 5_000
 STABLE, AFTER = 5_000, 5_000
+LONG_AFTER = 20_000  # of "local", which a global test hardly finds
 CONFIGURATIONS = 16
 TRUTH_ROWS = 60_000  # to know which configurations a drift moves, and by how much
 MOVED = 0.04  # change of a configuration's gap that counts as a drift: twice the monitor's tolerance
@@ -73,7 +74,8 @@ def friedman(scenario: str, seed: int) -> Stream:
     """
     model = _deployed()
     stable = model.answer(*_drawn("gra", None, REFERENCE + STABLE, 1_000 + seed))
-    after = model.answer(*_drawn(scenario, 0, AFTER, 5_000 + seed))
+    rows = LONG_AFTER if scenario == "local" else AFTER
+    after = model.answer(*_drawn(scenario, 0, rows, 5_000 + seed))
     stream = stable.at(slice(REFERENCE, None)).then(after)
     return Stream(stream, stable.at(slice(REFERENCE)), STABLE, _moved_by(scenario))
 
