@@ -71,7 +71,7 @@ def _of_river(name: str, residual: Array) -> int | None:
     try:
         from river import drift
     except ImportError as error:
-        raise MissingDependencyError("river", "dev") from error
+        raise MissingDependencyError("river", "drift") from error
     detector: Callable[[], object] = getattr(drift, name)
     found = detector()
     for row, value in enumerate(residual.tolist()):

@@ -147,7 +147,7 @@ def _drawn(scenario: str, drift: int | None, rows: int, seed: int) -> tuple[Arra
     try:
         from river.datasets.synth import FriedmanDrift
     except ImportError as error:
-        raise MissingDependencyError("river", "dev") from error
+        raise MissingDependencyError("river", "drift") from error
     kind, window = ("lea" if scenario == "local" else scenario), 0
     far = 10**9
     if drift is None:
