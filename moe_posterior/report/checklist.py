@@ -224,11 +224,18 @@ def _conditions(report: Report) -> str:
     return ". ".join(parts)
 
 
-# What a user can do about an item that no evaluation can measure.
+# What a user can do about an item that the report lacks, in options of `moe-posterior evaluate`.
 ASKED = {
     "Routing type": "not given: pass --about FILE with routing",
     "Model version": "not given: pass --about FILE with model and version",
     "Training and evaluation distributions": "not given: pass --about FILE with training_data",
+    "Shift scenarios tested": f"{ABSENT}: pass a file per shift, or --shift COLUMN",
+    "Subgroup behaviour": f"{ABSENT}: pass --groups",
+    "Temperature scaling or other post-processing": f"{ABSENT}: pass class probabilities, and rows to calibrate on",
+    "Action threshold attached to the score": f"{ABSENT}: pass rows to choose it on, --calibration",
+    "Whether identical displayed confidences hide different expert configurations": f"{ABSENT}: pass --weights",
+    "Configuration-aware monitoring": f"{ABSENT}: pass --weights or --configuration",
+    "Abstention where experts disagree": f"{ABSENT}: pass --experts and --weights",
     "Routing logs for incident review": "none given: pass --audit-log FOLDER",
 }
 REQUIREMENTS: tuple[tuple[str, str, Finder], ...] = (
