@@ -29,7 +29,8 @@ def baseline_findings(report: Mapping[str, Any]) -> list[str]:
         winners: dict[str, list[str]] = {}
         for one in rows:
             if beats(one):
-                by = show(estimate(-one["value"], -one["high"], -one["low"]))
+                digits = 3 if abs(one["value"]) >= 0.001 else 5
+                by = show(estimate(-one["value"], -one["high"], -one["low"], digits=digits))
                 winners.setdefault(one["name"], []).append(f"{TITLES[one['metric']]} lower by {by}")
         found += [f"On {panel}, {name} beats {arm}: {'; '.join(gains)}." for name, gains in winners.items()]
         if not winners:
@@ -71,7 +72,7 @@ def disagreement_findings(report: Mapping[str, Any]) -> list[str]:
     found = []
     for one in rows_of(report, "disagreement"):
         low, high = one["interval"]
-        word = "better than" if high < 0 else "worse than" if low > 0 else "not credibly different from"
+        word = "better than" if high < 0 else "worse than" if low > 0 else "as good as, as far as the rows say,"
         area = show(estimate(one["difference"], low, high))
         found.append(
             f"On {one['panel']}, abstaining by disagreement is {word} by confidence for {one['arm']}: area under risk and "
