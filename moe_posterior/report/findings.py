@@ -67,16 +67,17 @@ def disagreement_findings(report: Mapping[str, Any]) -> list[str]:
 
     >>> row = {"arm": "a", "panel": "clean", "difference": 0.02, "interval": [0.01, 0.03]}
     >>> disagreement_findings({"disagreement": [row]})
-    ['On clean, abstaining by disagreement is worse than by confidence for a: area under risk and coverage 0.020 [0.010, 0.030].']
+    ['On clean, for a: abstaining by disagreement is worse than abstaining by confidence \
+(difference of the areas under risk and coverage 0.020 [0.010, 0.030]).']
     """
     found = []
     for one in rows_of(report, "disagreement"):
         low, high = one["interval"]
-        word = "better than" if high < 0 else "worse than" if low > 0 else "as good as, as far as the rows say,"
+        word = "better than" if high < 0 else "worse than" if low > 0 else "not told apart from"
         area = show(estimate(one["difference"], low, high))
         found.append(
-            f"On {one['panel']}, abstaining by disagreement is {word} by confidence for {one['arm']}: area under risk and "
-            f"coverage {area}."
+            f"On {one['panel']}, for {one['arm']}: abstaining by disagreement is {word} abstaining by confidence "
+            f"(difference of the areas under risk and coverage {area})."
         )
     return found
 

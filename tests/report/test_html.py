@@ -202,7 +202,11 @@ def test_an_empty_report_is_a_page_of_absences() -> None:
         ("Action threshold", "held, risk 0.031, coverage 0.620; act from 0.850, promised at most 0.050", ["action"]),
         ("identical displayed", "softmax: 870 of 1,000 inputs", ["shared_confidence"]),
         ("monitoring", "4 configurations measured, widest gap 0.300", ["configurations"]),
-        ("Abstention", "above 0.2 On clean, abstaining by disagreement is worse", ["operation", "disagreement"]),
+        (
+            "Abstention",
+            "above 0.2 On clean, for softmax: abstaining by disagreement is worse",
+            ["operation", "disagreement"],
+        ),
         (
             "Routing logs",
             "logs/routing, 1,200 decisions, its chain verified, last hash 5f0c",
