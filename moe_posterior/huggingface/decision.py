@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_posterior.huggingface.adapters import UnknownRouterError
-from moe_posterior.huggingface.binding import Binding
+from moe_posterior.huggingface.binding import Binding, mask_of
 from moe_posterior.huggingface.gates import Choice, HostedGate
 from moe_posterior.huggingface.logits_bias import LogitsInterceptor
 from moe_posterior.replay.record import auxiliary_listener
@@ -23,7 +23,7 @@ def decide(router: nn.Module, gate: HostedGate, binding: Binding, args: tuple[An
     adapter, width = binding.adapter, binding.adapter.width(router)
     hidden = adapter.hidden(args, kwargs).detach()
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    real = real_tokens(binding.mask, len(hidden))
+    real = real_tokens(mask_of(binding), len(hidden))
     if binding.collector is not None:
         binding.collector(hidden if real is None else hidden[real.to(hidden.device)])
     bias, correction, assignment = None, None, None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moe_posterior.huggingface.binding import Binding
+from moe_posterior.huggingface.binding import Binding, close_call, open_call
 from moe_posterior.huggingface.host import SwappedRouter
 
 _OTHER_TOKENS = {
@@ -27,8 +27,8 @@ _HIDDEN = -1000.0  # an additive mask hides with -1e4 or less; values nearer to 
 
 
 class MaskCapture:
-    """A forward pre-hook that passes a call's attention mask to the routers inside; an object, so that in a copied model it refers
-    to the copy's routers.
+    """Forward hooks that pass a call's attention mask to the routers inside, until the call is over; an object, so that in a copied
+    model it refers to the copy's routers.
 
     An inner model that is called with its own mask overrides the outer one. Without a mask it keeps the outer one, unless its
     tokens are clearly different ones: a vision tower's, or a decoder's next to an encoder.
@@ -38,7 +38,7 @@ class MaskCapture:
         self.bindings, self.outermost = bindings, outermost
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Find the mask and pass it on."""
+        """Find the mask and pass it on; before the call."""
         if torch.compiler.is_compiling():
             return
         given = _arguments(model, args, kwargs)
@@ -49,10 +49,13 @@ class MaskCapture:
             mask = padding_of(given["attention_mask"], given, ("input_ids", "inputs_embeds"), cached=not other)
         elif "decoder_input_ids" in own and "decoder_attention_mask" in given:
             mask = padding_of(given["decoder_attention_mask"], given, ("decoder_input_ids",))
-        if mask is None and not own and not self.outermost:
-            return
-        for binding in self.bindings:
-            binding.mask = mask
+        keeps_outer = mask is None and not own and not self.outermost
+        open_call(self, () if keeps_outer else self.bindings, mask)
+
+    def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forget the mask; after the call, also after one that failed."""
+        if not torch.compiler.is_compiling():
+            close_call(self)
 
 
 def capture_padding(model: nn.Module, handles: list[RemovableHandle]) -> None:
@@ -64,6 +67,7 @@ def capture_padding(model: nn.Module, handles: list[RemovableHandle]) -> None:
         if bindings:
             capture = MaskCapture(bindings, outermost=module is model)
             handles.append(module.register_forward_pre_hook(capture, with_kwargs=True))
+            handles.append(module.register_forward_hook(capture.leave, always_call=True))
 
 
 def padding_of(

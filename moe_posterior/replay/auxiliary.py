@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 _ROOTS = ("loss", "logits", "last_hidden_state")  # outputs that a loss is made from, the one closest to the loss first
 _AUXILIARY = "router_logits", "aux_loss", "router_aux_loss", "z_loss", "encoder_router_logits", "decoder_router_logits"
-_shut = [False]  # shared by all threads: autograd runs backward passes on its own threads
+_shut: set[int] = set()  # backward passes, by the ids that autograd gives them, in which the doors are shut
 
 
 class _HandedOn(torch.autograd.Function):
@@ -32,7 +32,7 @@ class _HandedOn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        if _shut[0]:
+        if _doors_are_shut():
             return None, None
         ctx.told()
         return gradients[0], None
@@ -48,7 +48,7 @@ class _Chosen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        if _shut[0]:
+        if _doors_are_shut():
             ctx.kept[:] = gradients[:1]
         return gradients[0], None
 
@@ -63,7 +63,7 @@ def chosen_by(logits: Tensor) -> Tensor:  # (T, W) -> (T, W)
     kept: list[Tensor] = []
 
     def only_the_choice(gradient: Tensor) -> Tensor | None:
-        if not _shut[0]:
+        if not _doors_are_shut():
             return None
         return kept.pop() if kept else torch.zeros_like(gradient)
 
@@ -88,14 +88,14 @@ class Apart:
     def arrived(self, name: str, gradient: Tensor) -> None:
         """Called when a gradient has reached a root; only the first one counts."""
         edge = self._roots.pop(name, None)
-        if edge is None or _shut[0]:
+        if edge is None or _doors_are_shut():
             return
         self._roots.clear()
         if not self.weights or not (self._announced or _reaches(edge.node)):
             return
         before = [weights.grad for weights in self.weights]
         try:
-            with _doors_shut():
+            with _doors_shut(edge.node):
                 self.gradients = list(
                     torch.autograd.grad([edge], self.weights, [gradient], retain_graph=True, allow_unused=True)
                 )
@@ -127,12 +127,25 @@ class _Arrival:
 
 
 @contextmanager
-def _doors_shut() -> Iterator[None]:
-    _shut[0] = True
+def _doors_shut(root: Node) -> Iterator[None]:
+    """Inside, the doors are shut in the backward pass that starts at this node, whichever threads run it, and in no other."""
+    begun: list[int] = []
+
+    def begin(gradients: object) -> None:
+        begun.append(torch._C._current_graph_task_id())
+        _shut.add(begun[-1])
+
+    handle = root.register_prehook(begin)
     try:
         yield
     finally:
-        _shut[0] = False
+        handle.remove()
+        _shut.difference_update(begun)
+
+
+def _doors_are_shut() -> bool:
+    """Whether the backward pass that runs in this thread is one with shut doors."""
+    return torch._C._current_graph_task_id() in _shut
 
 
 def _fields(output: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from moe_posterior.checks import validation
 from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
+from moe_posterior.replay import scope
 from moe_posterior.replay.auxiliary import Apart
 from moe_posterior.replay.checkpointing import in_backward, may_run_again, signature
 from moe_posterior.replay.find import find_gates, hosting_router
@@ -34,6 +35,12 @@ class _Listener:
 
     def __reduce__(self) -> tuple[type["_Listener"], tuple[None, str]]:
         return _Listener, (None, self._name)
+
+    @property
+    def listens(self) -> bool:
+        """Whether the current call may be one of the trace's own; in a backward pass, which has threads of its own, it may."""
+        trace = None if self._trace is None else self._trace()
+        return trace is not None and (trace.open_here or in_backward())
 
     def auxiliary(self) -> None:
         """Tell the trace that a gradient came through logits that a router returned."""
@@ -83,9 +90,20 @@ class Trace:
         if model is not None and any(hosting_router(model, name) for name in gates):
             self._handles.append(model.register_forward_hook(_Watcher(self)))
         weakref.finalize(self, _remove, self._handles)
+        scope.enter(self)
 
     def __len__(self) -> int:
         return len(self.routings)
+
+    @property
+    def open_here(self) -> bool:
+        """Whether forwards of the current thread, or asyncio task, are recorded: only those of the one that opened the trace are."""
+        return self.recording and scope.is_open(self)
+
+    def end(self) -> None:
+        """Record no further forwards; the hooks stay for recomputation in the backward pass. The end of :func:`record`'s block."""
+        self.recording = False
+        scope.leave(self)
 
     def observe(self, outcome: Tensor) -> None:  # (...) one a token
         """Credit every chosen expert of every layer with its token's outcome.
@@ -165,7 +183,7 @@ class Trace:
 
     def watch(self, output: Any) -> None:
         """Note what a forward of the recorded model has returned; a hook calls this."""
-        if not self.recording or in_backward() or not torch.is_grad_enabled():
+        if not self.open_here or in_backward() or not torch.is_grad_enabled():
             return
         weights = [routing.routing_weights for _, routing in self.routings[self._watched :]]
         self._watched = len(self.routings)
@@ -187,6 +205,7 @@ class Trace:
         recomputation in the backward pass.
         """
         _remove(self._handles)
+        scope.leave(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the routings for :func:`~moe_posterior.replay.replay`, before they are observed; files are replaced atomically.
@@ -201,7 +220,7 @@ class Trace:
         """Note a routing that the gate of this name has made, and return it as part of the graph; the hooks call this."""
         # Activation checkpointing runs the forward again inside the backward pass: the same tokens, not new ones.
         recomputed = in_backward()
-        if not recomputed and not self.recording:
+        if not recomputed and not self.open_here:
             self._overtaken = self._overtaken or torch.is_grad_enabled()
             return routing
         if recomputed and self._overtaken and not self._knows(name, hidden):
@@ -240,12 +259,21 @@ class Trace:
         self.close()
 
     def _replace_gradless(self, name: str, routing: Routing) -> None:
-        """Reentrant checkpointing records without gradients first; the recomputed routing is the one that will have them."""
+        """Reentrant checkpointing records without gradients first; the recomputed weights are those that will have them.
+
+        The rest stays as recorded: when the backward pass runs, the model call is over, and which tokens are padding is forgotten.
+        """
+        if not routing.routing_weights.requires_grad:
+            return
         for place in reversed(range(len(self.routings))):
             known, before = self.routings[place]
-            if known == name and not before.routing_weights.requires_grad and routing.routing_weights.requires_grad:
-                self.routings[place] = (name, routing)
+            if known == name and not before.routing_weights.requires_grad and _same_choice(before, routing):
+                self.routings[place] = (name, before._replace(routing_weights=routing.routing_weights))
                 return
+
+
+def _same_choice(one: Routing, other: Routing) -> bool:
+    return torch.equal(one.expert_indices, other.expert_indices) and torch.equal(one.cluster_ids, other.cluster_ids)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
@@ -259,8 +287,9 @@ def record(model: nn.Module) -> Iterator[Trace]:
     """Record the routing of every gate of ``model`` in the forward passes inside the block.
 
     Where gradients are enabled, recorded routing weights take part in the graph, so that a later backward leaves their
-    gradient for :meth:`Trace.observe_gradients`. Under activation checkpointing every token is still recorded once. Record in
-    one thread at a time.
+    gradient for :meth:`Trace.observe_gradients`. Under activation checkpointing every token is still recorded once. Only forwards
+    of the thread or asyncio task that entered the block are recorded, so others may use the model meanwhile; run a thread of your own
+    in ``contextvars.copy_context()`` to have it recorded too.
 
     Raises:
         InvalidArgumentError: the model holds no gate, or was compiled: a compiled graph runs no hooks. The message says which
@@ -284,12 +313,12 @@ def record(model: nn.Module) -> Iterator[Trace]:
         trace.close()
         raise
     finally:
-        trace.recording = False
+        trace.end()
 
 
 def auxiliary_listener(gate: nn.Module) -> Callable[[], None]:
-    """What to call when a gradient comes through logits that this gate's router returned."""
-    listeners = [hook for hook in gate._forward_hooks.values() if isinstance(hook, _Listener)]
+    """What to call when a gradient comes through logits that this gate's router returned in the current call."""
+    listeners = [hook for hook in gate._forward_hooks.values() if isinstance(hook, _Listener) and hook.listens]
 
     def tell() -> None:
         for listener in listeners:

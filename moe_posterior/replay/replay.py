@@ -4,6 +4,7 @@ Dimensions: N tokens, D hidden size, E experts, k experts per token.
 """
 
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from moe_posterior.checks.declared import as_declared
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import Gate, Routing
 from moe_posterior.gates.host import GateHost
+from moe_posterior.replay import scope
 from moe_posterior.replay.checkpointing import in_backward, may_run_again, signature
 from moe_posterior.replay.find import find_gates, hosting_router, outer_name
 from moe_posterior.replay.record import Trace
@@ -49,22 +51,23 @@ class _ForcedRouter:
 
     def __init__(self, replaying: "Replay", name: str, gate: Gate) -> None:
         self.replaying, self.name, self.gate = replaying, name, gate
-        self.mode: ForcedChoice | None = None
+        self.modes: dict[int, ForcedChoice] = {}  # by thread: torch's modes belong to one
 
     def before(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         recorded = self.replaying.expected(self.name, hidden.detach().reshape(-1, self.gate.hidden_size))
         if recorded is not None:
-            self.mode = ForcedChoice(recorded.expert_indices.to(hidden.device), self.gate.num_experts)
-            self.mode.__enter__()
+            mode = ForcedChoice(recorded.expert_indices.to(hidden.device), self.gate.num_experts)
+            self.modes[threading.get_ident()] = mode
+            mode.__enter__()
 
     def after(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.release()
 
     def release(self) -> None:
         """Leave the mode; an interrupt that ends a router's call early runs no forward hooks, so it would stay on."""
-        if self.mode is not None:
-            mode, self.mode = self.mode, None
+        mode = self.modes.pop(threading.get_ident(), None)
+        if mode is not None:
             mode.__exit__(None, None, None)
 
 
@@ -91,9 +94,11 @@ class Replay:
                 self._forced.append(hooks)
                 self._handles.append(router.register_forward_pre_hook(hooks.before, with_kwargs=True))
                 self._handles.append(router.register_forward_hook(hooks.after, always_call=True))
+        scope.enter(self)
 
     def close(self) -> None:
         """Remove the hooks from the gates."""
+        scope.leave(self)
         for hooks in self._forced:
             hooks.release()
         for handle in self._handles:
@@ -103,6 +108,7 @@ class Replay:
     def leave(self) -> None:
         """End of the block; the hooks stay only for calls that a backward pass may still run again."""
         self.inside = False
+        scope.leave(self)
         if self.pending:
             left, (name, _) = len(self.pending), self.pending[0]
             self.close()
@@ -139,7 +145,7 @@ class Replay:
         """What was recorded for the current call of this gate; None if the call is not part of the replay."""
         if in_backward():  # activation checkpointing: the same tokens again, not the next ones
             return self._recall(name, hidden)
-        if not self.inside:
+        if not self.inside or not scope.is_open(self):
             return None
         if not self.pending:
             raise InvalidArgumentError(
@@ -183,7 +189,7 @@ def replay(
     Training on a rollout needs the experts that the rollout used: a gate that has changed a little since, or runs in another
     precision, would choose others, and the probabilities would not be those of the model that acted. The model must make all
     recorded calls, in the recorded order and with the recorded numbers of tokens. A call that activation checkpointing runs again
-    gets the same routing again. Record and replay may be nested.
+    gets the same routing again. Record and replay may be nested. Calls of other threads and asyncio tasks are left alone.
 
     Args:
         model: holds the same gates, by name, order and sizes, as the model recorded; not compiled.

@@ -72,7 +72,8 @@ class WatchedStep:
 
     def _hook(self, name: str) -> Any:
         def keep(gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing) -> None:
-            if not in_backward():  # activation checkpointing runs it again: the same tokens
+            # Activation checkpointing runs a call again, with the same tokens; other threads' calls are not this step's.
+            if self.trace.open_here and not in_backward():
                 self._candidates.append(self._of_call(name, args[0] if args else kwargs["hidden"], routing))
 
         return keep
