@@ -4,6 +4,7 @@ What the keys of the report mean is in :mod:`moe_posterior.report.schema`.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from moe_posterior import escape
@@ -65,14 +66,14 @@ def _verdict(report: Report) -> Section:
 
 def _conditions(report: Report) -> Section:
     whole, every = tables.conditions(report, groups=False), tables.conditions(report)
-    html = _table(whole, "Operating conditions")
+    html = _noted(whole, "Operating conditions")
     if whole and every and len(every.rows) > len(whole.rows):
-        html += details("Every group on every set", table(every))
+        html += details("Every group on every set", table(replace(every, note="")))
     return Section("conditions", "Operating conditions", html)
 
 
 def _baselines(report: Report) -> Section:
-    html = "".join(map(paragraph, baseline_findings(report))) + _table(tables.baselines(report), "Trivial baselines")
+    html = "".join(map(paragraph, baseline_findings(report))) + _noted(tables.baselines(report), "Trivial baselines")
     return Section("baselines", "Trivial baselines", html)
 
 
@@ -166,6 +167,11 @@ def _notes(report: Report) -> str:
 
 def _table(content: Table | None, what: str = "") -> str:
     return table(content) if content else _absent(what)
+
+
+def _noted(content: Table | None, what: str) -> str:
+    """The table below its note, which wraps where a narrow screen scrolls the table."""
+    return paragraph(content.note, "note") + table(replace(content, note="")) if content else _absent(what)
 
 
 def _absent(what: str = "") -> str:

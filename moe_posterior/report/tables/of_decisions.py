@@ -21,7 +21,7 @@ def conditions(report: Mapping[str, Any], *, groups: bool = True) -> Table | Non
         [
             one.get("arm"),
             condition_name(one),
-            Cell(one["verdict"], ORDER.get(one["verdict"]), strong=one["verdict"] == FAIL),
+            Cell(one["verdict"], str(ORDER.get(one["verdict"])), strong=one["verdict"] == FAIL),
             one.get("n"),
             estimate(one.get("ece"), *interval_of(one)),
             estimate(one.get("gap"), *(one.get("gap_interval") or ())),
