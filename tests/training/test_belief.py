@@ -304,6 +304,20 @@ def test_a_prior_that_cannot_be_finished_is_named_with_what_is_left_to_do() -> N
         fit(module, BeliefCallback(warmup=4), epochs=1, limit_val_batches=0)
     assert len([each for each in said if "not finished" in str(each.message)]) == 1
     assert not module.alone.gate.clusterer.fitted
+    fit(module, BeliefCallback(warmup=1), fast_dev_run=2)
+    assert not module.alone.gate.clusterer.fitted
+
+
+def test_training_that_stops_early_finishes_its_priors_at_its_end() -> None:
+    class Stop(lightning.Callback):
+        def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
+            trainer.should_stop = trainer.global_step == 4
+
+    module = with_prior(Judging)
+    trainer = fit(module, [BeliefCallback(warmup=4), Stop()])
+    assert trainer.global_step < 2 * BATCHES
+    assert module.alone.gate.clusterer.fitted
+    assert float(module.alone.gate.posterior.prior_alpha.std()) > 0
 
 
 def test_a_gate_that_is_fitted_already_keeps_its_clusters_and_evidence() -> None:

@@ -34,6 +34,20 @@ class Sharded(Judging):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
 
+class Learning(Layers):
+    """Its first gate has a learned prior, which is finished on the validation rows."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__(lr)
+        self.alone.gate = PosteriorGate(8, EXPERTS, 5, 2, prior="learned")
+
+
+class ShardedLearning(Learning):
+    """The same, split over the ranks."""
+
+    configure_model = Sharded.configure_model
+
+
 class Keep(lightning.Callback):
     """The samples as they are in a checkpoint in the middle of the warm-up."""
 
@@ -53,7 +67,8 @@ def train(
 ) -> dict[str, Any]:
     lightning.seed_everything(7 if resume else 0, verbose=False)
     module, keep = kind(lr), Keep()
-    module.alone.gate = PosteriorGate(8, 4, 5, 2)  # counts whole numbers, so that sums over ranks are exact
+    if not isinstance(module, Learning):
+        module.alone.gate = PosteriorGate(8, 4, 5, 2)  # counts whole numbers, so that sums over ranks are exact
     callbacks = [BeliefCallback(warmup=WARMUP, sample_size=SAMPLE), keep]
     callbacks += [] if folder is None else [ModelCheckpoint(folder, save_last=True)]
     trainer = lightning.Trainer(
@@ -97,6 +112,8 @@ def one_of_two(rank: int, folder: str) -> None:
         "resumed": train(Layers, 1e-2, ddp(), checkpoints, resume=True),
         "sharded": train(Sharded, 1e-2, sharded()),
         "not sharded": train(Judging, 1e-2, ddp()),
+        "finished": train(Learning, 1e-2, ddp()),
+        "finished sharded": train(ShardedLearning, 1e-2, sharded()),
     }
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -148,3 +165,14 @@ def test_sharded_training_samples_and_counts_as_ddp_does(ranks: list[dict[str, A
     one, other = ranks[0]["sharded"], ranks[0]["not sharded"]
     assert torch.equal(one["sample"]["samples"]["alone.gate"]["keys"], other["sample"]["samples"]["alone.gate"]["keys"])
     torch.testing.assert_close(belief_of(one["state"]), belief_of(other["state"]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("run", ["finished", "finished sharded"])
+def test_ranks_finish_a_learned_prior_alike_and_as_one_process_does(ranks: list[dict[str, Any]], run: str) -> None:
+    one, other = (belief_of(rank[run]["state"]) for rank in ranks)
+    mine = {name: value for name, value in one.items() if name.startswith("alone.")}
+    assert float(mine["alone.gate.posterior.prior_alpha"].std()) > 0
+    assert all(torch.equal(value, other[name]) for name, value in mine.items())
+    alone = belief_of(train(Learning, 1e-2, None)["state"])
+    for name, value in mine.items():
+        torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-4)

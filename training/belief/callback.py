@@ -15,7 +15,7 @@ from moe_posterior.replay import find_gates
 from moe_posterior.replay.find import hosting_router, outer_name
 from moe_posterior.training.belief import credits as crediting
 from moe_posterior.training.belief.credits import Credit
-from moe_posterior.training.belief.finish import first_of, held_out_loader, sample_of, train_loader
+from moe_posterior.training.belief.finish import first_of, held_out_loader, sample_of, train_loader, whole
 from moe_posterior.training.belief.provisional import fit_provisionally
 from moe_posterior.training.belief.reservoir import Reservoir
 from moe_posterior.training.belief.step import WatchedStep
@@ -61,7 +61,7 @@ class BeliefCallback(lightning.Callback):
     batches are clustered, and ``learn_prior`` is given how the experts did on the validation rows, by ``outcomes`` or gradients as
     above. For that ``training_step`` is called with these batches in evaluation mode; what it logs by ``self.log`` is dropped, and no
     parameter changes. It needs a validation loader and automatic optimization; without them a warning says what is left to do.
-    Training that stops early is finished after the last checkpoint was written.
+    Training that stops early is finished after the last checkpoint was written; with ``fast_dev_run`` nothing is.
 
     The state is in the checkpoint, the sample too while one is being taken (up to ``sample_size`` · D floats a gate), and
     training resumes bit for bit, also within the warm-up. Under torch.distributed saving a checkpoint is a collective call, as it is
@@ -215,7 +215,7 @@ class BeliefCallback(lightning.Callback):
     def _finish(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Give the learned priors clusters of training rows, and learn from the validation rows what they are worth."""
         waiting = {name: gate for name, gate in self.learners.items() if not gate.clusterer.fitted}
-        if not self.finish or self._over or not waiting:
+        if not self.finish or self._over or not waiting or trainer.fast_dev_run:
             return
         self._over = True
         held_out = held_out_loader(trainer) if pl_module.automatic_optimization else None
@@ -241,15 +241,16 @@ class BeliefCallback(lightning.Callback):
             trainer, pl_module, waiting, first_of(train_loader(trainer), self.warmup), judged=False, **options
         )
         judged = sample_of(trainer, pl_module, waiting, first_of(held_out, None), judged=True, **options)
-        for name, gate in waiting.items():
-            if not self._clusters(name, gate, clustered[name], self.warmup, pl_module.device):
-                continue
-            if not _measure(gate, judged[name], pl_module.device):
-                gate.relearn()
-                warnings.warn(
-                    f"the validation rows say nothing about the experts of gate {name!r}: its learned prior was not finished",
-                    stacklevel=2,
-                )
+        with whole(pl_module, waiting.values()):
+            for name, gate in waiting.items():
+                if not self._clusters(name, gate, clustered[name], self.warmup, pl_module.device):
+                    continue
+                if not _measure(gate, judged[name], pl_module.device):
+                    gate.relearn()
+                    warnings.warn(
+                        f"the validation rows say nothing about the experts of gate {name!r}: its learned prior was not finished",
+                        stacklevel=2,
+                    )
 
     def state_dict(self) -> dict[str, Any]:
         """Progress and samples; collective under torch.distributed."""

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.gates import BeliefGate
@@ -20,7 +21,7 @@ from moe_posterior.training.belief import credits as crediting
 from moe_posterior.training.belief.reservoir import Reservoir
 from moe_posterior.training.belief.step import WatchedStep
 
-__all__ = ["first_of", "held_out_loader", "sample_of", "train_loader"]
+__all__ = ["first_of", "held_out_loader", "sample_of", "train_loader", "whole"]
 
 Place = tuple[int, int]  # rank, and how many there are
 
@@ -116,6 +117,20 @@ def _moved(trainer: lightning.Trainer, module: lightning.LightningModule, batch:
     """The batch as ``training_step`` gets it."""
     converted = trainer.precision_plugin.convert_input(batch)
     return trainer.strategy.batch_to_device(module.on_before_batch_transfer(converted, 0), dataloader_idx=0)
+
+
+@contextmanager
+def whole(module: lightning.LightningModule, gates: Iterable[BeliefGate]) -> Iterator[None]:
+    """The parameters of these gates as whole tensors, where FSDP2 splits them over the ranks outside of a forward pass."""
+    parts = {part for gate in gates for part in gate.modules()}
+    split = [each for each in module.modules() if isinstance(each, FSDPModule) and parts.intersection(each.modules())]
+    for each in split:
+        each.unshard()
+    try:
+        yield
+    finally:
+        for each in split:
+            each.reshard()
 
 
 @contextmanager
