@@ -215,7 +215,8 @@ class BeliefCallback(lightning.Callback):
     def _finish(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Give the learned priors clusters of training rows, and learn from the validation rows what they are worth."""
         waiting = {name: gate for name, gate in self.learners.items() if not gate.clusterer.fitted}
-        if not self.finish or self._over or not waiting or trainer.fast_dev_run:
+        dry = trainer.fast_dev_run  # type: ignore[attr-defined]  # which Lightning sets elsewhere
+        if not self.finish or self._over or not waiting or dry:
             return
         self._over = True
         held_out = held_out_loader(trainer) if pl_module.automatic_optimization else None
