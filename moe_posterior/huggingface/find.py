@@ -6,7 +6,8 @@ from typing import NamedTuple
 from torch import nn
 
 from moe_posterior.huggingface.adapters import COMMON, SPECIAL, Adapter, UnknownRouterError
-from moe_posterior.huggingface.host import wraps_own_forward
+from moe_posterior.huggingface.gates import HostedGate
+from moe_posterior.huggingface.host import SwappedRouter, wraps_own_forward
 
 _ROUTER_NAME = re.compile(r"(Router|Gate|Gating)$")
 
@@ -33,10 +34,18 @@ class Found(NamedTuple):
 
 
 def find_routers(model: nn.Module) -> list[Found]:
-    """Every router in the model, in the model's order, and every mixture whose router is not supported."""
+    """Every router in the model, in the model's order, and every mixture whose router is not supported.
+
+    A swapped router is found as what it was.
+    """
     found: list[Found] = []
     for name, module in model.named_modules():
+        if isinstance(module, HostedGate):
+            continue
         kind = type(module).__name__
+        if isinstance(module, SwappedRouter):
+            found.append(Found(name, module, module.moe_posterior.adapter, ""))
+            continue
         if kind in REFUSED:
             found.append(Found(name, module, None, REFUSED[kind]))
             continue

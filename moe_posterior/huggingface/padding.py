@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_posterior.huggingface.binding import Binding, close_call, open_call
 from moe_posterior.huggingface.host import SwappedRouter
+from moe_posterior.huggingface.saving import save_beliefs_with_models
 
 _OTHER_TOKENS = {
     "pixel_values",
@@ -37,10 +38,15 @@ class MaskCapture:
     def __init__(self, bindings: list[Binding], outermost: bool) -> None:
         self.bindings, self.outermost = bindings, outermost
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        save_beliefs_with_models()  # in the process that unpickles a model nothing may have been swapped yet
+        vars(self).update(state)
+
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Find the mask and pass it on; before the call."""
         if torch.compiler.is_compiling():
             return
+        save_beliefs_with_models()  # PEFT may have been imported since the swap
         given = _arguments(model, args, kwargs)
         own = _OTHER_TOKENS & given.keys()
         mask = None

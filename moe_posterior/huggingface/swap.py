@@ -14,7 +14,7 @@ from moe_posterior.huggingface.find import Found, find_routers
 from moe_posterior.huggingface.gates import HostedGate, make_gate
 from moe_posterior.huggingface.host import SwappedRouter, host, swapped_routers, unhost, validate_unswapped
 from moe_posterior.huggingface.padding import capture_padding
-from moe_posterior.huggingface.saving import install_savers, remove_savers
+from moe_posterior.huggingface.saving import save_beliefs_with_models
 from moe_posterior.huggingface.swapped import Layer, SwappedModel
 
 Mode = Literal["prior", "replace"]
@@ -38,9 +38,9 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
     Tokens that the ``attention_mask`` marks as padding never become evidence: as a (B, M) mask, or as the 4-D mask or BlockMask
     that transformers makes for a static cache.
 
-    The model's ``save_pretrained`` then saves the belief too. With LoRA adapters, wrap the model first and swap afterwards;
-    otherwise the wrapper's ``save_pretrained`` does not know about the belief, and
-    :func:`~moe_posterior.huggingface.save_belief` must be called as well.
+    ``save_pretrained`` of the model, of one around it, or of a PEFT wrapper then saves the belief too, and
+    :func:`~moe_posterior.huggingface.load_swapped` or :func:`~moe_posterior.huggingface.load_belief` loads it. With transformers'
+    Trainer, add a :class:`~moe_posterior.huggingface.BeliefTrainerCallback`, which observes, resumes and rolls back.
 
     Next: with ``swapped = swap_gates(model)``, ``swapped.fit(dataloader)``, then ``swapped.warm_start(dataloader)``, then observe.
 
@@ -85,9 +85,8 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
         undo.callback(_remove_hooks, model)
         vars(model)[_HANDLES] = []
         capture_padding(model, vars(model)[_HANDLES])
-        undo.callback(remove_savers, model)
-        install_savers(model)
-        swapped = SwappedModel(model, mode, [_layer(entry) for entry in found])
+        save_beliefs_with_models()
+        swapped = report_of(model)
         if swapped.refused:
             warnings.warn(f"some of the model was left as it is:\n{swapped}", stacklevel=2)
         undo.pop_all()
@@ -101,7 +100,6 @@ def restore_gates(model: nn.Module) -> None:
         InvalidArgumentError: the model is not swapped.
     """
     routers = swapped_routers(model)
-    remove_savers(model)
     for router in routers.values():
         unhost(router)
     _remove_hooks(model)
@@ -111,6 +109,17 @@ def _remove_hooks(model: nn.Module) -> None:
     for holder in model.modules():
         for handle in vars(holder).pop(_HANDLES, []):
             handle.remove()
+
+
+def report_of(model: nn.Module) -> SwappedModel:
+    """What :func:`swap_gates` returned, for a model that was swapped elsewhere, say by :func:`load_swapped`.
+
+    Raises:
+        InvalidArgumentError: the model is not swapped.
+    """
+    routers = swapped_routers(model)
+    recipe = next(iter(routers.values())).moe_posterior.recipe
+    return SwappedModel(model, recipe["mode"], [_layer(entry) for entry in find_routers(model)])
 
 
 def swapped_gates(model: nn.Module) -> Iterator[tuple[str, HostedGate]]:

@@ -1,6 +1,9 @@
 import copy
-import json
+import hashlib
+import inspect
 import logging
+import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,16 +11,19 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from huggingface.models import batch, condemn, mixtral
 from model_survey.tiny import tiny_batch, tiny_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, MixtralModel
 
 from moe_posterior import InvalidArgumentError, record, restore_gates, swap_gates
 from moe_posterior.errors import DamagedFileError, MissingDataError
-from moe_posterior.huggingface import load_belief, load_swapped, save_belief, swapped_gates
-from moe_posterior.huggingface.saving import FILE, MARKER
+from moe_posterior.files.tensorfile import load_tensors, save_tensors
+from moe_posterior.huggingface import copy_belief, load_belief, load_swapped, report_of, save_belief, swapped_gates
+from moe_posterior.huggingface.loading import _aligned
+from moe_posterior.huggingface.saving import FILE, KIND, MARKER
 
 
 def believing(model: nn.Module, **options: object) -> nn.Module:
@@ -92,8 +98,10 @@ def test_the_weights_of_the_model_hold_no_belief_and_are_named_as_ever(tmp_path:
     stock, swapped = (load_file(tmp_path / name / "model.safetensors") for name in ("stock", "swapped"))
     assert swapped.keys() - stock.keys() == {MARKER}
     assert all(torch.equal(swapped[key], stock[key]) for key in stock)
-    entry = json.loads((tmp_path / "swapped" / "config.json").read_text())["moe_posterior"]
-    assert entry["file"] == FILE
+    digest = hashlib.sha256((tmp_path / "swapped" / FILE).read_bytes()).digest()
+    assert bytes(swapped[MARKER].tolist()) == digest
+    configs = [(tmp_path / name / "config.json").read_text() for name in ("stock", "swapped")]
+    assert configs[0] == configs[1]
 
 
 def test_shards_and_low_precision_leave_the_belief_alone(tmp_path: Path) -> None:
@@ -215,8 +223,6 @@ def test_a_model_with_lora_adapters_works_and_keeps_its_belief(swap_first: bool,
     assert all(float(gate.posterior.successes.sum()) > 0 for gate in gates.values())
     condemn(next(iter(gates.values())), expert=1)
     logits = model(**batch()).logits
-    if swap_first:
-        save_belief(model, tmp_path)
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(mixtral(), tmp_path).eval()
     assert not torch.equal(loaded(**batch()).logits, logits)
@@ -265,3 +271,119 @@ def test_knobs_that_were_configured_later_are_kept_layer_by_layer(tmp_path: Path
     model.save_pretrained(tmp_path)
     found = [gate for _, gate in swapped_gates(load_swapped(tmp_path))]
     assert [(gate.score, gate.risk_aversion) for gate in found[:2]] == [("mean", 3.0), ("lcb", 2.0)]
+
+
+def test_a_model_around_the_one_that_was_swapped_saves_its_belief(tmp_path: Path) -> None:
+    model = mixtral()
+    swap_gates(model.model, num_clusters=4).fit([batch()])
+    condemn(dict(swapped_gates(model))["model.layers.0.mlp.gate"], expert=1)
+    model.save_pretrained(tmp_path)
+    assert not any("posterior_gate" in name for name in load_file(tmp_path / "model.safetensors"))
+    loaded = load_swapped(tmp_path)
+    assert same_belief(loaded, model)
+    assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
+
+
+def test_a_peft_wrapper_that_is_imported_after_the_swap_saves_the_belief(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    kinds = (peft.PeftModel, peft.PeftMixedModel)
+    for kind in kinds:  # as they are right after their import
+        monkeypatch.setattr(kind, "save_pretrained", inspect.unwrap(kind.save_pretrained))
+    modules = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("peft")}
+    base = believing(mixtral())
+    sys.modules.update(modules)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model(**batch())
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / FILE).is_file()
+
+
+@pytest.mark.parametrize("saved", ["whole", "base"])
+def test_a_belief_crosses_the_prefix_of_the_base_model(saved: str, tmp_path: Path) -> None:
+    model = believing(mixtral())
+    (model if saved == "whole" else model.model).save_pretrained(tmp_path)
+    kind, auto = (MixtralModel, AutoModel) if saved == "whole" else (MixtralForCausalLM, AutoModelForCausalLM)
+    with pytest.warns(UserWarning, match="does not fit"):  # there is a head too many, or one too few
+        loaded = load_swapped(tmp_path, auto)
+    assert type(loaded) is kind
+    pairs = list(zip(swapped_gates(loaded), swapped_gates(model), strict=True))
+    assert all(torch.equal(one.posterior.failures, other.posterior.failures) for (_, one), (_, other) in pairs)
+    inner = loaded if saved == "whole" else loaded.model
+    assert torch.equal(inner(**batch()).last_hidden_state, model.model(**batch()).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "names", [("encoder.0.gate", "decoder.0.gate"), ("xmodel.0.gate", "model.0.gate"), ("0.gate", "1.gate")]
+)
+def test_routers_of_other_places_are_not_taken_for_the_saved_ones(names: tuple[str, str]) -> None:
+    with pytest.raises(InvalidArgumentError, match="belief must be for this model's routers"):
+        list(_aligned([names[0]], [names[1]]))
+
+
+def test_a_plain_load_saved_again_names_no_belief(tmp_path: Path) -> None:
+    believing(mixtral()).save_pretrained(tmp_path / "swapped")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "swapped")
+    plain.save_pretrained(tmp_path / "again")
+    assert "moe_posterior" not in (tmp_path / "again" / "config.json").read_text()
+    assert MARKER not in load_file(tmp_path / "again" / "model.safetensors")
+
+
+def test_a_swapped_model_takes_a_saved_belief_or_stays_as_it_is(tmp_path: Path) -> None:
+    model = believing(mixtral())
+    save_belief(model, tmp_path)
+    other = mixtral()
+    report = swap_gates(other, num_clusters=4)
+    assert str(load_belief(other, tmp_path)) == str(report)
+    assert same_belief(other, model)
+    third = mixtral()
+    swap_gates(third, num_clusters=5)
+    with pytest.raises(InvalidArgumentError, match="model must be swapped as the saved one was"):
+        load_belief(third, tmp_path)
+    assert all(gate.num_clusters == 5 for _, gate in swapped_gates(third))
+    tensors, header = load_tensors(tmp_path / FILE, KIND)
+    tensors["model.layers.1.mlp.gate.posterior.failures"][0] = torch.nan
+    save_tensors(tmp_path / FILE, tensors, header)
+    condemn(dict(swapped_gates(other))["model.layers.0.mlp.gate"], expert=2)
+    before = copy.deepcopy(belief(other))
+    with pytest.raises(InvalidArgumentError, match="failures must be"):
+        load_belief(other, tmp_path)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in belief(other).items())
+
+
+def test_a_reference_model_gets_a_copy_of_the_belief() -> None:
+    model, reference = believing(mixtral()), mixtral()
+    assert str(copy_belief(model, reference)) == str(report_of(model))
+    assert torch.equal(reference(**batch()).logits, model(**batch()).logits)
+    condemn(dict(swapped_gates(model))["model.layers.1.mlp.gate"], expert=0)
+    assert not same_belief(reference, model)
+
+
+def test_the_report_of_a_loaded_model_is_that_of_its_swap(tmp_path: Path) -> None:
+    model = mixtral()
+    report = swap_gates(model, num_clusters=4, mode="replace")
+    model.save_pretrained(tmp_path)
+    found = report_of(load_swapped(tmp_path))
+    assert (found.layers, found.mode) == (report.layers, "replace")
+    with pytest.raises(InvalidArgumentError, match="holds no swapped router"):
+        report_of(mixtral())
+
+
+def test_parts_that_were_swapped_in_different_ways_are_not_saved_as_one(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"policy": mixtral(), "critic": mixtral()})
+    swap_gates(model["policy"], num_clusters=4)
+    swap_gates(model["critic"], num_clusters=5)
+    with pytest.raises(InvalidArgumentError, match="save the parts separately"):
+        save_belief(model, tmp_path)
+
+
+def test_a_model_unpickled_in_a_process_that_swapped_nothing_saves_its_belief(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = pickle.dumps(believing(mixtral()))
+    kind = transformers.PreTrainedModel
+    monkeypatch.setattr(kind, "save_pretrained", inspect.unwrap(kind.save_pretrained))
+    model = pickle.loads(content)
+    model.save_pretrained(tmp_path)
+    assert same_belief(load_swapped(tmp_path), model)
