@@ -18,7 +18,7 @@ from moe_posterior.evaluation.running import Running
 from moe_posterior.evaluation.survey import MOST_HELD_OUT, Key, Plan, place_text
 from moe_posterior.prediction import Prediction, Whole
 from moe_posterior.report.conditions import TOLERANCE
-from moe_posterior.report.schema import Report
+from moe_posterior.report.schema import Report, Shift
 from moe_posterior.report.sections import fit_calibrators
 from moe_posterior.report.whole import report_of
 
@@ -118,7 +118,7 @@ class Collector:
             "seed": settings.seed,
             "versions": {name: version(name) for name in ("moe-posterior", "torch")},
         }
-        return {**report, "notes": notes, "identity": identity}  # type: ignore[typeddict-item]
+        return {**report, "notes": notes, "identity": identity, "shifts": self._shifts()}  # type: ignore[typeddict-item]
 
     def predictions(self) -> Iterator[Prediction]:
         """The predictions of every model on every set, with exact sums where they are a sample."""
@@ -201,6 +201,15 @@ class Collector:
             if len(vocabulary.names) > 1:
                 for code, value in sorted(enumerate(vocabulary.names), key=lambda pair: str(pair[1])):
                     yield column, code, f"{column}={value}" if column else str(value)
+
+    def _shifts(self) -> list[Shift]:
+        """The sets that are no unshifted test rows; none where nothing else was given."""
+        found: dict[str, Shift] = {}
+        for shift, severity in self.plan.sets[1:]:
+            one = found.setdefault(shift, {"name": shift, "severities": [], "n": 0})
+            one["severities"] = [*one["severities"], severity]
+            one["n"] = (one["n"] or 0) + self._running[self.plan.models[0], shift, severity].n
+        return list(found.values())
 
     def _data(self) -> dict[str, str]:
         sizes = {place: self._running[self.plan.models[0], *place].n for place in self.plan.sets}

@@ -110,7 +110,7 @@ def _of_parquet(path: Path) -> Source:
         types, rows = _types(path, file.schema_arrow), file.metadata.num_rows
 
     def read(columns: Wanted) -> Batches:
-        with ParquetFile(path, memory_map=True) as file:
+        with ParquetFile(path) as file:
             yield from file.iter_batches(BATCH, columns=list(columns))
 
     return Source(path, types, read, rows, _feature_names(_metadata(path)))

@@ -13,6 +13,7 @@ from moe_posterior import InvalidArgumentError
 from moe_posterior.errors import UnwritableFileError
 from moe_posterior.evaluation import evaluate, evaluate_model
 from moe_posterior.prediction import Prediction
+from moe_posterior.report.checklist import checklist
 from moe_posterior.report.sections import fit_calibrators
 from moe_posterior.report.whole import report_of
 
@@ -115,6 +116,19 @@ def test_ids_say_which_shifted_rows_are_held_out() -> None:
     rows = {one["shift"]: one["n"] for one in report["records"] if one["severity"] is not None}
     assert rows["test rows"] == 210
     assert 120 <= rows["some"] <= 160  # of the 200, those that were not held out
+
+
+def test_the_unshifted_rows_count_as_no_shift() -> None:
+    found, other = predictions(), predictions(100, 9)
+    report = evaluate(found["probs"], found["target"], **FAST).to_dict()
+    assert report["shifts"] == []
+    assert next(item for item in checklist(report) if item.requirement == "Shift scenarios tested").found is None
+    shifts = {("fog", 2): (other["probs"], other["target"]), "rain": (other["probs"], other["target"])}
+    report = evaluate(found["probs"], found["target"], shifts=shifts, **FAST).to_dict()
+    assert [(one["name"], one["severities"], one["n"]) for one in report["shifts"]] == [
+        ("fog", [2], 100),
+        ("rain", [1], 100),
+    ]
 
 
 def test_without_held_out_rows_calibrators_and_threshold_are_left_out_by_name() -> None:

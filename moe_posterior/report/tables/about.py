@@ -66,12 +66,14 @@ def metric_settings(report: Report) -> str | None:
 
 def shifts(report: Report) -> Table | None:
     """The scenarios that the model was evaluated under."""
-    listed: Sequence[Mapping[str, Any]] = report.get("shifts") or _shifts_of_records(report.get("records") or [])
+    known = report.get("shifts")
+    listed: Sequence[Mapping[str, Any]] = _shifts_of_records(report.get("records") or []) if known is None else known
     rows = [
         [one.get("name"), joined(", ", *(one.get("severities") or [])) or None, one.get("n"), one.get("description")]
         for one in listed
     ]
-    return without_empty_columns(Table(["scenario", "severities", "predictions per arm", "description"], rows))
+    content = Table(["scenario", "severities", "predictions per arm", "description"], rows)
+    return without_empty_columns(content) if rows else None
 
 
 def pools(report: Report) -> Table | None:
