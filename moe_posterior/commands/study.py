@@ -2,7 +2,7 @@
 
 import argparse
 
-STUDIES = ("cifar10h", "comments", "pacs", "summary")
+STUDIES = ("cifar10h", "comments", "pacs")
 HELP = """
 Compare all training methods, with the softmax and with the posterior gate, over seeds, on one data set.
 
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("study", choices=STUDIES, help="which data, or summary; see below")
+    made.add_argument("study", choices=(*STUDIES, "summary"), help="which data, or summary; see below")
     made.add_argument("--seeds", type=int, metavar="S", help="how many, from --first-seed on (default: 5; cifar10h 3)")
     made.add_argument("--first-seed", type=int, default=42, metavar="S", help="default %(default)s")
     made.add_argument("--run-dir", default="runs", metavar="DIR", help="where runs live (default: %(default)s)")
