@@ -30,7 +30,7 @@ def conditions(report: Mapping[str, Any], *, groups: bool = True) -> Table | Non
     ]
     note = (
         f"Pass: both intervals end within the tolerance of {found[0]['tolerance']:.3f}. Fail: one lies beyond it. Otherwise the rows "
-        "are too few to say. The intervals hold together for all shifted sets of an arm, and for all its groups (Bonferroni): the risk "
+        "are too few to say. The intervals hold together for all further sets of an arm, and for all its groups (Bonferroni): the risk "
         "of any wrong pass or fail among them is at most 5 %."
         if found
         else ""
