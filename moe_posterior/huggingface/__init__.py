@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moe_posterior.huggingface.adapters import Adapter, UnknownRouterError
+from moe_posterior.huggingface.find import register_adapter
 from moe_posterior.huggingface.loading import copy_belief, load_belief, load_swapped
 from moe_posterior.huggingface.passes import token_outcomes
 from moe_posterior.huggingface.saving import save_belief
@@ -15,13 +17,16 @@ if TYPE_CHECKING:
 SwapReport = SwappedModel  # its name in release 0.1; goes with 0.3
 
 __all__ = [
+    "Adapter",
     "BeliefTrainerCallback",
     "Layer",
     "SwapReport",
     "SwappedModel",
+    "UnknownRouterError",
     "copy_belief",
     "load_belief",
     "load_swapped",
+    "register_adapter",
     "report_of",
     "restore_gates",
     "save_belief",

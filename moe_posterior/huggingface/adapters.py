@@ -25,7 +25,23 @@ class UnknownRouterError(InvalidArgumentError):
 
 
 class Adapter:
-    """The usual return value: a tuple that starts with logits, weights (T, k), indices (T, k)."""
+    """How to read a router's choice, and how to write another one into what it returns.
+
+    This class serves routers that hold one projection to logits and return a tuple that starts with logits, weights (T, k), indices
+    (T, k). For another return value override :meth:`read` and :meth:`write`; for another name of the number of experts a token
+    gets, :meth:`top_k`; for hidden states under another argument name, :meth:`hidden`. A router must compute its logits in one
+    matrix product to W columns; the first forward after the swap checks that, and what ``read`` returns.
+    :func:`~moe_posterior.huggingface.register_adapter` says which class an adapter is for.
+
+    >>> class WeightsAndExperts(Adapter):
+    ...     logits = None  # they are not returned
+    ...
+    ...     def read(self, router, output):
+    ...         return output["experts"], output["weights"]
+    ...
+    ...     def write(self, router, output, indices, weights):
+    ...         return {"experts": indices, "weights": weights}
+    """
 
     kind = "swapped"  # the status shown in the table of layers
     logits: int | None = (

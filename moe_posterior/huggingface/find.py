@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from moe_posterior.checks.validation import described
+from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.huggingface.adapters import COMMON, SPECIAL, Adapter, UnknownRouterError
 from moe_posterior.huggingface.gates import HostedGate
 from moe_posterior.huggingface.host import SwappedRouter, wraps_own_forward
@@ -23,6 +25,8 @@ BYPASSING = {
     "Mxfp4GptOssMLP": "the block around it computes the logits past the router: load the model with Mxfp4Config(dequantize=True)",
 }
 
+_registered: dict[str, Adapter] = {}
+
 
 class Found(NamedTuple):
     """A router, or a mixture whose router is not supported."""
@@ -31,6 +35,28 @@ class Found(NamedTuple):
     module: nn.Module
     adapter: Adapter | None  # None: refused
     reason: str  # why it was refused, else ""
+
+
+def register_adapter(class_name: str, adapter: Adapter) -> None:
+    """Say how routers of this class are to be swapped, from the next :func:`~moe_posterior.swap_gates` on, in this process.
+
+    A router of a registered class is found whatever its name and attributes are. Registering again replaces the adapter. A process
+    that loads a belief, or unpickles a swapped model, must register the same adapters first.
+
+    Args:
+        class_name: the router's class, as ``type(router).__name__``.
+        adapter: an instance.
+
+    Raises:
+        InvalidArgumentError: no name of a class, or no adapter.
+
+    >>> register_adapter("MyTopKSelector", Adapter())
+    """
+    if not isinstance(class_name, str) or not class_name.isidentifier():
+        raise InvalidArgumentError(f"class_name must be the name of a class; got {described(class_name)}")
+    if not isinstance(adapter, Adapter):
+        raise InvalidArgumentError(f"adapter must be an instance of Adapter; got {described(adapter)}")
+    _registered[class_name] = adapter
 
 
 def find_routers(model: nn.Module) -> list[Found]:
@@ -46,12 +72,13 @@ def find_routers(model: nn.Module) -> list[Found]:
         if isinstance(module, SwappedRouter):
             found.append(Found(name, module, module.moe_posterior.adapter, ""))
             continue
-        if kind in REFUSED:
+        special = _registered.get(kind) or SPECIAL.get(kind)
+        if kind in REFUSED and special is None:
             found.append(Found(name, module, None, REFUSED[kind]))
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
-        if kind in SPECIAL or _looks_like_router(module):
-            found.append(_examined(name, module, parent, SPECIAL.get(kind, COMMON)))
+        if special is not None or _looks_like_router(module):
+            found.append(_examined(name, module, parent, special or COMMON))
     routers = {id(entry.module) for entry in found}
     for name, module in model.named_modules():
         holds_experts = isinstance(getattr(module, "experts", None), nn.Module)
