@@ -23,7 +23,8 @@ from moe_posterior.benchmarks.coverage import SPREADS, shift_of
 from moe_posterior.benchmarks.records import Record, case_key, select
 from moe_posterior.benchmarks.show import show
 from moe_posterior.checks.validation import count
-from moe_posterior.metrics import ActionThreshold, brier_score, negative_log_likelihood, wilson_interval
+from moe_posterior.guarantees import GuaranteedThreshold
+from moe_posterior.metrics import brier_score, negative_log_likelihood, wilson_interval
 from moe_posterior.prediction import Prediction
 from moe_posterior.report.evaluation import Evaluation, reduced
 from moe_posterior.report.panels import configurations
@@ -135,8 +136,8 @@ def hits(first: Model, second: Model, rows: int, seed: int, resamples: int = 100
     gaps = configurations("model", "clean", [evaluations["model", "clean", 0]])
     found[GAPS] = all(_inside(row["interval"][0], row["interval"][1], real["gap"]) for row in gaps)
     confidence, top = both[0].probs.max(1)
-    chosen = ActionThreshold(THRESHOLD, 0.0, 0.0)
-    [row] = promise_rows("model", chosen, 0.1, [Scored("clean", 0, confidence, (top == 0).double())])
+    chosen = GuaranteedThreshold(THRESHOLD, 0.1, 0.1, rows=0, acted=0, errors=0.0, assumptions=())
+    [row] = promise_rows("model", chosen, [Scored("clean", 0, confidence, (top == 0).double())])
     low, high = row["interval"] or (None, None)
     found[RISK] = _inside(low, high, real[RISK])
     return found

@@ -125,7 +125,7 @@ def settings_of(
     return Settings(
         seed=count("seed", seed, least=0, most=2**63 - 1),
         resamples=count("resamples", resamples, least=LEAST_RESAMPLES, most=MOST_RESAMPLES),
-        max_risk=number("max_risk", max_risk, least=0.0, most=1.0),
+        max_risk=number("max_risk", max_risk, above=0.0, below=1.0),
         sample=count("sample", sample, least=LEAST_SAMPLE),
         hold_out=number("hold_out", hold_out, least=0.0, below=1.0),
         tolerance=number("tolerance", tolerance, above=0.0, most=1.0),

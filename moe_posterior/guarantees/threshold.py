@@ -21,7 +21,7 @@ from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.guarantees.tails import passes
 from moe_posterior.metrics.reading import read_ranking
 
-STARTS = {0.2: 0.75, 0.05: 0.25}  # coverage at which a search starts -> its share of the error probability
+STARTS = {1.0: 0.1, 0.2: 0.65, 0.05: 0.25}  # coverage at which a search starts -> its share of the error probability
 MOST_TESTS = 2_000  # in one search: steps of 0.05 % of the rows, where there are more rows
 
 
@@ -126,7 +126,8 @@ def select_threshold(
         error_probability: δ in (0, 1), how probable it may be that a set of calibration rows misleads.
         starts: coverage at which a search starts → its share of δ; the shares sum to at most 1. A search that starts at a coverage
             where the risk is not clearly below α ends at once, and one that starts at few rows can be ended by a single error:
-            by default three quarters of δ go to a search from 20 % and a quarter to one from 5 %. The lowest threshold found counts.
+            by default .65 of δ goes to a search from 20 %, .25 to one from 5 %, and .1 to a single test of acting on everything,
+            for confidences that rank badly. The lowest threshold found counts.
 
     Returns:
         The threshold, with what was seen and what is assumed; infinite, with the reason, if nothing can be promised.

@@ -7,6 +7,7 @@ from moe_posterior.escape import markdown
 from moe_posterior.report import promise, tables
 from moe_posterior.report.checklist import ABSENT, checklist, standard, tally
 from moe_posterior.report.findings import baseline_findings, calibrator_findings, disagreement_findings
+from moe_posterior.report.guarantee import guarantee_lines
 from moe_posterior.report.missing import left_out_lines
 from moe_posterior.report.schema import Report
 from moe_posterior.report.verdict import verdict_of
@@ -38,7 +39,9 @@ def to_card(report: Report) -> str:
     said = promise.sentence(tables.rows_of(report, "action"))
     parts = {
         "Verdict": to_list(verdict_of(report).lines),
-        "Action threshold": (f"{markdown(said)}\n\n" if said else "") + _section(tables.action(report, whole=True)),
+        "Action threshold": (f"{markdown(said)}\n\n" if said else "")
+        + _section(tables.action(report, whole=True))
+        + "".join(f"\n\n{markdown(line)}" for line in guarantee_lines(report)),
         "Governance standard": f"Held: {markdown(tally(items))}.\n\n{_markdown(standard(items))}",
         "Results": _section(tables.main_rows(report)) + _note(report),
         "Shift scenarios": _section(tables.shifts(report))

@@ -11,6 +11,7 @@ from moe_posterior import escape
 from moe_posterior.report import charts, promise, tables
 from moe_posterior.report.checklist import ABSENT, checklist, standard, tally
 from moe_posterior.report.findings import baseline_findings, calibrator_findings, disagreement_findings
+from moe_posterior.report.guarantee import guarantee_lines
 from moe_posterior.report.missing import left_out_lines
 from moe_posterior.report.schema import Report
 from moe_posterior.report.verdict import verdict_of
@@ -86,10 +87,11 @@ def _abstention(report: Report) -> Section:
 def _promise(report: Report) -> Section:
     said = promise.sentence(tables.rows_of(report, "action"))
     how = (
-        "Held: the measured share of wrong answers is at most the promise. The threshold was chosen on validation rows. Risks have "
-        "95 % intervals. A shift fails where it fails at any severity."
+        "Held: the measured share of wrong answers is at most the promise. The threshold was proven on calibration rows, for rows "
+        "like them. Risks have 95 % intervals. A shift fails where it fails at any severity."
     )
-    html = paragraph(said) + _table(tables.action(report, whole=True)) + paragraph(how, "note") if said else ""
+    proven = "".join(map(paragraph, guarantee_lines(report)))
+    html = paragraph(said) + _table(tables.action(report, whole=True)) + paragraph(how, "note") + proven if said else ""
     return Section("promise", "Is the promise of the action threshold kept?", html or _absent("A promise"))
 
 

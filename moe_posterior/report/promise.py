@@ -1,7 +1,8 @@
 """Whether the promise of an action threshold was kept: "at most so many wrong among the answers acted on", per arm and evaluation.
 
-The threshold is chosen on validation rows. It promises the same risk wherever the system is used, so it is judged on the stored test
-rows and under every shift. One function, :func:`verdict`, decides; every rendering reads it.
+The threshold is proven on validation rows, for rows like them (:mod:`~moe_posterior.report.guarantee`). The system will be used
+elsewhere too, so it is judged on the stored test rows and under every shift. One function, :func:`verdict`, decides; every
+rendering reads it.
 
 Dimensions: n rows of an evaluation set.
 """
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_posterior.metrics import ActionThreshold, selective_risk
+from moe_posterior.guarantees import GuaranteedThreshold
+from moe_posterior.metrics import selective_risk
 from moe_posterior.report.copies import share_of_copies
 from moe_posterior.report.places import severities_text
 
@@ -29,7 +31,7 @@ class Scored(NamedTuple):
     correct: Tensor  # (n,)
 
 
-def promise_rows(arm: str, chosen: ActionThreshold, max_risk: float, sets: Iterable[Scored]) -> list[dict[str, Any]]:
+def promise_rows(arm: str, chosen: GuaranteedThreshold, sets: Iterable[Scored]) -> list[dict[str, Any]]:
     """The rows of a report's ``action``: one per set, and one per shift over its severities where there are several.
 
     A shift fails as a whole where it fails at any severity, whatever its pooled risk; ``failed_at`` names those. Intervals are 95 %
@@ -41,9 +43,9 @@ def promise_rows(arm: str, chosen: ActionThreshold, max_risk: float, sets: Itera
         by_shift.setdefault(one.shift, []).append(one)
     rows = []
     for shift, members in by_shift.items():
-        own = [_row(arm, shift, one.severity, [one], chosen.threshold, max_risk) for one in members]
+        own = [_row(arm, shift, one.severity, [one], chosen) for one in members]
         if len(members) > 1:
-            whole = _row(arm, shift, None, members, chosen.threshold, max_risk)
+            whole = _row(arm, shift, None, members, chosen)
             whole["severities"] = sorted(one.severity for one in members)
             whole["failed_at"] = [one["severity"] for one in own if one["verdict"] == FAILED]
             rows.append({**whole, "verdict": verdict(whole)})
@@ -122,15 +124,27 @@ def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     unsure = sum(verdict(row) == HELD and (row.get("interval") or [0, 0])[1] > row["max_risk"] for row in judged)
     doubt = f" (in {unsure} of these the interval reaches above the promise)" if unsure else ""
     text = "; ".join(part + (doubt if part.startswith(HELD) else "") for part in parts)
-    return f"Promised: at most {promised} wrong among the answers acted on. {text[0].upper()}{text[1:]}."
+    certain = {likely(row) for row in judged}
+    certainly = certain.pop() if len(certain) == 1 else ""
+    return f"Promised: at most {promised} wrong among the answers acted on{certainly}. {text[0].upper()}{text[1:]}."
+
+
+def likely(row: Mapping[str, Any]) -> str:
+    """With which probability a promise holds, as a clause; empty in a report that does not say.
+
+    >>> likely({"error_probability": 0.1}), likely({})
+    (', with probability 90 %', '')
+    """
+    known = row.get("error_probability")
+    return "" if known is None else f", with probability {100 * (1 - known):.3g} %"
 
 
 def _row(
-    arm: str, shift: str, severity: int | None, members: Sequence[Scored], threshold: float, max_risk: float
+    arm: str, shift: str, severity: int | None, members: Sequence[Scored], chosen: GuaranteedThreshold
 ) -> dict[str, Any]:
     confidence, correct = (torch.cat([getattr(one, name) for one in members]) for name in ("confidence", "correct"))
-    measured = selective_risk(confidence, correct, threshold)
-    acted = int((confidence >= threshold).sum())
+    measured = selective_risk(confidence, correct, chosen.threshold)
+    acted = int((confidence >= chosen.threshold).sum())
     row = {
         "arm": arm,
         "shift": shift,
@@ -138,11 +152,12 @@ def _row(
         "sets": len(members),
         "n": len(confidence),
         "acted": acted,
-        "threshold": threshold,
+        "threshold": chosen.threshold,
         "risk": measured.risk if acted else None,
-        "interval": _interval(members, threshold) if acted else None,
+        "interval": _interval(members, chosen.threshold) if acted else None,
         "coverage": measured.coverage,
-        "max_risk": max_risk,
+        "max_risk": chosen.max_risk,
+        "error_probability": chosen.error_probability,
     }
     return {**row, "verdict": verdict(row)}
 

@@ -81,10 +81,29 @@ class Action(TypedDict, total=False):
     acted: int  # answers acted on
     threshold: Number
     risk: Number  # share of wrong answers among those acted on
-    interval: Interval  # of the risk, 95 %
+    interval: Interval | None  # of the risk, 95 %; None where nothing was acted on
     coverage: Number  # share acted on
     max_risk: Number  # the promise that the threshold was chosen for
+    error_probability: Number  # how probable it may be that the calibration rows mislead
     verdict: str | None  # "held", "failed", "nothing acted on"
+
+
+class Guarantee(TypedDict):
+    """The threshold of one arm that calibration rows prove, and what must hold for its promise."""
+
+    arm: str
+    threshold: Number  # None: nothing can be promised
+    max_risk: float
+    error_probability: float
+    rows: int  # calibration rows
+    acted: int  # of these, how many reach the threshold
+    errors: float  # wrong among them; graded answers count in part
+    coverage: Number
+    risk: Number
+    reason: str  # why nothing can be promised
+    assumptions: Sequence[str]
+    fitting_threshold: Number  # the one that just fits the calibration rows, without an allowance for chance
+    fitting_coverage: Number
 
 
 class Curve(TypedDict, total=False):

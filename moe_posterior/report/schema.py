@@ -20,6 +20,7 @@ from moe_posterior.report.rows import (
     ConfigurationPlace,
     Curve,
     Disagreement,
+    Guarantee,
     Interval,
     Number,
     SharedConfidence,
@@ -51,6 +52,7 @@ __all__ = [
     "Disagreement",
     "EceEstimate",
     "Estimate",
+    "Guarantee",
     "Identity",
     "Interval",
     "Key",
@@ -256,6 +258,7 @@ class Sections(TypedDict, total=False):
     shared_confidence: Sequence[SharedConfidence]
     calibrators: Sequence[Calibrator]
     action: Sequence[Action]
+    guarantee: Sequence[Guarantee]
     risk_coverage: Sequence[Curve]
     rce: Sequence[Curve]
     online: Sequence[Curve]

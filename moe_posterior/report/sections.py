@@ -22,7 +22,6 @@ from moe_posterior.calibrators import (
 )
 from moe_posterior.metrics import (
     Configurations,
-    action_threshold,
     calibration_error,
     negative_log_likelihood,
     rce_curve,
@@ -36,6 +35,7 @@ from moe_posterior.report.baselines import beside
 from moe_posterior.report.disagreement import disagreement_curve, disagreement_row
 from moe_posterior.report.ece import Answers, ece_of
 from moe_posterior.report.evaluation import answers_of, confidences_of, rows_of
+from moe_posterior.report.guarantee import chosen_threshold, guarantee_row
 from moe_posterior.report.missing import left_out
 from moe_posterior.report.promise import Scored, promise_rows
 from moe_posterior.report.schema import Sections
@@ -100,6 +100,7 @@ def further_sections(
     routed = [(panel, arm, judged) for panel, arm, judged in everywhere if judged.configuration is not None]
     online = [one for one in routed if {"temperature", "configuration"} <= fitted.get(one[1], {}).keys()]
     baselines, versus = beside(everywhere, validation, fitted, n_bins, seed)
+    thresholds = {arm: chosen_threshold(rows, max_risk) for arm, rows in validation.items()}
     sections: dict[str, Any] = {
         "metric": {
             "name": "top-label ECE",
@@ -121,9 +122,10 @@ def further_sections(
         "action": [
             row
             for arm, members in sets.items()
-            if arm in validation
-            for row in _action(arm, validation[arm], members, max_risk)
+            if arm in thresholds
+            for row in promise_rows(arm, thresholds[arm], members)
         ],
+        "guarantee": [guarantee_row(arm, chosen, validation[arm]) for arm, chosen in thresholds.items()],
         "risk_coverage": [
             curve
             for where in everywhere
@@ -211,11 +213,6 @@ def _calibrated(
             **ece_of(Answers(*top_label(probs, target)), row, n_bins, seed),
             "nll": float(negative_log_likelihood(probs, target)),
         }
-
-
-def _action(arm: str, validation: Prediction, sets: Sequence[Scored], max_risk: float) -> list[dict[str, Any]]:
-    chosen = action_threshold(*answers_of(validation)[:2], max_risk)
-    return promise_rows(arm, chosen, max_risk, sets)
 
 
 def scored(judged: Prediction) -> Scored:

@@ -13,6 +13,7 @@ from scipy.stats import binom
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.guarantees import GuaranteedThreshold, select_threshold
 from moe_posterior.guarantees.tails import EXACT_ROWS, allowed_errors, passes
+from moe_posterior.guarantees.threshold import STARTS
 
 LEVELS = [(0.1, 0.1), (0.01, 0.05), (0.3, 0.02), (0.5, 0.5), (0.1, 0.9)]
 
@@ -73,7 +74,7 @@ def test_the_search_is_that_of_a_plain_loop_ties_included(rows: list[tuple[float
     confidence, luck = zip(*rows, strict=True)
     correct = [float(value > 0) for value in luck]
     found = select_threshold(torch.tensor(confidence, dtype=torch.float64), torch.tensor(correct), 0.3, 0.2)
-    assert found.threshold == plain_threshold(list(confidence), correct, 0.3, 0.2, {0.2: 0.75, 0.05: 0.25})
+    assert found.threshold == plain_threshold(list(confidence), correct, 0.3, 0.2, STARTS)
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.1, 0.2, 0.4]))

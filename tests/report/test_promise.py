@@ -10,12 +10,15 @@ from report_example import full_report
 from rich.console import Console
 from scipy.stats import binomtest
 
-from moe_posterior.metrics import ActionThreshold
+from moe_posterior.guarantees import GuaranteedThreshold, select_threshold
+from moe_posterior.metrics import action_threshold
+from moe_posterior.prediction import Prediction
 from moe_posterior.report import render_table, to_card, to_html, to_markdown
 from moe_posterior.report.checklist import checklist, tally
+from moe_posterior.report.guarantee import chosen_threshold, guarantee_lines, guarantee_row
 from moe_posterior.report.promise import FAILED, HELD, IDLE, Scored, promise_rows, verdict
 
-THRESHOLD = ActionThreshold(0.5, 1.0, 0.05)
+THRESHOLD = GuaranteedThreshold(0.5, 0.1, 0.1, rows=100, acted=100, errors=5.0, assumptions=())
 
 
 def scored(shift: str, severity: int, wrong: int, acted: int = 100, rows: int = 120) -> Scored:
@@ -46,7 +49,7 @@ CASES = {  # name -> sets, verdict of each evaluation to read first, whether the
 
 
 def report_of(*arms: tuple[str, list[Scored]]) -> dict:
-    rows = [row for arm, sets in arms for row in promise_rows(arm, THRESHOLD, 0.1, sets)]
+    rows = [row for arm, sets in arms for row in promise_rows(arm, THRESHOLD, sets)]
     return {**full_report(), "action": json.loads(json.dumps(rows, allow_nan=False))}
 
 
@@ -134,13 +137,11 @@ def test_risk_interval_and_coverage_are_those_of_a_plain_count() -> None:
 
 
 def test_copies_of_the_same_rows_do_not_narrow_the_pooled_interval() -> None:
-    alone = promise_rows("a", THRESHOLD, 0.1, [scored("fog", 1, 12)])[0]
-    copies = promise_rows("a", THRESHOLD, 0.1, [scored("fog", severity, 12) for severity in range(1, 6)])[0]
+    alone = promise_rows("a", THRESHOLD, [scored("fog", 1, 12)])[0]
+    copies = promise_rows("a", THRESHOLD, [scored("fog", severity, 12) for severity in range(1, 6)])[0]
     assert copies["interval"] == pytest.approx(alone["interval"])
-    none_wrong = promise_rows("a", THRESHOLD, 0.1, [scored("fog", severity, 0) for severity in range(1, 6)])[0]
-    assert none_wrong["interval"] == pytest.approx(
-        promise_rows("a", THRESHOLD, 0.1, [scored("fog", 1, 0)])[0]["interval"]
-    )
+    none_wrong = promise_rows("a", THRESHOLD, [scored("fog", severity, 0) for severity in range(1, 6)])[0]
+    assert none_wrong["interval"] == pytest.approx(promise_rows("a", THRESHOLD, [scored("fog", 1, 0)])[0]["interval"])
 
 
 def test_pooled_intervals_cover_the_risk_where_rows_are_hard_or_easy_under_every_severity() -> None:
@@ -154,16 +155,14 @@ def test_pooled_intervals_cover_the_risk_where_rows_are_hard_or_easy_under_every
             Scored("fog", severity, torch.ones(300), (torch.rand(300, generator=generator) >= hard).double())
             for severity in range(1, 6)
         ]
-        low, high = promise_rows("a", THRESHOLD, 0.1, sets)[0]["interval"]
+        low, high = promise_rows("a", THRESHOLD, sets)[0]["interval"]
         covered += int(low <= truth <= high)
     assert 0.92 <= covered / trials <= 0.98
 
 
 def test_the_promise_itself_is_held_by_an_exact_share_and_broken_by_one_more() -> None:
     for acted in (10, 30, 70, 90, 110):
-        rows = [
-            promise_rows("a", THRESHOLD, 0.1, [scored("clean", 0, acted // 10 + more, acted)])[0] for more in (0, 1)
-        ]
+        rows = [promise_rows("a", THRESHOLD, [scored("clean", 0, acted // 10 + more, acted)])[0] for more in (0, 1)]
         assert [row["verdict"] for row in rows] == [HELD, FAILED]
         assert [verdict(row) for row in rows] == [HELD, FAILED]
 
@@ -175,3 +174,27 @@ def test_an_older_report_without_evaluations_is_judged_by_what_it_says() -> None
     }
     assert "FAILED" in renderings(report)["terminal"]
     assert "14 of 15 items; failed" in renderings(report)["page"]
+
+
+def test_the_threshold_is_one_that_calibration_rows_prove_and_the_report_says_for_what() -> None:
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.rand(2000, generator=generator, dtype=torch.float64)
+    correct = (torch.rand(2000, generator=generator, dtype=torch.float64) < confidence).double()
+    validation = Prediction(confidence, target=correct, arm="a")
+    chosen = chosen_threshold(validation, 0.1)
+    row = guarantee_row("a", chosen, validation)
+    assert chosen == select_threshold(confidence, correct, 0.1, 0.1)
+    assert row["fitting_threshold"] == action_threshold(confidence, correct, 0.1).threshold < row["threshold"]
+    lines = guarantee_lines({"guarantee": [row]})
+    assert "with probability 90 % over the draw of 2,000 calibration rows" in lines[0]
+    assert "no shift" in lines[1]
+
+
+def test_too_few_calibration_rows_promise_nothing_and_the_report_says_why() -> None:
+    few = Prediction(torch.full((5,), 0.99), target=torch.ones(5), arm="a")
+    chosen = chosen_threshold(few, 0.1)
+    row = json.loads(json.dumps(guarantee_row("a", chosen, few), allow_nan=False))
+    assert row["threshold"] is None
+    assert "It takes at least" in guarantee_lines({"guarantee": [row]})[0]
+    (judged,) = promise_rows("a", chosen, [scored("clean", 0, 5)])
+    assert (judged["verdict"], judged["acted"]) == (IDLE, 0)
