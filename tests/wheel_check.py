@@ -37,7 +37,7 @@ import moe_posterior.kernels.reference
 try:
     import moe_posterior.metrics
 except MissingDependencyError as error:
-    assert "moe-posterior[train]" in str(error)
+    assert "moe-posterior[evaluate]" in str(error)
 print("used from", moe_posterior.__file__)
 """
 

@@ -99,7 +99,9 @@ def probabilities(found: np.ndarray, where: str, *, logits: bool, first: int = 0
         InvalidArgumentError: NaN, infinite values, values outside [0, 1], or rows that do not sum to 1.
     """
     if found.ndim != 2 or found.shape[1] < 2:
-        raise InvalidArgumentError(f"{where} must have one value per class, at least two; got shape {found.shape}")
+        raise InvalidArgumentError(
+            f"{where} must have one value per class, at least two (of a single probability p give 1 − p and p); got shape {found.shape}"
+        )
     values = _real(found, where)
     if logits:
         finite = np.isfinite(values).all(axis=1)

@@ -21,7 +21,7 @@ from moe_posterior.precision import outlasting
 try:
     from torchmetrics import Metric
 except ImportError as error:
-    raise MissingDependencyError("torchmetrics", "train") from error
+    raise MissingDependencyError("torchmetrics", "evaluate") from error
 
 
 class BinSumMetric(Metric):

@@ -302,6 +302,28 @@ def test_what_is_wrong_late_in_a_text_file_is_found(tmp_path: Path, capsys: pyte
     assert "a.csv.gz" in refused(capsys, tmp_path / "a.csv.gz")
 
 
+NARROW = """
+import sys
+from importlib.machinery import PathFinder
+absent = {"lightning", "jsonargparse", "datasets", "tensorboard", "mlflow", "wandb"}
+found = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in absent else found(name, *rest))
+from moe_posterior.cli import main
+sys.exit(main(sys.argv[1:]) or bool(absent & set(sys.modules)))
+"""
+
+
+def test_the_command_needs_only_the_packages_of_its_extra(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", columns(predictions(), lists=True))
+    words = ["evaluate", "--predictions", str(path), *LISTS, *FAST, "--out", str(tmp_path / "out")]
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW, *words], env={"PYTHONPATH": root}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
 KILLED = """
 import os, signal, sys
 import moe_posterior.report.writing as writing
