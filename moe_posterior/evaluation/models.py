@@ -114,7 +114,7 @@ def _fields(output: Any, logits: bool) -> dict[str, np.ndarray]:
 
 def _names(model: Any) -> list[str] | None:
     """The classes of a text-classification pipeline; None for any other model."""
-    if getattr(model, "task", None) not in ("text-classification", "sentiment-analysis"):
+    if "TextClassificationPipeline" not in {kind.__name__ for kind in type(model).__mro__}:
         return None
     labels = model.model.config.id2label
     return [labels[index] for index in sorted(labels)]

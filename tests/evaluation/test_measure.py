@@ -323,3 +323,27 @@ def test_outputs_with_logits_and_mappings_need_no_flag() -> None:
         evaluate_model(lambda x: x[:, :3], batches, **FAST)
     with pytest.raises(InvalidArgumentError, match="at least one batch"):
         evaluate_model(lambda x: x, [], **FAST)
+
+
+def test_a_text_classification_pipeline_is_evaluated_with_the_names_of_its_classes() -> None:
+    transformers = pytest.importorskip("transformers")
+
+    class Pipeline(transformers.TextClassificationPipeline):
+        def __init__(self, top_k: int | None) -> None:
+            self.model = type("Model", (), {"config": type("Config", (), {"id2label": {0: "no", 1: "yes"}})})
+            self.top_k = top_k
+
+        def __call__(self, texts: list[str]) -> list:
+            scores = [
+                [{"label": "yes", "score": float(one)}, {"label": "no", "score": 1 - float(one)}] for one in texts
+            ]
+            return scores if self.top_k is None else [row[0] for row in scores]
+
+    draw = np.random.default_rng(0)
+    sure = draw.uniform(size=100).round(3)
+    labels = np.where(draw.random(100) < sure, "yes", "no").tolist()
+    batches = [([str(one) for one in sure], labels)]
+    expected = evaluate(np.stack([1 - sure, sure], 1), labels, class_names=["no", "yes"], **FAST).to_dict()
+    assert evaluate_model(Pipeline(None), batches, **FAST).to_dict()["records"] == expected["records"]
+    with pytest.raises(InvalidArgumentError, match="top_k=None"):
+        evaluate_model(Pipeline(1), batches, **FAST)
