@@ -4,6 +4,7 @@ Every format becomes a stream of Arrow record batches. Only npz files are read w
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -127,12 +128,19 @@ def _metadata(path: Path) -> Any:
 def _of_csv(path: Path) -> Source:
     from pyarrow import csv
 
+    separator, point = _written(path)
+
     def opened(columns: Sequence[str] | None, types: Mapping[str, Any]) -> Any:
         return csv.open_csv(
             path,
             read_options=csv.ReadOptions(block_size=BLOCK, use_threads=True),
+            parse_options=csv.ParseOptions(delimiter=separator),
             convert_options=csv.ConvertOptions(
-                include_columns=columns, column_types=types, strings_can_be_null=True, null_values=[""]
+                include_columns=columns,
+                column_types=types,
+                strings_can_be_null=True,
+                null_values=[""],
+                decimal_point=point,
             ),
         )
 
@@ -147,6 +155,17 @@ def _of_csv(path: Path) -> Source:
             yield from reader
 
     return Source(path, types, read, None, None)
+
+
+def _written(path: Path) -> tuple[str, str]:
+    """What separates the columns, and the decimal point: many spreadsheets write semicolons, and then commas in numbers."""
+    from pyarrow import input_stream
+
+    with input_stream(path) as stream:
+        head = stream.read(1 << 16).decode(errors="replace").splitlines()
+    separator = max(",;\t", key=head[0].count) if head else ","
+    comma = separator != "," and any(re.search(r"(^|[;\t])\d*,\d+([;\t]|$)", line) for line in head[1:])
+    return separator, "," if comma else "."
 
 
 def _of_json(path: Path) -> Source:

@@ -135,6 +135,16 @@ def test_two_columns_are_enough(tmp_path: Path, name: str) -> None:
     require_same(run(tmp_path, path), evaluate(confidence=confidence, correct=correct, resamples=100).to_dict())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+@pytest.mark.parametrize("point", [".", ","])
+def test_spreadsheets_may_separate_by_semicolons_or_tabs(tmp_path: Path, separator: str, point: str) -> None:
+    confidence, correct = answers()
+    lines = [f"{c:.3f}".replace(".", point) + f"{separator}{r}" for c, r in zip(confidence, correct, strict=True)]
+    (tmp_path / "a.csv").write_text("\n".join([f"confidence{separator}correct", *lines]))
+    expected = evaluate(confidence=confidence.round(3), correct=correct, resamples=100).to_dict()
+    require_same(run(tmp_path, tmp_path / "a.csv"), expected)  # type: ignore[arg-type]
+
+
 def test_answers_beside_labels_stand_for_their_correctness(tmp_path: Path) -> None:
     confidence, correct = answers()
     said = ["yes" if right else "no" for right in correct]
