@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moe_posterior.evidence import Evidence, ProxyNoise
     from moe_posterior.experts import ExpertsFFN
     from moe_posterior.gates import BeliefGate, Gate, LearnedPrior, PosteriorGate, PriorGate, Routing, SoftmaxGate
-    from moe_posterior.huggingface import restore_gates, swap_gates, token_outcomes
+    from moe_posterior.huggingface import fit_gates, restore_gates, swap_gates, token_outcomes, warm_start_gates
     from moe_posterior.layer import MixtureOfExperts, PosteriorMoE
     from moe_posterior.posterior import BetaPosterior
     from moe_posterior.replay.record import Trace, record
@@ -59,11 +59,13 @@ __all__ = [
     "Trace",
     "evaluate",
     "export_routing",
+    "fit_gates",
     "record",
     "replay",
     "restore_gates",
     "swap_gates",
     "token_outcomes",
+    "warm_start_gates",
 ]
 
 _HOMES = {  # part -> the names of the package that it defines
@@ -80,7 +82,7 @@ _HOMES = {  # part -> the names of the package that it defines
     "evidence": ("Evidence", "ProxyNoise"),
     "experts": ("ExpertsFFN",),
     "gates": ("BeliefGate", "Gate", "LearnedPrior", "PosteriorGate", "PriorGate", "Routing", "SoftmaxGate"),
-    "huggingface": ("restore_gates", "swap_gates", "token_outcomes"),
+    "huggingface": ("fit_gates", "restore_gates", "swap_gates", "token_outcomes", "warm_start_gates"),
     "layer": ("MixtureOfExperts", "PosteriorMoE"),
     "posterior": ("BetaPosterior",),
     "replay": ("Trace", "record", "replay"),

@@ -48,6 +48,19 @@ class BeliefGate(Gate, FixedPrecision):
         """
 
     @property
+    def decides_alone(self) -> bool:
+        """Whether nothing but the belief decides, so that without evidence no expert is preferred on any token."""
+        return True
+
+    @torch.no_grad()
+    def set_reference(self, successes: Tensor, failures: Tensor) -> None:  # (C, E), (C, E)
+        """Start from counts on healthy data, which are added to the prior; evidence so far is forgotten."""
+        alpha, beta = self.posterior.initial_prior
+        self.posterior.prior_alpha.copy_(alpha + successes)
+        self.posterior.prior_beta.copy_(beta + failures)
+        self.posterior.reset()
+
+    @property
     def counts_training_rows(self) -> bool:
         """Whether outcomes on rows that the model is being trained on may become evidence, or the reference of a prior.
 

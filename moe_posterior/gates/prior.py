@@ -156,6 +156,14 @@ class PriorGate(BeliefGate):
         self.posterior.prior_beta.copy_(self.strength * (1 - expected))
         self.posterior.reset()
 
+    @property
+    def decides_alone(self) -> bool:
+        return False
+
+    def set_reference(self, successes: Tensor, failures: Tensor) -> None:  # (C, E), (C, E)
+        """As :meth:`warm_start_from_counts`."""
+        self.warm_start_from_counts(successes, failures)
+
     def assign(self, hidden: Tensor) -> Assignment:  # (N, D)
         """Clusters and distances; cluster 0 at distance 0 before :meth:`fit`, when clusters mean nothing yet."""
         if self.clusterer.fitted:

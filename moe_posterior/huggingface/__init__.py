@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_posterior.huggingface.adapters import Adapter, UnknownRouterError
 from moe_posterior.huggingface.find import register_adapter
+from moe_posterior.huggingface.fitting import fit_gates, warm_start_gates
 from moe_posterior.huggingface.loading import copy_belief, load_belief, load_swapped
 from moe_posterior.huggingface.passes import token_outcomes
 from moe_posterior.huggingface.saving import save_belief
@@ -24,6 +25,7 @@ __all__ = [
     "SwappedModel",
     "UnknownRouterError",
     "copy_belief",
+    "fit_gates",
     "load_belief",
     "load_swapped",
     "register_adapter",
@@ -33,6 +35,7 @@ __all__ = [
     "swap_gates",
     "swapped_gates",
     "token_outcomes",
+    "warm_start_gates",
 ]
 
 

@@ -125,7 +125,7 @@ class Adapter:
         return (output[0], weights, indices, *output[3:])
 
     def hand_on(self, output: Any, told: Callable[[], None]) -> Any:
-        """The output with its logits passed through :func:`~moe_posterior.replay.auxiliary.handed_on`."""
+        """The output with its logits passed through a door that an auxiliary loss's gradient can be kept out by."""
         place = self.logits
         if place is None or not self.whole or not isinstance(output, tuple) or len(output) <= place:
             return output

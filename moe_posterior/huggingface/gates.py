@@ -38,10 +38,6 @@ class HostedGate(BeliefGate):
         """What the evidence adds to the host's logits, and the tokens' clusters; None where it adds nothing."""
         return None
 
-    @abstractmethod
-    def set_reference(self, successes: Tensor, failures: Tensor) -> None:  # (C, E), (C, E)
-        """Start from counts on healthy data; evidence so far is forgotten."""
-
     def observe(self, routing: Routing, outcome: Tensor, *, dense: bool | None = None) -> None:  # (T, k) or (T, E)
         """As :meth:`BeliefGate.observe`; a slot of weight 0 (an expert over capacity) did not take part and is not observed."""
         super().observe(routing, without_idle(self, routing, outcome, dense), dense=dense)
@@ -69,9 +65,6 @@ class HostedPriorGate(HostedGate, PriorGate):
             return None
         assignment = self.assign(hidden)
         return self.evidence_bias[assignment.cluster_ids], assignment
-
-    def set_reference(self, successes: Tensor, failures: Tensor) -> None:  # (C, E), (C, E)
-        self.warm_start_from_counts(successes, failures)
 
 
 class HostedPosteriorGate(HostedGate, PosteriorGate):
@@ -116,13 +109,6 @@ class HostedPosteriorGate(HostedGate, PosteriorGate):
         total = choice.weights.sum(dim=-1, keepdim=True)
         weights = (routing.routing_weights * total).to(choice.weights.dtype)
         return routing._replace(routing_weights=weights, distance=_far(routing.distance, choice.real))
-
-    @torch.no_grad()
-    def set_reference(self, successes: Tensor, failures: Tensor) -> None:  # (C, E), (C, E)
-        alpha, beta = self.posterior.initial_prior
-        self.posterior.prior_alpha.copy_(alpha + successes)
-        self.posterior.prior_beta.copy_(beta + failures)
-        self.posterior.reset()
 
 
 def make_gate(

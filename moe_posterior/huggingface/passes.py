@@ -61,9 +61,9 @@ def fit_clusters(
     for name, router in routers.items():
         router.moe_posterior.collector = reservoirs[name].add
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in _progress(dataloader, "fit"):
-                model(**_on_device(batch, model))
+                model(**on_device(batch, model))
                 if max_tokens is not None and min(each.seen for each in reservoirs.values()) >= max_tokens:
                     break
     finally:
@@ -99,16 +99,16 @@ def warm_start(model: nn.Module, dataloader: Batches, max_tokens: int | None) ->
         for name, router in routers.items()
     }
     tokens = 0
-    with _evaluating(model), _without_parameter_gradients(model), _own_choice(routers):
+    with evaluating(model), without_parameter_gradients(model), own_choice(routers):
         for batch in _progress(dataloader, "warm start"):
             with record(model) as trace, torch.enable_grad():
-                loss = _loss(model, _with_labels(_on_device(batch, model), model))
+                loss = loss_of(model, with_labels(on_device(batch, model), model))
             loss.backward()
             outcomes = trace.gradient_outcomes()
             for gate_name, routing, outcome in outcomes:
                 name = outer_name(model, gate_name)
                 if name in counts:
-                    _count(counts[name], routing, outcome)
+                    add_to_counts(counts[name], routing, outcome)
             trace.close()
             tokens += max(int(torch.isfinite(routing.distance).sum()) for _, routing, _ in outcomes)
             if max_tokens is not None and tokens >= max_tokens:
@@ -170,14 +170,14 @@ def token_outcomes(
     return outcome.detach().masked_fill(~(known & sound), torch.nan)
 
 
-def _on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+def on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     if not isinstance(batch, Mapping):
         raise InvalidArgumentError(f"dataloader must yield mappings of a model's arguments; got {type(batch).__name__}")
     device = next(model.parameters()).device
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def _with_labels(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def with_labels(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     if "labels" in batch:
         return batch
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or "input_ids" not in batch:
@@ -190,14 +190,14 @@ def _with_labels(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     return {**batch, "labels": labels}
 
 
-def _loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     loss = getattr(model(**batch), "loss", None)
     if not isinstance(loss, Tensor):
         raise InvalidArgumentError(f"model must return a loss when given labels; {type(model).__name__} returned none")
     return loss
 
 
-def _count(counts: Tensor, routing: Routing, outcome: Tensor) -> None:  # (2, C, E), (T, k)
+def add_to_counts(counts: Tensor, routing: Routing, outcome: Tensor) -> None:  # (2, C, E), (T, k)
     """Add a batch's successes and failures to the counts."""
     seen = (~outcome.isnan() & torch.isfinite(routing.distance)[:, None]).to(outcome.device)
     cells = (routing.cluster_ids[:, None].expand_as(routing.expert_indices)[seen], routing.expert_indices[seen])
@@ -207,7 +207,7 @@ def _count(counts: Tensor, routing: Routing, outcome: Tensor) -> None:  # (2, C,
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode: no dropout, jitter or training capacity; each module's own mode is restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -219,7 +219,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
     """Only the routing weights take part in the backward pass: no parameter gets a gradient, or memory for one."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
@@ -232,7 +232,7 @@ def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _own_choice(routers: Mapping[str, SwappedRouter]) -> Iterator[None]:
+def own_choice(routers: Mapping[str, SwappedRouter]) -> Iterator[None]:
     """Every router chooses as it did before the swap, also in replace mode: that choice is what is measured."""
     for router in routers.values():
         router.moe_posterior.own_choice = True

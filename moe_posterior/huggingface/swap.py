@@ -40,7 +40,7 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
 
     ``save_pretrained`` of the model, of one around it, or of a PEFT wrapper then saves the belief too, and
     :func:`~moe_posterior.huggingface.load_swapped` or :func:`~moe_posterior.huggingface.load_belief` loads it. With transformers'
-    Trainer, add a :class:`~moe_posterior.huggingface.BeliefTrainerCallback`, which observes, resumes and rolls back.
+    Trainer, add a :class:`~moe_posterior.huggingface.trainer.BeliefTrainerCallback`, which observes, resumes and rolls back.
 
     Next: with ``swapped = swap_gates(model)``, ``swapped.fit(dataloader)``, then ``swapped.warm_start(dataloader)``, then observe.
 
