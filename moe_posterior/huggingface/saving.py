@@ -11,7 +11,9 @@ import hashlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ KIND = "belief"  # what the file's own header says it is
 ENTRY = "moe_posterior"  # in the config.json of release 0.1, which named the file and its digest
 MARKER = "the_belief_is_in_moe_posterior.safetensors_and_loaded_by_load_swapped"
 VERSION = 1
+_followed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _WRAPPED = "saves_belief_of_swapped_routers"  # attribute of a save_pretrained that does
 
 
@@ -114,6 +117,25 @@ def _with_belief(own: Callable[..., Any], whole: bool) -> Callable[..., Any]:
 
     setattr(save_pretrained, _WRAPPED, True)
     return save_pretrained
+
+
+class LoadWatcher:
+    """Warns where weights that were saved with a belief are loaded into a swapped model without it; a hook before a state is loaded."""
+
+    def __call__(self, model: nn.Module, state: Mapping[str, Any], prefix: str, *given: Any) -> None:
+        """As torch's hooks are called."""
+        if prefix + MARKER not in state or model in _followed or any(f".{CHILD}." in name for name in state):
+            return
+        warnings.warn(
+            f"the weights that are loaded were saved with a belief, which is in a file of its own, {FILE}: the swapped routers keep "
+            f"the belief that they have. Call load_belief(model, folder); under transformers' Trainer, add a BeliefTrainerCallback",
+            stacklevel=2,
+        )
+
+
+def follow(model: nn.Module) -> None:
+    """Say that somebody loads this model's belief along with its weights, so that there is nothing to warn of."""
+    _followed.add(model)
 
 
 def libraries() -> tuple[Any, Any]:

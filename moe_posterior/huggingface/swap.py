@@ -14,7 +14,7 @@ from moe_posterior.huggingface.find import Found, find_routers
 from moe_posterior.huggingface.gates import HostedGate, make_gate
 from moe_posterior.huggingface.host import SwappedRouter, host, swapped_routers, unhost, validate_unswapped
 from moe_posterior.huggingface.padding import capture_padding
-from moe_posterior.huggingface.saving import save_beliefs_with_models
+from moe_posterior.huggingface.saving import LoadWatcher, save_beliefs_with_models
 from moe_posterior.huggingface.swapped import Layer, SwappedModel
 
 Mode = Literal["prior", "replace"]
@@ -85,6 +85,7 @@ def swap_gates(model: nn.Module, num_clusters: int = 64, mode: Mode = "prior", *
         undo.callback(_remove_hooks, model)
         vars(model)[_HANDLES] = []
         capture_padding(model, vars(model)[_HANDLES])
+        vars(model)[_HANDLES].append(model.register_load_state_dict_pre_hook(LoadWatcher()))
         save_beliefs_with_models()
         swapped = report_of(model)
         if swapped.refused:

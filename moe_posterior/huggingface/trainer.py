@@ -11,7 +11,7 @@ from moe_posterior.errors import InvalidArgumentError, MissingDependencyError, N
 from moe_posterior.files.tensorfile import digest
 from moe_posterior.huggingface.host import swapped_routers
 from moe_posterior.huggingface.loading import load_belief, read_belief
-from moe_posterior.huggingface.saving import FILE, belief_of, save_belief
+from moe_posterior.huggingface.saving import FILE, belief_of, follow, save_belief
 from moe_posterior.replay.record import Trace, record
 
 try:
@@ -59,6 +59,11 @@ class BeliefTrainerCallback(TrainerCallback, ExportableState):
         swapped = self._model is not None and bool(swapped_routers(self._model, required=False))
         args = {"observe": self.observe, "every": self.every, "resume_from": self.resume_from}
         return {"args": args, "attributes": {"saved": _digest(*belief_of(self._model)[::-1])} if swapped else {}}  # type: ignore[arg-type]
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """The Trainer loads weights before training begins, and the belief is loaded then."""
+        for module in () if model is None else model.modules():
+            follow(module)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Load the checkpoint's belief if training is resumed, and see that there is one to observe."""

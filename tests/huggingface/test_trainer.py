@@ -195,3 +195,23 @@ def test_what_would_lose_the_belief_is_refused_when_training_begins(tmp_path: Pa
         trainer(plain, tmp_path / "a", BeliefTrainerCallback()).train(resume_from_checkpoint=True)
     with pytest.raises(InvalidArgumentError, match="every must"):
         BeliefTrainerCallback(every=0)
+
+
+def test_weights_that_are_resumed_without_their_belief_are_warned_of(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    trainer(swapped(), tmp_path, BeliefTrainerCallback(), max_steps=2).train()
+    plain = trainer(swapped(fit=False), tmp_path, max_steps=4, save_strategy="no")
+    with pytest.warns(UserWarning, match="Call load_belief"):
+        plain.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    recwarn.clear()
+    kept = trainer(swapped(fit=False), tmp_path, BeliefTrainerCallback(), save_strategy="no")
+    kept.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not [each for each in recwarn if "load_belief" in str(each.message)]
+
+
+def test_a_state_dict_that_holds_the_belief_is_loaded_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+    model, other = swapped(), swapped(seed=1)
+    other.load_state_dict(model.state_dict())
+    assert same(belief(other), belief(model))
+    assert not [each for each in recwarn if "load_belief" in str(each.message)]
