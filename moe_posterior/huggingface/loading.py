@@ -21,7 +21,16 @@ from moe_posterior.errors import DamagedFileError, InvalidArgumentError, Missing
 from moe_posterior.files.tensorfile import load_tensors
 from moe_posterior.huggingface.gates import HostedGate
 from moe_posterior.huggingface.host import swapped_routers
-from moe_posterior.huggingface.saving import ENTRY, FILE, KIND, MARKER, VERSION, belief_of, libraries
+from moe_posterior.huggingface.saving import (
+    ENTRY,
+    FILE,
+    KIND,
+    MARKER,
+    VERSION,
+    belief_of,
+    libraries,
+    transformers_version,
+)
 from moe_posterior.huggingface.swap import SwappedModel, report_of, restore_gates, swap_gates, swapped_gates
 
 
@@ -83,7 +92,7 @@ def copy_belief(source: nn.Module, target: nn.Module) -> SwappedModel:
 
 def _load(model: nn.Module, recipe: dict[str, Any], belief: Mapping[str, Tensor]) -> SwappedModel:
     recipe = dict(recipe)
-    configured = recipe.pop("configured")
+    configured, proved = recipe.pop("configured"), recipe.pop("proved", None)
     routers = swapped_routers(model, required=False)
     for name, router in routers.items():
         if router.moe_posterior.recipe != recipe:
@@ -102,7 +111,16 @@ def _load(model: nn.Module, recipe: dict[str, Any], belief: Mapping[str, Tensor]
         if not routers:
             restore_gates(model)
         raise
+    if proved is not None and proved == transformers_version():
+        _trust(model)
     return report_of(model)
+
+
+def _trust(model: nn.Module) -> None:
+    """Let routers of transformers run as they are from the first call on, also compiled: the same code has shown that adapters fit."""
+    for router in swapped_routers(model).values():
+        binding = router.moe_posterior
+        binding.proved = binding.proved or binding.original.__module__.startswith("transformers.")
 
 
 def read_belief(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -70,7 +70,16 @@ def belief_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     gates = {name: router.posterior_gate for name, router in routers.items()}
     recipe["configured"] = {name: gate.knobs for name, gate in gates.items() if gate.knobs}
+    proved = all(router.moe_posterior.proved for router in routers.values())
+    recipe["proved"] = (
+        transformers_version() if proved else None
+    )  # with which routers have shown that their adapters fit
     return belief, recipe
+
+
+def transformers_version() -> str | None:
+    """The version of transformers in this process, if it was imported."""
+    return getattr(sys.modules.get("transformers"), "__version__", None)
 
 
 def save_beliefs_with_models() -> None:

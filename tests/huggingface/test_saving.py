@@ -21,7 +21,15 @@ from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, Mi
 from moe_posterior import InvalidArgumentError, record, restore_gates, swap_gates
 from moe_posterior.errors import DamagedFileError, MissingDataError
 from moe_posterior.files.tensorfile import load_tensors, save_tensors
-from moe_posterior.huggingface import copy_belief, load_belief, load_swapped, report_of, save_belief, swapped_gates
+from moe_posterior.huggingface import (
+    copy_belief,
+    load_belief,
+    load_swapped,
+    loading,
+    report_of,
+    save_belief,
+    swapped_gates,
+)
 from moe_posterior.huggingface.loading import _aligned
 from moe_posterior.huggingface.saving import FILE, KIND, MARKER
 
@@ -387,3 +395,24 @@ def test_a_model_unpickled_in_a_process_that_swapped_nothing_saves_its_belief(
     model = pickle.loads(content)
     model.save_pretrained(tmp_path)
     assert same_belief(load_swapped(tmp_path), model)
+
+
+@pytest.mark.parametrize("version", ["same", "other"])
+def test_a_loaded_model_compiles_whole_at_once_where_the_same_transformers_saved_it(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mixtral()
+    swap_gates(model, num_clusters=4).fit([batch(seed=seed) for seed in range(3)])
+    expected = model(**batch()).logits
+    model.save_pretrained(tmp_path)
+    if version == "other":
+        monkeypatch.setattr(loading, "transformers_version", lambda: "0.0")
+    loaded = load_swapped(tmp_path)
+    torch._dynamo.reset()
+    whole = torch.compile(loaded, backend="eager", fullgraph=True)
+    if version == "same":
+        assert torch.equal(whole(**batch()).logits, expected)
+    else:
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            whole(**batch())
+        assert torch.equal(loaded(**batch()).logits, expected)
