@@ -26,6 +26,7 @@ __all__ = ["ArmVerdict", "Verdict", "verdict_of"]
 YES, NO, UNDECIDED, UNMEASURED = "yes", "no", "not enough rows to say", "not measured"
 OF_CONDITIONS = {PASS: YES, FAIL: NO, UNSURE: UNDECIDED}
 MOST_ROWS = 10**7  # beyond it more rows are no advice
+LEAST_ROWS = 50  # below it the width of an interval says little of what more rows would give
 
 Row = Mapping[str, Any]
 
@@ -146,8 +147,8 @@ def _usable(base: Row | None, versus: Sequence[Row]) -> tuple[str, str]:
     """Whether the score is within the tolerance on the stored test rows, and carries more than a constant does."""
     if base is None:
         return UNMEASURED, "Not measured in this run: the report holds no operating conditions."
-    error, tolerance = show(estimate(base["ece"], *base["interval"])), show(base["tolerance"])
-    said = f"on {base['shift']} ({show(base['n'])} rows) its calibration error is {error}"
+    tolerance = show(base["tolerance"])
+    said = f"on {base['shift']} ({show(base['n'])} rows) {_evidence(base)}"
     constant = next((one for one in versus if (one["name"], one["metric"]) == (CONSTANT, "brier")), None)
     if constant is not None and beats(constant):
         apart = show(estimate(constant["value"], constant["low"], constant["high"]))
@@ -162,12 +163,30 @@ def _usable(base: Row | None, versus: Sequence[Row]) -> tuple[str, str]:
     return UNDECIDED, f"Not enough rows to say: {said}, on both sides of the tolerance of {tolerance}. {_needed(base)}"
 
 
+def _evidence(base: Row) -> str:
+    """The calibration error, and the mean gap where that decides: an interval of the one may pass while that of the other does not."""
+    (low, high), tolerance, gap = base["interval"], base["tolerance"], base.get("gap")
+    error = f"its calibration error is {show(estimate(base['ece'], low, high))}"
+    alone = {PASS: True, FAIL: low > tolerance, UNSURE: low <= tolerance < high}[base["verdict"]]
+    if alone or gap is None:
+        return error
+    return f"{error}, but its mean confidence less its accuracy is {show(estimate(gap, *base['gap_interval']))}"
+
+
 def _needed(base: Row) -> str:
     """How many rows would settle it, since intervals shrink with the root of their number."""
-    value, (low, high), tolerance = base["ece"], base["interval"], base["tolerance"]
-    width = (high - value) if value <= tolerance else (value - low)
-    room = abs(tolerance - value)
-    rows = base["n"] * (width / room) ** 2 if room > 0 else math.inf
+    if base["n"] < LEAST_ROWS:
+        return "So few rows do not show how many would settle it."
+    errors = [(base["ece"], *base["interval"])]
+    if (gap := base.get("gap")) is not None:
+        low, high = base["gap_interval"]
+        errors.append((gap, low, high) if gap >= 0 else (-gap, -high, -low))
+    tolerance = base["tolerance"]
+    fails = [(value - low) / (value - tolerance) for value, low, _ in errors if value > tolerance]
+    passes = [(high - value) / (tolerance - value) for value, _, high in errors if value < tolerance]
+    known = fails or (passes if len(passes) == len(errors) else [])  # one error beyond it is a no; a yes takes both
+    wanted = (min(fails) if fails else max(passes)) if known else math.inf
+    rows = base["n"] * wanted**2
     if rows > MOST_ROWS:
         return "The error is about the tolerance itself, and more rows may not settle it."
     digits = 10 ** max(math.floor(math.log10(max(rows, 1))) - 1, 0)

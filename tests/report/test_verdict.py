@@ -64,6 +64,36 @@ def test_few_rows_never_give_a_yes_and_say_how_many_would_do() -> None:
     assert "not enough rows to say" in found.lines[1]
 
 
+@pytest.mark.parametrize(
+    ("interval", "gap_interval", "word", "decisive"),
+    [
+        ([0.0, 0.024], [-0.06, 0.06], "cannot say", "0.000 [−0.060, 0.060], on both sides"),
+        ([0.0, 0.024], [-0.07, 0.01], "cannot say", "−0.030 [−0.070, 0.010], on both sides"),
+        ([0.01, 0.07], [-0.06, 0.06], "cannot say", "error is 0.020 [0.010, 0.070], on both sides"),
+        ([0.01, 0.07], [0.051, 0.08], "fail", "0.066 [0.051, 0.080], beyond"),
+        ([0.051, 0.07], [-0.01, 0.02], "fail", "error is 0.020 [0.051, 0.070], beyond"),
+        ([0.0, 0.04], [-0.01, 0.02], "pass", "error is 0.020 [0.000, 0.040], within"),
+    ],
+)
+def test_the_first_line_names_the_interval_that_decided(
+    interval: list[float], gap_interval: list[float], word: str, decisive: str
+) -> None:
+    condition = {"shift": "clean", "severity": 0, "group": "overall", "n": 900, "tolerance": 0.05, "verdict": word}
+    condition |= {"arm": "a", "ece": 0.0 if "0.000 [−" in decisive else 0.02, "interval": interval, "comparisons": 1}
+    condition |= {"gap": sum(gap_interval) / 2, "gap_interval": gap_interval}
+    found = verdict_of({"arms": ["a"], "conditions": [condition]}).arms[0]
+    assert decisive in found.lines[0]
+
+
+def test_the_rows_that_would_settle_it_count_for_the_interval_that_is_still_too_wide() -> None:
+    condition = {"shift": "clean", "severity": 0, "group": "overall", "n": 900, "tolerance": 0.05, "arm": "a"}
+    condition |= {"verdict": "cannot say", "ece": 0.0, "interval": [0.0, 0.024], "gap": 0.0, "comparisons": 1}
+    lines = verdict_of({"arms": ["a"], "conditions": [condition | {"gap_interval": [-0.1, 0.1]}]}).arms[0].lines
+    assert "About 3,600 rows would settle it" in lines[0]  # half the width at four times the rows
+    lines = verdict_of({"arms": ["a"], "conditions": [condition | {"n": 3, "gap_interval": [-0.6, 0.6]}]}).arms[0].lines
+    assert "would settle it" not in lines[0].replace("how many would settle it", "")
+
+
 def test_a_miscalibrated_model_is_refused() -> None:
     found = judged(answers(4000, 0.6))
     assert (found.usable, found.acting) == (NO, NO)
