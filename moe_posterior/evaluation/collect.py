@@ -62,14 +62,21 @@ class Words:
 
 
 class Collector:
-    """Takes the pieces in and makes the report."""
+    """Takes the pieces in and makes the report.
 
-    def __init__(self, plan: Plan, settings: Settings, words: Words) -> None:
+    Args:
+        plan: which sets there are.
+        settings: of the user.
+        words: of all pieces.
+        calibrated: whether the user gives calibration rows, with :meth:`calibrate`.
+    """
+
+    def __init__(self, plan: Plan, settings: Settings, words: Words, *, calibrated: bool = False) -> None:
         self.plan, self.settings, self.words = plan, settings, words
         self._running: dict[Key, Running] = {}
         self._calibration: dict[str, Running] = {}
         self._position: dict[Key, int] = {}
-        self._given = False  # calibration rows, by the user
+        self._given = calibrated
 
     def add(self, key: Key, columns: Columns) -> None:
         """Some more rows of a set."""
@@ -86,14 +93,20 @@ class Collector:
 
     def calibrate(self, model: str, columns: Columns) -> None:
         """Some more calibration rows, that the user gave for a model."""
-        self._given = True
-        self._calibrating(model).add(columns, self._ids((model, "calibration", -1), columns))
+        if len(columns):
+            self._calibrating(model).add(columns, self._ids((model, "calibration", -1), columns))
 
     def report(self) -> Report:
-        """The report, with notes on what is measured on which rows."""
+        """The report, with notes on what is measured on which rows.
+
+        Raises:
+            InvalidArgumentError: no calibration rows of a model, where they are given, or some that are test rows; row ids twice.
+        """
         plan, settings = self.plan, self.settings
         if self._given and (absent := [model for model in plan.models if model not in self._calibration]):
             raise InvalidArgumentError(f"calibration rows must be given of every model; got none of {absent}")
+        if self._given:
+            self._require_other_rows()
         validation = {model: self._validation(model) for model in plan.models if model in self._calibration}
         fitted = {model: fit_calibrators(one) for model, one in validation.items()}
         predictions = self.predictions()
@@ -139,6 +152,21 @@ class Collector:
                     severity=place[1],
                     subsets=self._subsets(columns),
                     whole=self._whole(running) if running.n > len(columns) else None,
+                )
+
+    def _require_other_rows(self) -> None:
+        """Calibration rows are none of those that are judged, as far as ids, or equal predictions on all rows, can tell."""
+        for model, place in ((model, place) for model in self.plan.models for place in self.plan.sets):
+            (held, own), (found, ids) = self._calibration[model].finish(), self._running[model, *place].finish()
+            if held.row is not None and found.row is not None:
+                _, first, second = np.intersect1d(own, ids, return_indices=True)
+                same = len(first) > 0 and np.array_equal(held.target[first], found.target[second])
+            else:
+                equal = np.array_equal(held.probs, found.probs) and np.array_equal(held.target, found.target)
+                same = equal and bool((held.probs != held.probs[:1]).any())  # of a constant, other rows look the same
+            if same:
+                raise InvalidArgumentError(
+                    f"calibration must hold other rows than those that are judged; got rows of {place_text(place)}"
                 )
 
     def _ids(self, key: Key, columns: Columns) -> np.ndarray:

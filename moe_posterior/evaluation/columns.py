@@ -159,7 +159,7 @@ def labels(
     Raises:
         InvalidArgumentError: a label that is no class.
     """
-    if found.dtype.kind == "f" and np.isfinite(found).all() and (found == np.floor(found)).all():
+    if found.dtype.kind == "f" and (np.abs(found) < 2**53).all() and (found == np.floor(found)).all():
         found = found.astype(np.int64)
     if found.dtype.kind in "iu" and not (names and all(_is_integer(name) for name in names)):
         wrong = (found < 0) | (found >= classes)
@@ -173,9 +173,13 @@ def labels(
         raise InvalidArgumentError(f"{where} must be class indices or names; got {found.dtype}")
     number = {str(int(name)) if _is_integer(name) else str(name): index for index, name in enumerate(names)}
     values, index = np.unique(found.astype(str), return_inverse=True)
+    if all(_is_integer(name) for name in names):  # a table that once had a gap in a column of integers writes 1.0
+        values = np.array(
+            [value.removesuffix(".0") if _is_integer(value.removesuffix(".0")) else value for value in values.tolist()]
+        )
     numbers = np.array([number.get(value, -1) for value in values.tolist()], dtype=np.int64)
     if not number and all(_is_integer(value) for value in values.tolist()):
-        return labels(found.astype(np.int64), where, (), classes, first)
+        return labels(values[index.reshape(-1)].astype(np.int64), where, (), classes, first)
     codes = numbers[index.reshape(-1)]
     if (codes < 0).any():
         row = int((codes < 0).argmax())

@@ -83,7 +83,7 @@ def report_of_files(options: argparse.Namespace, settings: Settings, console: Co
         plan = planned(
             {keys[origin]: one.facts() for origin, one in facts.items()}, 0.0 if given else settings.hold_out
         )
-        collector = Collector(plan, settings, words)
+        collector = Collector(plan, settings, words, calibrated=bool(given))
         for one, decoder in decoders:
             for origin, columns in decoder.pieces(reading):
                 collector.add(keys[_placed(origin, one)], columns)

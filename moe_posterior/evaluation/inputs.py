@@ -36,7 +36,7 @@ def inputs_of(words: Sequence[str]) -> tuple[list[Input], bool]:
 
     Raises:
         MissingDataError: a file that is not there, or a folder without files of predictions.
-        InvalidArgumentError: names for some of the files only, or two files of one model and name.
+        InvalidArgumentError: names for some of the files only, two files of one model and name, or one file twice.
     """
     named = [_named(word) for word in words]
     if len({model is None for model, _ in named}) > 1:
@@ -46,13 +46,16 @@ def inputs_of(words: Sequence[str]) -> tuple[list[Input], bool]:
     found = [one for model, path in named for one in _files(path, model)]
     single = len({(one.model, one.shift) for one in found}) == len({one.model for one in found})  # one set a model
     listed = [Input(one.path, one.model, None) if single else one for one in found]
-    seen: dict[tuple[str | None, str | None], Path] = {}
+    seen: dict[tuple[str | None, str | None], list[Path]] = {}
     for one in listed:
-        first = seen.setdefault((one.model, one.shift), one.path)
-        if first != one.path and not (SHARD.search(_stem(one.path)) and first.parent == one.path.parent):
+        earlier = seen.setdefault((one.model, one.shift), [])
+        if one.path.resolve() in [path.resolve() for path in earlier]:
+            raise InvalidArgumentError(f"{one.path} must be given once; got it twice, and its rows would count twice")
+        if earlier and not (SHARD.search(_stem(one.path)) and earlier[0].parent == one.path.parent):
             raise InvalidArgumentError(
-                f"{one.path} and {first} would be one shift of one model; give other names, or NAME=FILE for several models"
+                f"{one.path} and {earlier[0]} would be one shift of one model; give other names, or NAME=FILE for several models"
             )
+        earlier.append(one.path)
     return listed, not any(path.is_dir() and not is_data_set(path) for _, path in named)
 
 

@@ -90,6 +90,10 @@ def evaluate(
     settings = settings_of(
         max_risk=max_risk, hold_out=hold_out, sample=sample, resamples=resamples, seed=seed, tolerance=tolerance
     )
+    if not isinstance(name, str) or not name:
+        raise InvalidArgumentError(f"name must be a text that is not empty; got {name!r}")
+    if isinstance(class_names, str):
+        raise InvalidArgumentError(f"class_names must be one name per class; got the text {class_names!r}")
     main = {
         "probs": probs,
         "target": target,
@@ -107,10 +111,12 @@ def evaluate(
     for place, (where, given) in sets.items():
         for model, own, path in _models(given, where, name):
             pieces[model, *place] = columns_of(own, path, logits=logits, class_names=class_names, words=words)
+            _require_alike(pieces[model, *place], next(iter(pieces.values())), path)
     if calibration is not None:
         given = _mapping(calibration, "calibration")
         for model, own, path in _models(given, "calibration.", name):
             calibrating[model] = columns_of(own, path, logits=logits, class_names=class_names, words=words)
+            _require_alike(calibrating[model], next(iter(pieces.values())), path)
     return CalibrationReport(_collected(pieces, calibrating, settings, words).report())
 
 
@@ -141,12 +147,19 @@ def _collected(
         survey.add(len(columns), columns.target if columns.probs.ndim == 2 else None, columns.row)
         facts[key] = survey.facts()
     plan = planned(facts, 0.0 if calibrating else settings.hold_out)
-    collector = Collector(plan, settings, words)
+    collector = Collector(plan, settings, words, calibrated=bool(calibrating))
     for key, columns in pieces.items():
         collector.add(key, columns)
     for model, columns in calibrating.items():
         collector.calibrate(model, columns)
     return collector
+
+
+def _require_alike(columns: Columns, first: Columns, where: str) -> None:
+    """Predictions of the kind, and of as many classes, as the first set's."""
+    kinds = ["confidences" if one.probs.ndim == 1 else f"{one.probs.shape[1]} classes" for one in (first, columns)]
+    if kinds[0] != kinds[1]:
+        raise InvalidArgumentError(f"{where}probs must be of {kinds[0]}, as the main set; got {kinds[1]}")
 
 
 def _shifted(shifts: Mapping[Any, Any] | None) -> dict[tuple[str, int], tuple[str, Mapping[str, Any]]]:

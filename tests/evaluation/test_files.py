@@ -206,6 +206,19 @@ def test_calibration_rows_may_have_a_file_of_their_own(tmp_path: Path) -> None:
     assert report["records"][0]["n"] == 300
 
 
+def test_rows_are_taken_once_and_never_to_calibrate_and_to_judge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.parquet", columns(predictions(), lists=True))
+    assert "must be given once" in refused(capsys, path, path)
+    assert "must be given once" in refused(capsys, f"a={path}", f"a={tmp_path / '..' / tmp_path.name / 'a.parquet'}")
+    assert "calibration must hold other rows" in refused(capsys, path, "--calibration", path)
+    (tmp_path / "none.csv").write_text("label,prob_0,prob_1,prob_2,prob_3\n")
+    wide = write(tmp_path / "b.csv", columns(predictions(), lists=False))
+    assert "calibration rows must be given" in refused(capsys, wide, "--calibration", tmp_path / "none.csv")
+    run(tmp_path, f"a={path}", f"b={path}")  # one file as two models is a comparison of equals
+
+
 def test_what_is_left_out_is_named_on_the_page_the_card_and_in_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

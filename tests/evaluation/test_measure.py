@@ -254,6 +254,26 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "model's name": ({"models": {"model": np.ones((300, 4)) / 4}}, "models must map other names"),
     "model's rows": ({"models": {"b": np.ones((299, 4)) / 4}}, "target must have 299 rows"),
     "rows twice": ({"rows": np.zeros(300, int)}, "row ids must differ"),
+    "an immense label": ({"target": np.full(300, 1e300)}, "target must be class indices or names"),
+    "no text for a name": ({"name": 3}, "name must be a text"),
+    "one text for names": ({"class_names": "abcd"}, "class_names must be one name per class"),
+    "shift's classes": (
+        {"shifts": {"fog": (np.ones((9, 5)) / 5, [0] * 9)}},
+        r"shifts\['fog'\].probs must be of 4 classes",
+    ),
+    "shift's kind": (
+        {"shifts": {"fog": {"confidence": [0.5], "correct": [1]}}},
+        "must be of 4 classes.*got confidences",
+    ),
+    "model's classes": (
+        {"models": {"b": np.ones((300, 2)) / 2}},
+        "target must be classes|models.*must be of 4 classes",
+    ),
+    "calibration's classes": (
+        {"calibration": (np.ones((9, 5)) / 5, [0] * 9)},
+        r"calibration.probs must be of 4 classes",
+    ),
+    "no calibration rows": ({"calibration": (np.ones((0, 4)), [])}, "calibration rows must be given of every model"),
 }
 
 
@@ -262,6 +282,30 @@ def test_what_does_not_fit_is_named(name: str) -> None:
     change, said = WRONG[name]
     with pytest.raises(InvalidArgumentError, match=said):
         evaluate(**{**predictions(), "resamples": 100, **change})
+
+
+def test_calibration_rows_that_are_judged_too_are_refused() -> None:
+    found, other = predictions(), predictions(120, 7)
+    given = {key: found[key] for key in ("probs", "target")}
+    with pytest.raises(InvalidArgumentError, match="calibration must hold other rows"):
+        evaluate(**given, calibration=given, **FAST)
+    shifts = {"fog": (other["probs"], other["target"])}
+    with pytest.raises(InvalidArgumentError, match="got rows of fog"):
+        evaluate(**given, shifts=shifts, calibration=(other["probs"], other["target"]), **FAST)
+    some = {"probs": found["probs"][90:], "target": found["target"][90:], "rows": np.arange(90, 300)}
+    with pytest.raises(InvalidArgumentError, match="got rows of test rows"):
+        evaluate(**given, rows=np.arange(300), calibration=some, **FAST)
+    numbered_anew = {"probs": other["probs"], "target": other["target"], "rows": np.arange(120)}
+    assert evaluate(**given, rows=np.arange(300), calibration=numbered_anew, **FAST).to_dict()["guarantee"]
+
+
+@pytest.mark.parametrize("names", [None, ["0", "1", "2", "3"], [0, 1, 2, 3]])
+def test_labels_that_a_gap_once_made_floats_are_still_classes(names: list | None) -> None:
+    found = predictions()
+    given = {"probs": found["probs"], "class_names": names, **FAST}
+    plain = evaluate(target=found["target"], **given).to_dict()["records"]
+    assert evaluate(target=found["target"].astype(float), **given).to_dict()["records"] == plain
+    assert evaluate(target=found["target"].astype(float).astype(str), **given).to_dict()["records"] == plain
 
 
 def test_a_report_is_saved_whole_and_shown_in_notebooks(tmp_path: Path) -> None:
