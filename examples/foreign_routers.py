@@ -1,7 +1,8 @@
 """Swap routers that do not return what transformers' routers do: one like torchtitan's and one like Megatron-Core's.
 
 A router is read and written by an adapter. The two routers below are small stand-ins that return what those libraries' routers do;
-with the libraries themselves you only need the adapters and `register_adapter`.
+with the libraries themselves you only need the adapters and `register_adapter`. They were tried on torchtitan 0.3.0 and on
+Megatron-Core 0.16.1, whose router then has the class name TopKRouter.
 
     python examples/foreign_routers.py        # seconds on one CPU core
 """
@@ -19,16 +20,15 @@ DIM, EXPERTS, TOP_K = 16, 8, 2
 
 
 class Torchtitan(Adapter):
-    """torchtitan: (weights (T, k), indices (T, k), tokens per expert (E))."""
+    """torchtitan 0.3: (weights (B, L, k), indices (B, L, k), scores (B, L, E))."""
 
-    logits = None
+    logits = 2
 
     def read(self, router: nn.Module, output: Any) -> tuple[Tensor, Tensor]:
-        return output[1], output[0]
+        return output[1].flatten(0, -2), output[0].flatten(0, -2)
 
     def write(self, router: nn.Module, output: Any, indices: Tensor, weights: Tensor) -> Any:
-        counts = torch.bincount(indices.flatten(), minlength=self.num_experts(router))
-        return weights, indices, counts.to(output[2].dtype)
+        return weights.view_as(output[0]), indices.view_as(output[1]), output[2]
 
 
 class Megatron(Adapter):
@@ -62,10 +62,9 @@ class TokenChoiceTopKRouter(nn.Module):
     def forward(self, x: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         scores = self.gate(x).float().sigmoid()
         ranked = scores if expert_bias is None else scores + expert_bias
-        indices = ranked.topk(self.top_k, dim=1).indices
-        weights = scores.gather(1, indices)
-        counts = torch.histc(indices.float(), bins=self.num_experts, min=0, max=self.num_experts)
-        return weights / weights.sum(-1, keepdim=True), indices, counts
+        indices = ranked.topk(self.top_k, dim=-1).indices
+        weights = scores.gather(-1, indices)
+        return weights / weights.sum(-1, keepdim=True), indices, scores
 
 
 class Router(ABC, nn.Module):
