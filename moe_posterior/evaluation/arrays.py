@@ -79,6 +79,7 @@ def numbers(name: str, value: Any) -> np.ndarray:
     """Numbers of any kind as an array, in their own precision where numpy has it."""
     if type(value).__module__.split(".")[0] == "pyarrow":
         value = _of_arrow(name, value)
+    _require_unmasked(name, value)
     found = tensor(name, value).detach().cpu()
     if found.is_floating_point() and found.dtype.itemsize < 4:
         found = found.float()
@@ -154,6 +155,7 @@ def _texts(value: Any, where: str) -> np.ndarray:
         value = value.to_pylist()
     if hasattr(value, "detach"):
         return numbers(where, value)
+    _require_unmasked(where, value)
     array = np.asarray(value)
     if array.dtype.kind == "O":
         missing = np.array([one is None or one != one or type(one).__name__ == "NAType" for one in array.reshape(-1)])
@@ -169,6 +171,13 @@ def _texts(value: Any, where: str) -> np.ndarray:
     if array.dtype.kind not in "iubfUS":
         raise InvalidArgumentError(f"{where} must be integers or texts; got {described(value)}")
     return array
+
+
+def _require_unmasked(where: str, value: Any) -> None:
+    """A masked value is a missing one; what stands below the mask means nothing."""
+    if np.ma.is_masked(value):
+        row = int(np.ma.getmaskarray(value).reshape(len(value), -1).any(axis=1).argmax())
+        raise InvalidArgumentError(f"{where} must have a value in every row; got a masked one in row {row}")
 
 
 def _of_arrow(name: str, value: Any) -> np.ndarray:

@@ -100,8 +100,15 @@ class Collector:
         """The report, with notes on what is measured on which rows.
 
         Raises:
-            InvalidArgumentError: no calibration rows of a model, where they are given, or some that are test rows; row ids twice.
+            InvalidArgumentError: a set of which every row was held out; no calibration rows of a model, where they are given, or some
+                that are test rows; row ids twice.
         """
+        for (_, shift, severity), running in self._running.items():
+            if not running.rows:
+                raise InvalidArgumentError(
+                    f"hold_out must leave rows to judge on; all rows of {place_text((shift, severity))} are held out: hold out "
+                    "fewer, or give calibration rows of their own"
+                )
         plan, settings = self.plan, self.settings
         if self._given and (absent := [model for model in plan.models if model not in self._calibration]):
             raise InvalidArgumentError(f"calibration rows must be given of every model; got none of {absent}")

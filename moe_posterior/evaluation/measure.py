@@ -112,11 +112,13 @@ def evaluate(
         for model, own, path in _models(given, where, name):
             pieces[model, *place] = columns_of(own, path, logits=logits, class_names=class_names, words=words)
             _require_alike(pieces[model, *place], next(iter(pieces.values())), path)
+            _require_routed_alike(pieces[model, *place], pieces.get((model, BASE, 0)), path)
     if calibration is not None:
         given = _mapping(calibration, "calibration")
         for model, own, path in _models(given, "calibration.", name):
             calibrating[model] = columns_of(own, path, logits=logits, class_names=class_names, words=words)
             _require_alike(calibrating[model], next(iter(pieces.values())), path)
+            _require_same_experts(calibrating[model], pieces.get((model, BASE, 0)), path)
     return CalibrationReport(_collected(pieces, calibrating, settings, words).report())
 
 
@@ -160,6 +162,25 @@ def _require_alike(columns: Columns, first: Columns, where: str) -> None:
     kinds = ["confidences" if one.probs.ndim == 1 else f"{one.probs.shape[1]} classes" for one in (first, columns)]
     if kinds[0] != kinds[1]:
         raise InvalidArgumentError(f"{where}probs must be of {kinds[0]}, as the main set; got {kinds[1]}")
+
+
+def _require_routed_alike(columns: Columns, main: Columns | None, where: str) -> None:
+    """A model whose configurations are known on the main set has them on every set: calibrators ask for them."""
+    if main is not None and main.configuration is not None and columns.configuration is None:
+        name = "configurations" if main.weights is None else "routing_weights"
+        raise InvalidArgumentError(f"{where}{name} must be given, as the main set has them; got None")
+    _require_same_experts(columns, main, where)
+
+
+def _require_same_experts(columns: Columns, main: Columns | None, where: str) -> None:
+    for name, own, other in (
+        ("routing_weights", columns.weights, None if main is None else main.weights),
+        ("expert_probs", columns.experts, None if main is None else main.experts),
+    ):
+        if own is not None and other is not None and own.shape[1] != other.shape[1]:
+            raise InvalidArgumentError(
+                f"{where}{name} must be of {other.shape[1]} experts, as the main set; got {own.shape[1]}"
+            )
 
 
 def _shifted(shifts: Mapping[Any, Any] | None) -> dict[tuple[str, int], tuple[str, Mapping[str, Any]]]:

@@ -35,13 +35,16 @@ def priorities(ids: np.ndarray, seed: int, purpose: str) -> np.ndarray:  # (N,) 
 
 
 def hashed(ids: Sequence[object] | np.ndarray) -> np.ndarray:  # (N,) integers or texts -> (N,) uint64
-    """Ids as numbers, the same in every file: integers as they are, also those written as text, and other texts by a digest.
+    """Ids as numbers, the same in every file: integers as they are, also those written as text or as floats, and other
+    texts by a digest.
 
     >>> bool((hashed(["7"]) == hashed(np.array([7]))).all())
     True
     """
     if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu":
         return ids.astype(np.int64).view(np.uint64)
+    if isinstance(ids, np.ndarray) and ids.dtype.kind == "f":
+        ids = [int(one) if one.is_integer() else one for one in ids.tolist()]
     digests = b"".join(_digest(str(one)) for one in ids)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 

@@ -59,7 +59,10 @@ class CalibrationReport:
         """
         target = Path(folder)
         require_own(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UnwritableFileError(f"{target} cannot be written: {error.strerror or error}") from error
         with replacing_folder(target) as draft:
             write_report(self._report, draft)
         return target
@@ -88,5 +91,7 @@ def require_own(folder: Path) -> None:
     Raises:
         UnwritableFileError: it does.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UnwritableFileError(f"{folder} cannot be written: it is there and is not a folder")
     if folder.is_dir() and (other := sorted({entry.name for entry in folder.iterdir()}.difference(FILES))):
         raise UnwritableFileError(f"{folder} holds {other[0]!r}, which is no part of a report; give another folder")

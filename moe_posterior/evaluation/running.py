@@ -57,6 +57,11 @@ class Running:
         return columns[order], ids[order]
 
     @property
+    def rows(self) -> int:
+        """Rows taken so far."""
+        return self.n + self._waiting
+
+    @property
     def overall(self) -> Totals:
         """Sums over all rows."""
         return _totals(self._sums[None])

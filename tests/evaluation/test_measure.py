@@ -254,6 +254,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "model's name": ({"models": {"model": np.ones((300, 4)) / 4}}, "models must map other names"),
     "model's rows": ({"models": {"b": np.ones((299, 4)) / 4}}, "target must have 299 rows"),
     "rows twice": ({"rows": np.zeros(300, int)}, "row ids must differ"),
+    "a masked confidence": (
+        {"probs": None, "target": None, "confidence": np.ma.masked_equal([0.5, 0.7], 0.7), "correct": [1, 0]},
+        "confidence must have a value in every row; got a masked one in row 1",
+    ),
+    "a masked label": ({"target": np.ma.masked_equal(np.arange(300) % 4, 2)}, "target must have.*masked one in row 2"),
     "an immense label": ({"target": np.full(300, 1e300)}, "target must be class indices or names"),
     "no text for a name": ({"name": 3}, "name must be a text"),
     "one text for names": ({"class_names": "abcd"}, "class_names must be one name per class"),
@@ -273,6 +278,19 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"calibration": (np.ones((9, 5)) / 5, [0] * 9)},
         r"calibration.probs must be of 4 classes",
     ),
+    "everything held out": ({"hold_out": 0.999}, "hold_out must leave rows to judge on; all rows of test rows"),
+    "shift without weights": (
+        {"shifts": {"fog": (np.ones((9, 4)) / 4, [0] * 9)}},
+        r"shifts\['fog'\].routing_weights must be given",
+    ),
+    "shift's experts": (
+        {"shifts": {"fog": {"probs": np.ones((9, 4)) / 4, "target": [0] * 9, "routing_weights": np.ones((9, 2))}}},
+        r"shifts\['fog'\].routing_weights must be of 3 experts",
+    ),
+    "calibration's experts": (
+        {"calibration": {"probs": np.ones((9, 4)) / 4, "target": [0] * 9, "expert_probs": np.ones((9, 2, 4)) / 4}},
+        r"calibration.expert_probs must be of 3 experts",
+    ),
     "no calibration rows": ({"calibration": (np.ones((0, 4)), [])}, "calibration rows must be given of every model"),
 }
 
@@ -282,6 +300,20 @@ def test_what_does_not_fit_is_named(name: str) -> None:
     change, said = WRONG[name]
     with pytest.raises(InvalidArgumentError, match=said):
         evaluate(**{**predictions(), "resamples": 100, **change})
+
+
+def test_a_shift_whose_rows_were_all_held_out_is_named() -> None:
+    found = predictions()
+    fog = {"probs": found["probs"][:1], "target": found["target"][:1]}
+    refused = []
+    for row in range(6):
+        try:
+            shifts = {"fog": {**fog, "rows": [row]}}
+            evaluate(found["probs"], found["target"], rows=np.arange(300), shifts=shifts, hold_out=0.9, **FAST)
+        except InvalidArgumentError as error:
+            refused.append(str(error))
+    assert refused
+    assert all("all rows of fog are held out" in message for message in refused)
 
 
 def test_calibration_rows_that_are_judged_too_are_refused() -> None:
@@ -314,6 +346,10 @@ def test_a_report_is_saved_whole_and_shown_in_notebooks(tmp_path: Path) -> None:
     assert {"index.html", "report.json", "table.md", "model_card.md", "reliability.png"} <= {
         one.name for one in folder.iterdir()
     }
+    with pytest.raises(UnwritableFileError, match=r"index\.html"):
+        report.save(folder / "index.html" / "deeper")
+    with pytest.raises(UnwritableFileError, match="not a folder"):
+        report.save(folder / "index.html")
     report.save(folder)
     assert "<iframe" in report._repr_html_()
     assert "accuracy" in report.table

@@ -33,6 +33,9 @@ def test_mixing_is_one_to_one() -> None:
 
 def test_ids_are_the_same_as_numbers_and_as_texts() -> None:
     assert (hashed(np.array(["3", "-4"])) == hashed(np.array([3, -4]))).all()
+    assert (
+        hashed(np.array([3.0, 0.5])) == hashed(["3", "0.5"])
+    ).all()  # a gap in a column of integers makes floats of them
     assert len(np.unique(hashed(["3", "03", "three", "3.0"]))) == 4
 
 
