@@ -233,6 +233,17 @@ def guarantee_calls() -> Iterator[Call]:
     yield Call("PredictionSets.predict", given.predict, rows)
 
 
+def evaluation_calls() -> Iterator[Call]:
+    """The report on predictions."""
+    settings = {"hold_out": 0.0, "resamples": 100, "seed": 0, "max_risk": 0.5, "tolerance": 0.1, "sample": 1000}
+    found = {"configurations": GROUPS, "routing_weights": WEIGHTS, "expert_probs": EXPERT_PROBS, "groups": GROUPS}
+    yield _call(mp.evaluate, **LABELLED, **found, logits=False, rows=torch.arange(N), name="mine", **settings)
+    others = {"shifts": {"fog": (PROBS, TARGET)}, "calibration": (PROBS.flip(0), TARGET.flip(0))}
+    yield Call("evaluate", mp.evaluate, {**LABELLED, **others, **settings})
+    yield Call("evaluate", mp.evaluate, {**LABELLED, "models": {"other": PROBS.flip(1)}, **settings})
+    yield Call("evaluate", mp.evaluate, {**RANKED, **settings})
+
+
 def gate_calls() -> Iterator[Call]:
     """The gates: making each with every knob, fitting, routing and observing."""
     posterior = {"prior_alpha": 1.0, "prior_beta": 1.0, "half_life": 10.0, "shrinkage": 2.0, "surprise": 4.0}

@@ -19,7 +19,12 @@ MODULES = {
     "einops": "einops",
 }
 # Imported by way of what is declared: they are its own dependencies, and part of what it is for.
-BROUGHT = {"yaml": "jsonargparse", "pandas": "datasets", "huggingface_hub": "transformers"}
+BROUGHT = {
+    "yaml": "jsonargparse",
+    "pandas": "datasets",
+    "huggingface_hub": "transformers",
+    "tokenizers": "transformers",
+}
 NOT_OURS = {"vllm", "sglang"}  # the engines that exported routing is for
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
 

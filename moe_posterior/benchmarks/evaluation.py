@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moe_posterior.errors import MissingDependencyError
-from moe_posterior.files.atomic import write_text
+from moe_posterior.files.atomic import replacing, write_text
 from moe_posterior.results.tables import Cell, Table, to_markdown
 
 CLASSES = 10
@@ -91,7 +91,7 @@ def write_predictions(path: Path, rows: int) -> None:
         raise MissingDependencyError("pyarrow", "evaluate") from error
     draw = np.random.default_rng(0)
     schema = pa.schema([*((f"prob_{k}", pa.float32()) for k in range(CLASSES)), ("label", pa.int64())])
-    with ParquetWriter(path, schema) as file:
+    with replacing(path) as raw, ParquetWriter(raw, schema) as file:
         for start in range(0, rows, PIECE):
             n = min(PIECE, rows - start)
             label = draw.integers(0, CLASSES, n)

@@ -154,7 +154,7 @@ def _texts(value: Any, where: str) -> np.ndarray:
     if type(value).__module__.split(".")[0] == "pyarrow":
         value = value.to_pylist()
     if hasattr(value, "detach"):
-        return numbers(where, value)
+        return _one_per_row(numbers(where, value), where)
     _require_unmasked(where, value)
     array = np.asarray(value)
     if array.dtype.kind == "O":
@@ -170,6 +170,12 @@ def _texts(value: Any, where: str) -> np.ndarray:
         )
     if array.dtype.kind not in "iubfUS":
         raise InvalidArgumentError(f"{where} must be integers or texts; got {described(value)}")
+    return _one_per_row(array, where)
+
+
+def _one_per_row(array: np.ndarray, where: str) -> np.ndarray:  # (n,)
+    if array.ndim != 1:
+        raise InvalidArgumentError(f"{where} must hold one value per row, shape (n,); got shape {array.shape}")
     return array
 
 

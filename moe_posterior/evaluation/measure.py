@@ -6,6 +6,8 @@ Dimensions: n rows, K classes, E experts.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from moe_posterior.checks.validation import count, described, number
 from moe_posterior.errors import InvalidArgumentError
 from moe_posterior.evaluation.arrays import MODEL_FIELDS, SET_FIELDS, columns_of
@@ -92,6 +94,8 @@ def evaluate(
     )
     if not isinstance(name, str) or not name:
         raise InvalidArgumentError(f"name must be a text that is not empty; got {name!r}")
+    if not isinstance(logits, bool | np.bool_):
+        raise InvalidArgumentError(f"logits must be True or False; got {described(logits)}")
     if isinstance(class_names, str):
         raise InvalidArgumentError(f"class_names must be one name per class; got the text {class_names!r}")
     main = {
@@ -216,7 +220,7 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 def _models(given: Mapping[str, Any], where: str, name: str) -> Iterator[tuple[str, Mapping[str, Any], str]]:
     """Each model of a set: its name, its values with those of the set, and what errors call it."""
     yield name, given, where
-    further = given.get("models") or {}
+    further = {} if given.get("models") is None else given["models"]
     if not isinstance(further, Mapping):
         raise InvalidArgumentError(
             f"{where}models must be a mapping from names to predictions; got {described(further)}"
