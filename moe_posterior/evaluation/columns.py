@@ -118,9 +118,11 @@ def probabilities(found: np.ndarray, where: str, *, logits: bool, first: int = 0
             f"{where} must be probabilities that sum to 1; got {_shown(values[row])}, which sum to {total[row]:.6g}, in row "
             f"{first + row}; pass logits=True (--logits) if these are logits"
         )
-    if (missed > EXACT).any() or (least < 0).any():
-        values = values.clip(0, None)
-        values = values / values.sum(axis=1, keepdims=True)
+    off = (missed > EXACT) | (least < 0) | (values.max(axis=1) > 1)
+    if off.any():  # these rows alone, so that a row's values do not depend on the piece that it comes in
+        inside = values[off].clip(0, None)
+        values = values.copy()  # it may be the user's array
+        values[off] = inside / inside.sum(axis=1, keepdims=True)
     return values, int((missed > EXACT).sum())
 
 

@@ -12,6 +12,7 @@ import moe_posterior
 from moe_posterior import InvalidArgumentError
 from moe_posterior.errors import UnwritableFileError
 from moe_posterior.evaluation import evaluate, evaluate_model
+from moe_posterior.evaluation.columns import probabilities
 from moe_posterior.prediction import Prediction
 from moe_posterior.report.checklist import checklist
 from moe_posterior.report.sections import fit_calibrators
@@ -92,6 +93,18 @@ def test_rounded_probabilities_are_divided_by_their_sum_and_the_report_says_so()
     report = evaluate(probs, np.arange(100) % 3, **FAST).to_dict()
     assert any("divided by their sum" in note for note in report["notes"])
     assert report["records"][1]["value"] == pytest.approx(np.log(3))
+
+
+def test_a_row_is_the_same_in_every_piece_and_no_confidence_is_above_1() -> None:
+    rounded = np.array([[0.33, 0.33, 0.33], [0.3334, 0.3333, 0.3334], [1.0009, 0.0, 0.0], [1.0, 1e-6, -1e-6]])
+    before = rounded.copy()
+    whole, count = probabilities(rounded, "probs", logits=False)
+    alone = np.concatenate([probabilities(row[None], "probs", logits=False)[0] for row in rounded])
+    assert (whole == alone).all()
+    assert count == 1
+    assert whole.max() <= 1
+    assert whole.min() >= 0
+    assert (rounded == before).all()
 
 
 def test_a_part_of_the_rows_is_held_out_also_of_shifts_that_hold_the_same_rows() -> None:
@@ -255,7 +268,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "model's rows": ({"models": {"b": np.ones((299, 4)) / 4}}, "target must have 299 rows"),
     "rows twice": ({"rows": np.zeros(300, int)}, "row ids must differ"),
     "a masked confidence": (
-        {"probs": None, "target": None, "confidence": np.ma.masked_equal([0.5, 0.7], 0.7), "correct": [1, 0]},
+        {
+            **dict.fromkeys(predictions(), None),
+            "confidence": np.ma.masked_equal([0.5, 0.7], 0.7),
+            "correct": [1, 0],
+        },
         "confidence must have a value in every row; got a masked one in row 1",
     ),
     "a masked label": ({"target": np.ma.masked_equal(np.arange(300) % 4, 2)}, "target must have.*masked one in row 2"),
