@@ -3,6 +3,7 @@
 Dimensions: n rows of a batch, K classes, E experts.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -108,10 +109,8 @@ class Decoder:
             return said, grades(self._numbers(batch, roles.correct, first), self._where((roles.correct,)), first)
         assert roles.predicted is not None
         assert roles.labels is not None
-        right = self._plain(batch, roles.predicted, first).astype(str) == self._plain(
-            batch, roles.labels, first
-        ).astype(str)
-        return said, right.astype(np.float64)
+        answer, label = (_as_text(self._plain(batch, name, first)) for name in (roles.predicted, roles.labels))
+        return said, (answer == label).astype(np.float64)
 
     def _experts(self, batch: "pa.RecordBatch", probs: np.ndarray, first: int) -> np.ndarray:  # (n, E, K)
         where = self._where(self.roles.experts)
@@ -227,3 +226,9 @@ class Decoder:
     def _where(self, names: Sequence[str]) -> str:
         columns = repr(names[0]) if len(names) == 1 else f"{names[0]!r} to {names[-1]!r}"
         return f"{self.source.path}: column {columns}" if len(names) == 1 else f"{self.source.path}: columns {columns}"
+
+
+def _as_text(found: np.ndarray) -> np.ndarray:  # (n,) -> (n,) texts
+    """Answers or labels to compare: 1, 1.0 and their texts are one class, as a gap in a column makes floats of its integers."""
+    values, index = np.unique(found.astype(str), return_inverse=True)
+    return np.array([re.sub(r"^(-?\d+)\.0+$", r"\1", value) for value in values.tolist()], dtype=str)[index.reshape(-1)]

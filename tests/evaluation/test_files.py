@@ -152,6 +152,14 @@ def test_answers_beside_labels_stand_for_their_correctness(tmp_path: Path) -> No
     require_same(run(tmp_path, path), evaluate(confidence=confidence, correct=correct, resamples=100).to_dict())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl"])
+def test_answers_that_a_gap_once_made_floats_still_match_their_labels(tmp_path: Path, name: str) -> None:
+    confidence, correct = answers()
+    columns = {"conf": confidence, "prediction": [float(right) for right in correct], "label": [1] * len(correct)}
+    path = write(tmp_path / name, columns)
+    require_same(run(tmp_path, path), evaluate(confidence=confidence, correct=correct, resamples=100).to_dict())  # type: ignore[arg-type]
+
+
 def test_several_files_are_shifts_and_a_column_says_the_same(tmp_path: Path) -> None:
     sets = {"clean": predictions(200, 1), "fog": predictions(150, 2), "rain": predictions(120, 3)}
     files = [write(tmp_path / "in" / f"{name}.parquet", columns(one, lists=True)) for name, one in sets.items()]
