@@ -99,7 +99,7 @@ def write_predictions(path: Path, rows: int) -> None:
             odds[np.arange(n), label] += 2
             odds = np.exp(1.5 * odds)
             probs = odds / odds.sum(axis=1, keepdims=True)
-            file.write_table(pa.table([*probs.T, label], schema=schema))
+            file.write(pa.table([*probs.T, label], schema=schema))
 
 
 if __name__ == "__main__":
