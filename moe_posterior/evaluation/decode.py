@@ -90,9 +90,10 @@ class Decoder:
         assert self.roles.labels is not None
         found = self._plain(batch, self.roles.labels, first)
         names = self.class_names or self.source.class_names or self._suffixes()
-        if names and len(names) != classes:
+        if names and (len(names) != classes or len(set(names)) < classes):
             raise InvalidArgumentError(
-                f"{self.source.path}: class names must be {classes}, as the probabilities; got {len(names)}: {list(names)[:6]}"
+                f"{self.source.path}: class names must be {classes} different ones, as the probabilities; got {len(names)}: "
+                f"{list(names)[:6]}"
             )
         return labels(found, self._where((self.roles.labels,)), names, classes, first)
 

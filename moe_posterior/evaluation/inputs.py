@@ -74,7 +74,8 @@ def keys_of(origins: Iterable[Origin], base: str | None, ordered: bool) -> Mappi
     shifts = list(dict.fromkeys(shift for _, shift, _ in found))
     stored = list(dict.fromkeys(shift for _, shift, severity in found if severity == 0))
     if base is not None and base not in shifts:
-        raise InvalidArgumentError(f"--base must be one of {shifts}; got {base!r}")
+        wanted = "left out where there is one set" if shifts == [""] else f"one of {shifts}"
+        raise InvalidArgumentError(f"--base must be {wanted}; got {base!r}")
     if base is None:
         obvious = [shift for shift in shifts if shift.lower() in OBVIOUS]
         known = stored or (

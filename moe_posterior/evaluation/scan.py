@@ -209,9 +209,9 @@ def _of_npz(path: Path) -> Source:
 
 
 def _as_column(array: np.ndarray) -> Any:
-    """An array as an Arrow column; further dimensions become lists of fixed size."""
+    """An array as an Arrow column, in this machine's order of bytes; further dimensions become lists of fixed size."""
     arrow = pyarrow()
-    found = arrow.array(np.ascontiguousarray(array).reshape(-1))
+    found = arrow.array(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(-1))
     for size in array.shape[:0:-1]:
         found = arrow.FixedSizeListArray.from_arrays(found, size)
     return found

@@ -326,6 +326,21 @@ def test_a_folder_that_is_no_report_is_never_replaced(tmp_path: Path, capsys: py
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "dear"
 
 
+def test_class_names_must_differ_and_a_base_needs_several_sets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.parquet", columns(predictions(), lists=True))
+    assert "class names must be 4 different ones" in refused(capsys, path, "--class-names", *"aabc")
+    assert "--base must be left out where there is one set; got 'b'" in refused(capsys, path, "--base", "b")
+
+
+def test_arrays_of_another_machine_are_read(tmp_path: Path) -> None:
+    confidence, correct = answers()
+    np.savez(tmp_path / "a.npz", confidence=confidence.astype(">f8"), correct=correct)
+    expected = evaluate(confidence=confidence, correct=correct, resamples=100).to_dict()
+    require_same(run(tmp_path, tmp_path / "a.npz"), expected)  # type: ignore[arg-type]
+
+
 def test_what_is_wrong_late_in_a_text_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ["0.5,1"] * 5000 + ["0.5,oops"] + ["0.5,0"] * 10
     with gzip.open(tmp_path / "a.csv.gz", "wt") as file:
