@@ -9,6 +9,7 @@ from moe_posterior.report.checklist import ABSENT, checklist, standard, tally
 from moe_posterior.report.findings import baseline_findings, calibrator_findings, disagreement_findings
 from moe_posterior.report.guarantee import guarantee_lines
 from moe_posterior.report.missing import left_out_lines
+from moe_posterior.report.places import judged_of
 from moe_posterior.report.schema import Report
 from moe_posterior.report.verdict import verdict_of
 from moe_posterior.results.tables import Table, to_markdown
@@ -60,7 +61,7 @@ def to_card(report: Report) -> str:
     if missing := left_out_lines(report):
         parts["Left out"] = markdown("; ".join(missing)) + "."
     body = "\n\n".join(f"### {name}\n\n{text}" for name, text in parts.items())
-    return f"## Calibration of the routed aggregate\n\n{body}\n"
+    return f"## Calibration of {judged_of(report)}\n\n{body}\n"
 
 
 def to_list(lines: Sequence[str]) -> str:

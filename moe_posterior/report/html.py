@@ -13,12 +13,11 @@ from moe_posterior.report.checklist import ABSENT, checklist, standard, tally
 from moe_posterior.report.findings import baseline_findings, calibrator_findings, disagreement_findings
 from moe_posterior.report.guarantee import guarantee_lines
 from moe_posterior.report.missing import left_out_lines
+from moe_posterior.report.places import judged_of
 from moe_posterior.report.schema import Report
 from moe_posterior.report.verdict import verdict_of
 from moe_posterior.results.page import Section, details, page, paragraph, table
 from moe_posterior.results.tables import Table
-
-TITLE = "Calibration report of the routed aggregate"
 
 
 def to_html(report: Report) -> str:
@@ -35,7 +34,7 @@ def to_html(report: Report) -> str:
     known = tables.identity_values(report)
     data = next((text for name, text in known.items() if name == "data" or name.startswith("data: evaluation")), None)
     subtitle = " · ".join(part for part in (known.get("model"), data, known.get("date")) if part)
-    return page(TITLE, subtitle, [
+    return page(f"Calibration report of {judged_of(report)}", subtitle, [
         _verdict(report),
         _promise(report),
         _standard(report),

@@ -17,6 +17,15 @@ ALL_SHIFTS = "all shifts"
 Place = tuple[str, int | None]  # shift, severity; None: the mean over severities
 
 
+def judged_of(report: Report) -> str:
+    """What the confidences are of: a mixture's aggregate where the report holds its routing, else any model's predictions.
+
+    >>> judged_of({"configurations": [{}]}), judged_of({})
+    ('the routed aggregate', 'the predictions')
+    """
+    return "the routed aggregate" if report.get("configurations") else "the predictions"
+
+
 def base_of(report: Report) -> str:
     """The name of the stored test rows; "clean" where the report holds no records."""
     return next((one["shift"] for one in report.get("records") or [] if one["severity"] == 0), CLEAN)

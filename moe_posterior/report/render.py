@@ -13,7 +13,7 @@ from moe_posterior.files.atomic import write_text
 from moe_posterior.report import promise
 from moe_posterior.report.marks import BETTER, MEANING, WORSE, WORSE_SIGN, key_of, marks_of, where_of
 from moe_posterior.report.missing import left_out_lines
-from moe_posterior.report.places import ALL_SHIFTS, base_of, members_of, place_name, sets_of, size
+from moe_posterior.report.places import ALL_SHIFTS, base_of, judged_of, members_of, place_name, sets_of, size
 from moe_posterior.report.schema import METRICS, OVERALL, TITLES, Report
 from moe_posterior.report.verdict import verdict_of
 from moe_posterior.results.tables import grid
@@ -129,7 +129,7 @@ def write_json(report: Report, path: str | os.PathLike[str]) -> None:
 
 
 def _title(report: Report) -> str:
-    what = "Routed aggregate" if report.get("configurations") else "Predictions"
+    what = judged_of(report)[4:].capitalize()
     return f"{what}: {report['n_bins']}-bin debiased ECE, 95 % intervals ({report['resamples']:,} resamples)"
 
 
