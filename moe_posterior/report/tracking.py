@@ -4,6 +4,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,7 +61,10 @@ def metrics_of(report: Report) -> dict[str, float]:
     >>> metrics_of({"arms": ["a"], "records": [record | {"low": 0.0, "high": 0.04}]})
     {'clean/overall/a/ece': 0.02, 'clean/overall/a/ece_low': 0.0, 'clean/overall/a/ece_high': 0.04}
     """
-    return dict(_metrics(report))
+    found: dict[str, float] = {}
+    for name, value in _metrics(report):
+        found[_unused(name, found)] = value
+    return found
 
 
 def _metrics(report: Report) -> Iterator[tuple[str, float]]:
@@ -96,6 +100,13 @@ def parameters_of(report: Report) -> dict[str, str]:
 def _path(*parts: str) -> str:
     """Parts joined by slashes, with nothing in them that a tracker refuses."""
     return "/".join(re.sub(r"[^\w. -]+", "_", part, flags=re.ASCII).strip() or "_" for part in parts)
+
+
+def _unused(name: str, taken: Mapping[str, Any]) -> str:
+    """The name, or the first of name_2, name_3, …: unlike groups may differ only in what a tracker refuses."""
+    if name not in taken:
+        return name
+    return next(tried for number in count(2) if (tried := f"{name}_{number}") not in taken)
 
 
 def _mlflow(report: Report, run_id: str | None, folder: Path) -> str:

@@ -91,3 +91,14 @@ def test_names_hold_nothing_that_a_tracker_refuses() -> None:
         set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_. -/")
         for name in metrics_of(report)
     )
+
+
+def test_groups_that_differ_only_in_what_trackers_refuse_keep_their_values() -> None:
+    record = {"arm": "a", "shift": "clean", "severity": 0, "metric": "ece", "low": 0.0, "high": 0.4}
+    groups = ["city=Łódź", "city=Łódż", "city=a|b", "city=a/b"]
+    records = [record | {"subset": group, "value": 0.1 * place} for place, group in enumerate(groups)]
+    found = metrics_of({"arms": ["a"], "records": records})
+    assert sorted(value for name, value in found.items() if "ece_l" not in name and "ece_h" not in name) == [
+        0.1 * place for place in range(4)
+    ]
+    assert len(found) == 12
