@@ -199,9 +199,10 @@ def _acting(stored: Row | None) -> tuple[str, str]:
     """Whether the threshold kept its promise on the stored test rows."""
     if stored is None or stored.get("max_risk") is None:
         return UNMEASURED, "not measured in this run."
-    promised = f"promised at most {show(stored['max_risk'])} wrong among the answers acted on{promise.likely(stored)}"
+    said = f"at most {show(stored['max_risk'])} wrong among the answers acted on{promise.likely(stored)}"
+    promised = f"promised {said}"
     if stored.get("threshold") is None:
-        return NO, f"from none; {promised}, which the calibration rows prove for no threshold."
+        return NO, f"none. On the calibration rows no threshold can promise {said}."
     if stored.get("risk") is None:
         return UNDECIDED, f"{show(stored['threshold'])} acts on nothing there; {promised}."
     risk = show(estimate(stored["risk"], *(stored.get("interval") or ())))
