@@ -167,8 +167,8 @@ def _evidence(base: Row) -> str:
     """The calibration error, and the mean gap where that decides: an interval of the one may pass while that of the other does not."""
     (low, high), tolerance, gap = base["interval"], base["tolerance"], base.get("gap")
     error = f"its calibration error is {show(estimate(base['ece'], low, high))}"
-    alone = {PASS: True, FAIL: low > tolerance, UNSURE: low <= tolerance < high}[base["verdict"]]
-    if alone or gap is None:
+    explains = {FAIL: low > tolerance, UNSURE: low <= tolerance < high}
+    if gap is None or explains.get(base["verdict"], True):
         return error
     return f"{error}, but its mean confidence less its accuracy is {show(estimate(gap, *base['gap_interval']))}"
 
